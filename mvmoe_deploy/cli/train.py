@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, flag, help_text in RECIPE_FLAGS:
         default = getattr(_recipe_defaults(), name)
         recipe.add_argument(flag, dest=name, type=type(default), default=default, help=help_text)
+    recipe.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon learns faster")
     recipe.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is faster on a GPU")
     run = p.add_argument_group("running")
     run.add_argument("--hold-out", type=int, default=0, metavar="N", help="training images per class to leave unused")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -123,7 +124,8 @@ def test_a_dense_model_and_upcycling_it(data: Path, tmp_path: Path) -> None:
     assert len({row[1] for row in rows}) == 3
 
 
-@pytest.mark.parametrize("more", [["--mixup", "0.3"], ["--precision", "bf16"], ["-k", "2"], ["--router-input", "mean"]])
+@pytest.mark.parametrize("more", [["--mixup", "0.3"], ["--precision", "bf16"], ["-k", "2"], ["--router-input", "mean"],
+                                  ["--optimizer", "muon"]])  # fmt: skip
 def test_every_option_trains(data: Path, tmp_path: Path, more: list[str]) -> None:
     assert train.main(moe(data, tmp_path / "moe.pt", 1, *more)) == 0
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "moe.pt").values())
@@ -268,6 +270,33 @@ def test_an_update_that_spoils_the_weights_is_not_saved(
     assert "the weights became NaN or infinite in epoch 2" in fails(capsys, *moe(data, out, 3))
     assert checkpoints.load(out).header.training["epochs_done"] == 1
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None:
+    model = tiny.lively_model(tiny.moe_config()).train()
+    alone = copy.deepcopy(model)
+    images = ImageSet(torch.from_numpy(tiny.images()).permute(0, 3, 1, 2), torch.zeros(24).long(), ["a"], [])
+    recipe = Recipe(optimizer="muon", router="end-to-end", learning_rate=0.01)
+    header = tiny.header_for(tiny.moe_config())
+    header.superclasses = None
+    trainer = Trainer(model, header, images, images, recipe, tmp_path / "moe.pt")
+    for each in (model, alone):
+        each(tiny.inputs()).square().sum().backward()
+    for optimizer in trainer.optimizers:
+        optimizer.step()
+    updated, before = dict(model.named_parameters()), dict(alone.named_parameters())
+    names = [name for name in updated if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name]
+    assert any(updated[name].ndim == 3 for name in names)
+    for name in names:
+        stack = updated[name].ndim == 3
+        for index in range(len(updated[name]) if stack else 1):
+            matrix = torch.nn.Parameter((before[name][index] if stack else before[name]).detach().clone())
+            matrix.grad = before[name].grad[index] if stack else before[name].grad
+            torch.optim.Muon([matrix], 0.01, recipe.weight_decay, adjust_lr_fn="match_rms_adamw").step()
+            now = updated[name][index] if stack else updated[name]
+            assert torch.equal(now, matrix), (name, index)
+    others = sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"])
+    assert others + sum(updated[name].numel() for name in names) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -505,11 +534,13 @@ def test_a_v_moe_from_a_dense_model(data: Path, tmp_path: Path) -> None:
     assert checkpoints.load(tmp_path / "vmoe.pt").header.training["started_from"]["file"] == "dense.pt"
 
 
-@pytest.mark.parametrize("kind", ["tokens", "end-to-end"])
+@pytest.mark.parametrize("kind", ["tokens", "end-to-end", "muon"])
 def test_noise_does_not_depend_on_where_a_run_was_stopped(
     data: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def argv(out: Path) -> list[str]:
+        if kind == "muon":
+            return moe(data, out, 3, "--optimizer", "muon")
         return tokens(data, out, 3) if kind == "tokens" else routed_by(kind, data, out, 3)
 
     real = Trainer._epoch
