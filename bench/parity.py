@@ -19,8 +19,7 @@ from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.targets import MODULES, Options, target_module
 from mvmoe_deploy.models import ZOO, load_model
-from mvmoe_deploy.models.data import read_images
-from mvmoe_deploy.models.training import normaliser
+from mvmoe_deploy.models.data import normaliser, read_images
 from mvmoe_deploy.runtime import Runtime
 
 HEADERS = [

@@ -54,6 +54,13 @@ class ImageSet:
         return ImageSet(self.pixels[mask], self.labels[mask], self.class_ids, self.skipped)
 
 
+def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """uint8 ``[B, 3, S, S]`` → float32, as :func:`mvmoe_deploy.images.normalise` does for one image."""
+    scale = torch.from_numpy(preprocessing.scale).to(device)[:, None, None]
+    bias = torch.from_numpy(preprocessing.bias).to(device)[:, None, None]
+    return lambda pixels: pixels * scale + bias
+
+
 @dataclass
 class _Entry:
     """One image of a data set: its class, its name for errors, and how to read its bytes."""

@@ -140,7 +140,7 @@ def active_parameters(c: ViTConfig) -> int:
     """Weights used for one image: all but those of the experts not chosen.
 
     Of a V-MoE, the weights that may be: each of an image's N tokens chooses k experts of its own, so up to N·k of the E
-    in every MoE layer. How many are is measured (:func:`mvmoe_deploy.models.vmoe.experts_touched`).
+    in every MoE layer. How many are is measured (:meth:`mvmoe_deploy.models.vmoe.TokenRouted.used`).
     """
     if isinstance(c, VMoEConfig):
         untouched = max(0, c.experts - c.tokens * c.k)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.data import ImageSet
-from mvmoe_deploy.models.training import normaliser
+from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.vit import ViT
 
 

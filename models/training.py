@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint as checkpoints
-from mvmoe_deploy.checkpoint import Checkpoint, Header, Superclasses
+from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
-from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.data import ImageSet
+from mvmoe_deploy.models.data import ImageSet, normaliser
+from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.vit import ViT
@@ -96,23 +96,6 @@ class Recipe:
             raise ConfigError(f"recipe: router is {self.router!r}, must be one of {', '.join(ROUTERS)}")
 
 
-@dataclass
-class Evaluation:
-    """Accuracy on labelled images.
-
-    Attributes:
-        accuracy: top-1, 0…1.
-        top5: top-5, 0…1.
-        router_accuracy: share of images routed to their super-class's expert; None where there are no super-classes.
-        load: share of images sent to each expert ``[E]``, of a V-MoE the share of tokens; empty for a dense model.
-    """
-
-    accuracy: float
-    top5: float
-    router_accuracy: float | None
-    load: list[float]
-
-
 def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Random crops with padding and mirror images of a uint8 batch ``[B, 3, S, S]``; the same shape comes back."""
     batch, _, size, _ = images.shape
@@ -130,62 +113,6 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     everything = torch.arange(batch, device=device)[:, None, None, None]
     channels = torch.arange(3, device=device)[None, :, None, None]
     return images[everything, channels, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 ``[B, 3, S, S]`` → float32, as :func:`mvmoe_deploy.images.normalise` does for one image."""
-    scale = torch.from_numpy(preprocessing.scale).to(device)[:, None, None]
-    bias = torch.from_numpy(preprocessing.bias).to(device)[:, None, None]
-    return lambda pixels: pixels * scale + bias
-
-
-@torch.no_grad()
-def evaluate(
-    model: ViT,
-    images: ImageSet,
-    preprocessing: Preprocessing,
-    superclasses: Superclasses | None = None,
-    batch: int = 500,
-) -> Evaluation:
-    """Accuracy, router accuracy and load per expert on labelled images."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    normalise = normaliser(preprocessing, device)
-    right = right5 = routed_right = 0
-    load = torch.zeros(model.config.experts if isinstance(model, (MobileVMoE, VMoE)) else 0)
-    group = torch.tensor(superclasses.of_class) if superclasses else None
-    # Images come class by class. The tokens of a V-MoE's batch compete for places, and those of few classes choose few
-    # experts, so it would lose far more to overflow than on the mixed batches of training: mix them here too.
-    order = torch.arange(len(images.labels))
-    if isinstance(model, VMoE):
-        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
-    for rows in order.split(batch):
-        labels = images.labels[rows]
-        x = normalise(images.pixels[rows].to(device))
-        if isinstance(model, MobileVMoE):
-            routed = model.routed(x)
-            logits, chosen = routed.logits, routed.chosen.cpu()
-            load += torch.bincount(chosen.flatten(), minlength=len(load)) / chosen.shape[1]
-            if group is not None:
-                routed_right += int((chosen[:, 0] == group[labels]).sum())
-        elif isinstance(model, VMoE):
-            token_routed = model.routed(x)
-            logits = token_routed.logits
-            load += token_routed.load().cpu() * len(rows)
-        else:
-            logits = model(x)
-        top = logits.topk(min(5, logits.shape[1])).indices.cpu()
-        right += int((top[:, 0] == labels).sum())
-        right5 += int((top == labels[:, None]).any(1).sum())
-    model.train(was_training)
-    total = len(images.labels)
-    return Evaluation(
-        right / total,
-        right5 / total,
-        routed_right / total if isinstance(model, MobileVMoE) and group is not None else None,
-        (load / total).tolist(),
-    )
 
 
 class Trainer:

@@ -118,11 +118,38 @@ class TokenRouted:
         k = self.layers[0].chosen.shape[1]
         return torch.stack([auxiliary_loss(layer.logits, layer.noisy_logits, k) for layer in self.layers]).sum()
 
-    def load(self) -> Tensor:
-        """Share of the choices that fell on each expert ``[E]``, mean over the MoE layers; overflow included."""
-        experts = self.layers[0].logits.shape[1]
-        chosen = torch.cat([layer.chosen.flatten() for layer in self.layers])
-        return torch.bincount(chosen, minlength=experts) / len(chosen)
+    def choices(self) -> Tensor:
+        """Share of each image's choices that fell on each expert ``[B, MoE layers, E]``; overflow included."""
+        return torch.stack([self._per_image(self._chosen(layer)).float().mean(1) for layer in self.layers], 1)
+
+    def used(self, unread: bool = False) -> Tensor:
+        """Which experts each image used ``[B, MoE layers, E]``, boolean; overflow uses none.
+
+        The layers' experts are different weights: an image needs as many MLPs in memory as there are True in its row.
+
+        Args:
+            unread: counts the experts of tokens that nobody reads too, as the model is written down. They are not run:
+                of the last block, the class token's alone are.
+        """
+        return torch.stack(
+            [
+                self._per_image(self._chosen(layer) & (layer.kept if unread else layer.run)[:, :, None]).any(1)
+                for layer in self.layers
+            ],
+            1,
+        )
+
+    def overflow(self) -> Tensor:
+        """Share of the choices that found no place, in each MoE layer ``[MoE layers]``."""
+        return torch.stack([1 - layer.kept.float().mean() for layer in self.layers])
+
+    @staticmethod
+    def _chosen(layer: TokenRouting) -> Tensor:
+        return F.one_hot(layer.chosen, layer.logits.shape[1]).bool()  # [S, k, E]
+
+    def _per_image(self, of_tokens: Tensor) -> Tensor:
+        """``[S, k, E]`` → ``[B, N·k, E]``."""
+        return of_tokens.unflatten(0, (len(self.logits), -1)).flatten(1, 2)
 
 
 class VMoE(ViT):
@@ -162,33 +189,3 @@ class VMoE(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits
-
-
-@dataclass
-class Touched:
-    """How many distinct experts each image's tokens use.
-
-    Attributes:
-        per_layer: ``[B, MoE layers]``.
-        total: ``[B]``, over all layers, whose experts are different weights: so many MLPs must be in memory.
-    """
-
-    per_layer: Tensor
-    total: Tensor
-
-
-def experts_touched(routed: TokenRouted, unread: bool = True) -> Touched:
-    """Counts the experts that each image of a batch uses; overflow uses none.
-
-    Args:
-        routed: of a batch. Its capacity is shared, so for one image on a device, route one image at a time.
-        unread: counts the experts of tokens that nobody reads too, as the model is written down. This code does not run
-            them: without them, the last block counts the class token's alone.
-    """
-    counts = []
-    for layer in routed.layers:
-        used = F.one_hot(layer.chosen, layer.logits.shape[1]).bool()  # [S, k, E]
-        used &= (layer.kept if unread else layer.run)[:, :, None]
-        counts.append(used.unflatten(0, (len(routed.logits), -1)).flatten(1, 2).any(1).sum(1))
-    per_layer = torch.stack(counts, dim=1)
-    return Touched(per_layer, per_layer.sum(1))

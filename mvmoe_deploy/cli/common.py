@@ -6,9 +6,14 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mvmoe_deploy.errors import MvmoeError, VerificationError
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.images import Preprocessing
+    from mvmoe_deploy.models.data import ImageSet
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
@@ -64,6 +69,26 @@ def progress_bar(items: Iterator[Any], total: int, title: str = "") -> Iterator[
     from tqdm import tqdm
 
     return tqdm(items, total=total, desc=title, delay=2, disable=None, leave=False, file=sys.stderr)
+
+
+def read_split(
+    data: Path, split: str, preprocessing: Preprocessing, class_ids: list[str] | None = None, **options: Any
+) -> ImageSet:
+    """:func:`mvmoe_deploy.models.data.read_images` with a progress bar.
+
+    Raises:
+        DataError: see there.
+    """
+    from mvmoe_deploy.models.data import read_images  # imports torch
+
+    return read_images(
+        data,
+        split,
+        preprocessing,
+        class_ids,
+        progress=lambda items, total: progress_bar(items, total, f"reading {split}"),
+        **options,
+    )
 
 
 def positive_int(text: str) -> int:

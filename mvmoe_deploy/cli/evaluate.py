@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, progress_bar
+from mvmoe_deploy.cli.common import command, parser, read_split
 from mvmoe_deploy.errors import DataError
 
 EXAMPLES = """\
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy.models import VMoE, load_model
-    from mvmoe_deploy.models.data import read_images
-    from mvmoe_deploy.models.training import evaluate
+    from mvmoe_deploy.models.evaluation import evaluate
 
     checkpoint = checkpoints.load(args.checkpoint)
     header = checkpoint.header
@@ -43,13 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"{args.checkpoint}: has no capacity; --capacity-factor and --order are for a V-MoE")
         factor = model.config.capacity_factor if args.capacity_factor is None else args.capacity_factor
         model.set_capacity(factor, args.order)
-    images = read_images(
-        args.data,
-        "val",
-        header.preprocessing,
-        header.class_ids,
-        progress=lambda items, total: progress_bar(items, total, "reading val"),
-    )
+    images = read_split(args.data, "val", header.preprocessing, header.class_ids)
     result = evaluate(model, images, header.preprocessing, header.superclasses)
     if args.json:
         print(json.dumps({"images": len(images.labels), **dataclasses.asdict(result)}))

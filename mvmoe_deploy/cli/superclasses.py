@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
+from mvmoe_deploy.cli.common import command, parser, positive_int, read_split
 from mvmoe_deploy.errors import DataError
 
 EXAMPLES = """\
@@ -39,7 +39,6 @@ def main(argv: list[str] | None = None) -> None:
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy.files import atomic_file
     from mvmoe_deploy.models import ViT, load_model
-    from mvmoe_deploy.models.data import read_images
     from mvmoe_deploy.models.superclasses import confusion, group, suggest_names
 
     if args.out.exists() and not args.force:
@@ -55,13 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.checkpoint}: was trained without held-out images; train with --hold-out N, "
             "or give --hold-out N here to use training images, on which it confuses less"
         )
-    images = read_images(
-        args.data,
-        "train",
-        header.preprocessing,
-        header.class_ids,
-        progress=lambda items, total: progress_bar(items, total, "reading train"),
-    )
+    images = read_split(args.data, "train", header.preprocessing, header.class_ids)
     matrix = confusion(model, images.split(held_out)[1], header.preprocessing)
     groups = group(matrix, args.experts, args.slack, args.seed)
     names = suggest_names(matrix, groups, header.class_names)

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
 from mvmoe_deploy.errors import DataError
 
 EXAMPLES = """\
@@ -118,7 +118,7 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy import models
     from mvmoe_deploy.checkpoint import Superclasses
     from mvmoe_deploy.images import Preprocessing
-    from mvmoe_deploy.models.data import read_class_names, read_images, read_superclasses
+    from mvmoe_deploy.models.data import read_class_names, read_superclasses
     from mvmoe_deploy.models.superclasses import random_groups
     from mvmoe_deploy.models.training import Recipe, Trainer
 
@@ -147,14 +147,13 @@ def train(argv: list[str] | None = None) -> None:
     )
 
     def read(split: str, class_ids: list[str] | None = None) -> Any:
-        return read_images(
+        return read_split(
             args.data,
             split,
             preprocessing,
             class_ids,
-            args.skip_unreadable,
-            int(args.memory_limit * 1e9),
-            lambda items, total: progress_bar(items, total, f"reading {split}"),
+            skip_unreadable=args.skip_unreadable,
+            memory_limit=int(args.memory_limit * 1e9),
         )
 
     val = read("val")

@@ -26,9 +26,10 @@ from mvmoe_deploy.cli import train
 from mvmoe_deploy.errors import ConfigError, DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.data import ImageSet, read_images
+from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.superclasses import random_groups
-from mvmoe_deploy.models.training import Recipe, Trainer, augment, evaluate
+from mvmoe_deploy.models.training import Recipe, Trainer, augment
 
 CLASSES, EXPERTS = 8, 4
 SHAPE = ["--image-size", "8", "--patch", "4", "--threads", "1", "--batch", "32", "--lr", "0.005", "--crop-padding", "1"]
@@ -618,7 +619,7 @@ def test_evaluating_with_another_capacity(
         return evaluate(model, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mvmoe_deploy.models.training.evaluate", spy)
+        patch.setattr("mvmoe_deploy.models.evaluation.evaluate", spy)
         for more in ([], ["--order", "bpr"], ["--capacity-factor", "0.01"]):
             assert train.main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--json", *more]) == 0
             assert len(json.loads(capsys.readouterr().out)["load"]) == EXPERTS

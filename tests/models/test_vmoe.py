@@ -17,7 +17,7 @@ from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.models import vmoe
 from mvmoe_deploy.models.mobile_vmoe import dense_mlp
 from mvmoe_deploy.models.routing import TokenRouting, auxiliary_loss, capacity
-from mvmoe_deploy.models.vmoe import TokenRouted, VMoE, experts_touched
+from mvmoe_deploy.models.vmoe import TokenRouted, VMoE
 
 
 def token_model(**overrides: Any) -> VMoE:
@@ -256,7 +256,7 @@ def routing(chosen: list[list[int]], kept: list[list[int]], run: list[list[int]]
     )
 
 
-def test_experts_touched_and_load() -> None:
+def test_experts_used_and_choices() -> None:
     """Two images of three tokens, k = 2; what overflows touches nothing, and of the last layer one token is read."""
     first = routing([[0, 1], [0, 1], [1, 0], [0, 1], [2, 3], [2, 0]], [[1, 1], [1, 1], [1, 1], [1, 0], [1, 0], [1, 1]])
     last = routing(
@@ -265,13 +265,13 @@ def test_experts_touched_and_load() -> None:
         [[1, 1], [0, 0], [0, 0], [1, 0], [0, 0], [0, 0]],
     )
     routed = TokenRouted(torch.zeros(2, 6), [first, last])
-    touched = experts_touched(routed)
-    assert touched.per_layer.tolist() == [[2, 3], [2, 1]]
-    assert touched.total.tolist() == [5, 3]
-    touched = experts_touched(routed, unread=False)
-    assert touched.per_layer.tolist() == [[2, 2], [2, 1]]
-    # chosen, kept or not: 5 + 2, 4 + 2, 2 + 4 and 1 + 4 of 24
-    assert routed.load().tolist() == pytest.approx([7 / 24, 6 / 24, 6 / 24, 5 / 24])
+    assert routed.used(unread=True).sum(-1).tolist() == [[2, 3], [2, 1]]
+    assert routed.used().sum(-1).tolist() == [[2, 2], [2, 1]]
+    assert routed.used()[0].tolist() == [[True, True, False, False], [True, True, False, False]]
+    # chosen, kept or not
+    expected = [[[3, 3, 0, 0], [2, 2, 1, 1]], [[2, 1, 2, 1], [0, 0, 3, 3]]]
+    assert (6 * routed.choices()).tolist() == [[pytest.approx(layer) for layer in image] for image in expected]
+    assert routed.overflow().tolist() == pytest.approx([2 / 12, 8 / 12])
 
 
 def test_experts_touched_of_a_model() -> None:
@@ -279,13 +279,13 @@ def test_experts_touched_of_a_model() -> None:
     images = tiny.inputs(6)
     with torch.no_grad():
         routed = model.routed(images)
-        touched = experts_touched(routed)
+        touched = routed.used(unread=True).sum(-1)
         for image in range(6):
             alone = model.routed(images[image : image + 1])  # ample capacity: the same alone
             expected = [len(set(layer.chosen.flatten().tolist())) for layer in alone.layers]
-            assert touched.per_layer[image].tolist() == expected
-    assert (experts_touched(routed, unread=False).per_layer[:, 1] == 2).all()
-    assert float(touched.per_layer.float().mean()) > 2  # or there would be nothing to measure
+            assert touched[image].tolist() == expected
+    assert (routed.used()[:, 1].sum(-1) == 2).all()
+    assert float(touched.float().mean()) > 2  # or there would be nothing to measure
 
 
 # configs and checkpoints
