@@ -7,17 +7,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
-import torch
 
-from mvmoe_deploy import models
 from mvmoe_deploy.bench import report
-from mvmoe_deploy.bench.baselines import export_stock, random_checkpoint
 from mvmoe_deploy.bench.latency import interleave, paired_ratio, percentiles
 from mvmoe_deploy.bench.memory import Memory, measure
-from mvmoe_deploy.checkpoint import load
 from mvmoe_deploy.errors import BackendError, ConfigError
 
 
@@ -79,21 +74,3 @@ def test_bundles_of_one_name_stay_apart(dense_path: Path) -> None:
     result = report.run([dense_path, dense_path], list(tiny.images(2)), rounds=3)
     assert [row.name for row in result.rows] == ["dense #1", "dense #2"]
     assert json.loads(json.dumps(result.machine))["cores"] >= 1
-
-
-def test_random_checkpoints_load(tmp_path: Path) -> None:
-    path = random_checkpoint(tiny.moe_config(), tmp_path / "random.pt")
-    model = models.load_model(load(path))
-    assert model(tiny.inputs(2)).shape == (2, tiny.CLASSES)
-
-
-def test_the_stock_export_is_the_same_function(dense_model: models.ViT, tmp_path: Path) -> None:
-    """Otherwise the comparison with it would mean nothing."""
-    import onnxruntime
-
-    path = export_stock(dense_model, tmp_path / "stock.onnx")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    image = tiny.inputs(1)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    with torch.no_grad():
-        np.testing.assert_allclose(logits, dense_model(image).numpy(), rtol=1e-4, atol=1e-5)
