@@ -19,9 +19,14 @@ examples:
       --from dense.pt --epochs 20 --out moe.pt
   mvmoe-train --data tiny-imagenet-32 --model mvmoe_6x96 --patch 8 --router end-to-end --experts 10 --out e2e.pt
   mvmoe-train --data tiny-imagenet-32 --model vmoe_6x96 --patch 8 --experts 10 --placement last-2 --out vmoe.pt
-  mvmoe-train superclasses --help
-  mvmoe-train evaluate --help
+
+more commands, each with its own --help:
+  mvmoe-train superclasses   groups classes by what a dense model confuses
+  mvmoe-train evaluate       accuracy, router accuracy and load on validation images
+  mvmoe-train compare        trained models side by side, with paired intervals and what each needs on a device
 """
+
+COMMANDS = ("superclasses", "evaluate", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,9 +107,9 @@ def _recipe_defaults() -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; ``superclasses`` and ``evaluate`` as the first argument are commands of their own."""
+    """Entry point; each of :data:`COMMANDS` as the first argument is a command of its own."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["superclasses"], ["evaluate"]):
+    if argv and argv[0] in COMMANDS:
         return import_module(f"mvmoe_deploy.cli.{argv[0]}").main(argv[1:])
     return train(argv)
 

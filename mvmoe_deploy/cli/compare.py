@@ -1,0 +1,132 @@
+"""``mvmoe-train compare``: trained models side by side on the same images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mvmoe_deploy.cli.common import command, parser, progress_bar, read_split
+from mvmoe_deploy.errors import DataError
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.images import Preprocessing
+    from mvmoe_deploy.models.comparison import Row
+    from mvmoe_deploy.models.data import ImageSet
+
+EXAMPLES = """\
+examples:
+  mvmoe-train compare dense.pt moe.pt --data tiny-imagenet-32
+  mvmoe-train compare dense.pt super.pt random.pt end_to_end.pt vmoe.pt --data tiny-imagenet-32 --markdown
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser(
+        "Compare trained models on the same images: top-1 accuracy with the paired 95 % interval of its difference to "
+        "the first model, the difference in Mobile V-MoE's figure 3e, and what each model needs on a device.",
+        EXAMPLES,
+    )
+    p.prog = "mvmoe-train compare"
+    p.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT", help="trained models; the first is the base")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
+    p.add_argument("--split", default="val", help="which of its folders or zips")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from mvmoe_deploy import checkpoint as checkpoints
+    from mvmoe_deploy.models import load_model
+    from mvmoe_deploy.models.comparison import compare, recipe_differences
+    from mvmoe_deploy.models.evaluation import predict
+
+    loaded = [(path, checkpoints.load(path)) for path in args.checkpoints]
+    class_ids = loaded[0][1].header.class_ids
+    for path, checkpoint in loaded:
+        if checkpoint.header.class_ids != class_ids:
+            raise DataError(f"{path}: knows other classes than {args.checkpoints[0]}; they cannot be compared")
+    read: dict[Preprocessing, ImageSet] = {}
+    candidates = []
+    for name, (path, checkpoint) in zip(_names(args.checkpoints), loaded, strict=True):
+        model = load_model(checkpoint, str(path))
+        preprocessing = checkpoint.header.preprocessing
+        if preprocessing not in read:
+            read[preprocessing] = read_split(args.data, args.split, preprocessing, class_ids)
+        predictions = predict(
+            model,
+            read[preprocessing],
+            preprocessing,
+            progress=lambda items, total, name=name: progress_bar(items, total, name),  # type: ignore[misc]
+        )
+        candidates.append((name, checkpoint.header, model, predictions))
+    rows = compare(candidates)
+    images = len(candidates[0][3].labels)
+    differing = recipe_differences(rows)
+    if args.json:
+        result = {"images": images, "rows": [dataclasses.asdict(row) for row in rows], "recipes_differ_in": differing}
+        print(json.dumps(result, indent=1))
+        return
+    form = "github" if args.markdown else "simple"
+    print(_table([_accuracy(row) for row in rows], ACCURACY, form), end="\n\n")
+    print(_table([_needs(row) for row in rows], NEEDS, form), end="\n\n")
+    print(NOTE.format(images=images, split=args.split, base=rows[0].name))
+    for field, values in differing.items():
+        print(f"recipes differ in {field}: {', '.join('-' if value is None else str(value) for value in values)}")
+
+
+NOTE = """\
+{images:,} images of {split}; delta: percentage points over {base}, its paired bootstrap interval over images, and p of
+McNemar's exact test; expert MLPs that one image uses (those of different layers count apart), mean / most, of all;
+MB of fp32 weights in memory for one image, mean / most, and for all images if none is to be loaded twice"""
+ACCURACY = ["model", "routing", "top-1 %", "delta", "95 % interval", "p", "paper delta", "router %", "samples M"]
+NEEDS = ["model", "routing", "MFLOPs", "params M", "active M", "expert MLPs", "MB, one image", "MB, all images"]
+
+
+def _accuracy(row: Row) -> list[str | None]:
+    d = row.difference
+    return [
+        row.name,
+        row.routing,
+        f"{100 * row.accuracy:.2f}",
+        None if d is None else f"{d.points:+.2f}",
+        None if d is None else f"{d.low:+.2f} … {d.high:+.2f}",
+        None if d is None else f"{d.p_value:.2g}",
+        None if row.paper_points is None else f"{row.paper_points:+.2f}",
+        None if row.router_accuracy is None else f"{100 * row.router_accuracy:.1f}",
+        None if row.training_images is None else f"{row.training_images / 1e6:.2f}",
+    ]
+
+
+def _needs(row: Row) -> list[str | None]:
+    n = row.needs
+    return [
+        row.name,
+        row.routing,
+        f"{n.flops / 1e6:.2f}",
+        f"{n.parameters / 1e6:.3f}",
+        f"{n.active_parameters / 1e6:.3f}",
+        f"{n.touched:.2f} / {n.most_touched} of {n.expert_mlps}" if n.expert_mlps else None,
+        f"{n.image_bytes / 1e6:.2f} / {n.most_image_bytes / 1e6:.2f}",
+        f"{n.all_bytes / 1e6:.2f}",
+    ]
+
+
+def _table(rows: list[list[str | None]], headers: list[str], form: str) -> str:
+    """Keeps signs and trailing zeros, which :func:`mvmoe_deploy.cli.common.table` would take off."""
+    from tabulate import tabulate
+
+    columns = ["left", "left", *["right"] * (len(headers) - 2)]
+    return tabulate(rows, headers, form, missingval="-", disable_numparse=True, colalign=columns)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """File names without their suffix, or as given where two are alike."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
