@@ -224,8 +224,13 @@ def mlps_used(model: ViT, predictions: Predictions) -> Tensor | None:
     return chosen[:, None].expand(-1, model.config.moe_layers, -1)
 
 
-def recipe_differences(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """The fields in which the recipes differ, with each model's value (None where it is not recorded)."""
-    fields = dict.fromkeys(field for row in rows for field in row.recipe)
-    values = {field: [row.recipe.get(field) for row in rows] for field in fields}
-    return {field: each for field, each in values.items() if any(value != each[0] for value in each)}
+def recipe_differences(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """The fields in which the recorded recipes differ, with the value of each model that has it."""
+    known = [row for row in rows if row.recipe]
+    fields = dict.fromkeys(field for row in known for field in row.recipe)
+    values = {field: {row.name: row.recipe[field] for row in known if field in row.recipe} for field in fields}
+    return {
+        field: each
+        for field, each in values.items()
+        if len(each) < len(known) or any(value != known[0].recipe.get(field) for value in each.values())
+    }

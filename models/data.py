@@ -50,8 +50,13 @@ class ImageSet:
             held_out[rows[len(rows) - held_out_per_class :]] = True
         return self._rows(~held_out), self._rows(held_out)
 
-    def _rows(self, mask: Tensor) -> ImageSet:
-        return ImageSet(self.pixels[mask], self.labels[mask], self.class_ids, self.skipped)
+    def spaced(self, count: int) -> ImageSet:
+        """``count`` of the images, evenly spaced, so that no class is left out; all where there are no more."""
+        total = len(self.labels)
+        return self if count >= total else self._rows(torch.linspace(0, total - 1, count).long())
+
+    def _rows(self, rows: Tensor) -> ImageSet:
+        return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped)
 
 
 def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE
 from mvmoe_deploy.models.vit import ViT
 from mvmoe_deploy.models.vmoe import VMoE
+from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
 Progress = Callable[[Iterator, int], Iterator]
 """Wraps an iterator, given it and its length (a progress bar)."""
@@ -90,11 +92,24 @@ class Evaluation:
 
 @torch.no_grad()
 def predict(
-    model: ViT, images: ImageSet, preprocessing: Preprocessing, batch: int = 500, progress: Progress | None = None
+    model: ViT,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    batch: int = 500,
+    progress: Progress | None = None,
+    experts: Tensor | None = None,
 ) -> Predictions:
     """Runs a model on all images; what comes back is in their order.
 
     The tokens of a V-MoE's batch compete for places, so its answers depend on ``batch``.
+
+    Args:
+        model: any of this project's.
+        images: labelled.
+        preprocessing: the model's.
+        batch: images at once.
+        progress: wraps the iterator over batches.
+        experts: ``[n, k]`` experts of a Mobile V-MoE to use instead of its router's choice.
     """
     was_training = model.training
     model.eval()
@@ -113,7 +128,7 @@ def predict(
     for rows in progress(iter(parts), len(parts)) if progress else parts:
         x = normalise(images.pixels[rows].to(device))
         if isinstance(model, MobileVMoE):
-            routed = model.routed(x)
+            routed = model.routed(x, None if experts is None else experts[rows].to(device))
             logits = routed.logits
             by_image.append(ImageRouting(routed.router_logits.softmax(-1).cpu(), routed.chosen.cpu()))
         elif isinstance(model, VMoE):
@@ -140,6 +155,34 @@ def predict(
             torch.stack([part.overflow for part in by_token]).sum(0),
         )
     return Predictions(images.labels, torch.cat(tops)[back], routing)
+
+
+def predict_with_bundle(
+    runtime: Runtime,
+    images: ImageSet,
+    batch: int = 32,
+    progress: Progress | None = None,
+    experts: Tensor | None = None,
+) -> Predictions:
+    """:func:`predict` with an exported model; the arguments are the same."""
+    normalise = normaliser(runtime.bundle.manifest.preprocessing, torch.device("cpu"))
+    tops: list[Tensor] = []
+    routes: list[RoutedBatch] = []
+    parts = torch.arange(len(images.labels)).split(batch)
+    for rows in progress(iter(parts), len(parts)) if progress else parts:
+        logits, routed = runtime.run(
+            normalise(images.pixels[rows]).numpy(), None if experts is None else experts[rows].numpy()
+        )
+        tops.append(torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices)
+        if routed is not None:
+            routes.append(routed)
+    routing = None
+    if routes:
+        routing = ImageRouting(
+            torch.from_numpy(np.concatenate([routed.probabilities for routed in routes])),
+            torch.from_numpy(np.concatenate([routed.experts for routed in routes])),
+        )
+    return Predictions(images.labels, torch.cat(tops), routing)
 
 
 def summarise(predictions: Predictions, superclasses: Superclasses | None = None) -> Evaluation:

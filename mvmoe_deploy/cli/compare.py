@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     print(_table([_needs(row) for row in rows], NEEDS, form), end="\n\n")
     print(NOTE.format(images=images, split=args.split, base=rows[0].name))
     for field, values in differing.items():
-        print(f"recipes differ in {field}: {', '.join('-' if value is None else str(value) for value in values)}")
+        print(f"recipes differ in {field}: {', '.join(f'{name} {value}' for name, value in values.items())}")
+    if unknown := [row.name for row in rows if not row.recipe]:
+        print(f"no recipe is recorded in {', '.join(unknown)}")
 
 
 NOTE = """\

@@ -29,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--slack", type=float, default=1.5, help="largest group, as a multiple of the mean size")
     p.add_argument("--seed", type=int, default=0, help="of the clustering")
-    p.add_argument("--force", action="store_true", help="replace an existing file")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="the confusion matrix by group (default: beside --out)")
+    p.add_argument("--force", action="store_true", help="replace existing files")
     return p
 
 
@@ -39,10 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy.files import atomic_file
     from mvmoe_deploy.models import ViT, load_model
+    from mvmoe_deploy.models.pictures import draw_confusion
     from mvmoe_deploy.models.superclasses import confusion, group, suggest_names
 
-    if args.out.exists() and not args.force:
-        raise DataError(f"{args.out}: exists already; --force replaces it")
+    plot = args.plot or args.out.with_suffix(".png")
+    for path in (args.out, plot):
+        if path.exists() and not args.force:
+            raise DataError(f"{path}: exists already; --force replaces it")
     checkpoint = checkpoints.load(args.checkpoint)
     model = load_model(checkpoint, str(args.checkpoint))
     if type(model) is not ViT:
@@ -67,4 +71,5 @@ def main(argv: list[str] | None = None) -> None:
     for index, name in enumerate(names):
         members = [header.class_names[c] for c in range(len(groups)) if groups[c] == index]
         print(f"{index}: {name} ({len(members)})\n   {', '.join(members)}")
-    print(f"wrote {args.out}")
+    draw_confusion(matrix, groups, names, header.class_names, plot)
+    print(f"wrote {args.out} and {plot}")

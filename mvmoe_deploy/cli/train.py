@@ -23,10 +23,11 @@ examples:
 more commands, each with its own --help:
   mvmoe-train superclasses   groups classes by what a dense model confuses
   mvmoe-train evaluate       accuracy, router accuracy and load on validation images
+  mvmoe-train analyse        what a router does: heat map, load, accuracy per expert, gates, margins
   mvmoe-train compare        trained models side by side, with paired intervals and what each needs on a device
 """
 
-COMMANDS = ("superclasses", "evaluate", "compare")
+COMMANDS = ("superclasses", "evaluate", "analyse", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -151,13 +151,14 @@ def test_the_rows_of_figure_3e(five: tuple[Path, list[str]], capsys: pytest.Capt
     for row in rows[1:]:
         assert row["difference"]["points"] == pytest.approx(100 * (row["accuracy"] - rows[0]["accuracy"]))
     assert rows[3]["router_accuracy"] is None
-    assert result["recipes_differ_in"]["epochs"] == [2, 2, 3, 2, 2]
+    assert result["recipes_differ_in"]["epochs"] == {f"model{i}": 3 if i == 2 else 2 for i in range(5)}
+    assert list(result["recipes_differ_in"]) == ["epochs", "router"]
     for form in ([], ["--markdown"]):
         assert train.main(["compare", *paths, "--data", str(root), *form]) == 0
         out = capsys.readouterr().out
         assert "+2.72" in out
         assert "-2.48" in out
-        assert "recipes differ in epochs: 2, 2, 3, 2, 2" in out
+        assert "recipes differ in epochs: model0 2, model1 2, model2 3, model3 2, model4 2" in out
         assert out.startswith("| model" if form else "model")
 
 
@@ -171,7 +172,9 @@ def test_equal_recipes_have_no_differences() -> None:
     assert rows[1].difference is not None
     assert rows[1].difference.points == 0
     changed = dataclasses.replace(rows[1], recipe={"epochs": 1})
-    assert recipe_differences([rows[0], changed]) == {"schedule": [{"warm": [1, 2]}, None]}
+    assert recipe_differences([rows[0], changed]) == {"schedule": {"a": {"warm": [1, 2]}}}
+    unrecorded = dataclasses.replace(rows[1], recipe={})
+    assert recipe_differences([rows[0], unrecorded]) == {}
 
 
 def test_models_of_other_classes_are_refused(

@@ -1,0 +1,153 @@
+"""``mvmoe-train analyse``: what the router of a checkpoint or bundle does with labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, table
+from mvmoe_deploy.errors import DataError
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.images import Preprocessing
+    from mvmoe_deploy.models.analysis import ImageAnalysis, TokenAnalysis
+    from mvmoe_deploy.models.data import ImageSet
+
+EXAMPLES = """\
+examples:
+  mvmoe-train analyse moe.pt --data tiny-imagenet-32 --plot routing.png
+  mvmoe-train analyse moe-onnx.mvmoe --data tiny-imagenet-32 --json
+  mvmoe-train analyse vmoe.pt --data tiny-imagenet-32      experts per layer, and how many an image's tokens touch
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser(
+        "Analyse routing on labelled images: router accuracy, which classes go to which expert, load and accuracy per "
+        "expert, gates and margins; of a V-MoE per layer, with the number of experts that an image touches.",
+        EXAMPLES,
+    )
+    p.prog = "mvmoe-train analyse"
+    p.add_argument("model", type=Path, metavar="CKPT|BUNDLE", help="a routed model, trained or exported")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
+    p.add_argument("--split", default="val", help="which of its folders or zips")
+    p.add_argument("--count", type=positive_int, metavar="N", help="use N images, evenly spaced (default: all)")
+    p.add_argument("--backend", help="engine to run a bundle with (default: the one for its target)")
+    p.add_argument("--threads", type=positive_int, help="CPU threads (default: all, 1 for a bundle)")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw it all")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    result = _of_bundle(args) if args.model.is_dir() else _of_checkpoint(args)
+    if args.plot:
+        from mvmoe_deploy.models.pictures import draw_routing
+
+        draw_routing(result, args.plot, args.model.name)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(describe(result))
+
+
+def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
+    import torch
+
+    from mvmoe_deploy import checkpoint as checkpoints
+    from mvmoe_deploy.models import MobileVMoE, load_model
+    from mvmoe_deploy.models.analysis import analyse_images, analyse_tokens
+    from mvmoe_deploy.models.evaluation import ImageRouting, TokenRouting, predict
+
+    if args.backend:
+        raise DataError(f"--backend {args.backend}: {args.model} is a checkpoint, which PyTorch runs")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    checkpoint = checkpoints.load(args.model)
+    header = checkpoint.header
+    model = load_model(checkpoint, str(args.model))
+    images = _images(args, header.preprocessing, header.class_ids)
+    predictions = predict(model, images, header.preprocessing, progress=_bar("classifying"))
+    if isinstance(predictions.routing, TokenRouting):
+        return analyse_tokens(predictions, header.class_names)
+    if not isinstance(predictions.routing, ImageRouting):
+        raise _dense(args.model)
+    forced = None
+    if header.superclasses and isinstance(model, MobileVMoE) and model.k == 1:
+        experts = torch.tensor(header.superclasses.of_class)[images.labels][:, None]
+        forced = predict(model, images, header.preprocessing, progress=_bar("forced"), experts=experts)
+    return analyse_images(predictions, header.class_names, header.superclasses, forced)
+
+
+def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
+    import torch
+
+    import mvmoe_deploy
+    from mvmoe_deploy.models.analysis import analyse_images, superclasses_of
+    from mvmoe_deploy.models.evaluation import predict_with_bundle
+
+    with mvmoe_deploy.load(args.model, backend=args.backend, threads=args.threads or 1) as runtime:
+        manifest = runtime.bundle.manifest
+        if manifest.routing is None:
+            raise _dense(args.model)
+        images = _images(args, manifest.preprocessing, manifest.class_ids)
+        predictions = predict_with_bundle(runtime, images, progress=_bar("classifying"))
+        superclasses = superclasses_of(manifest)
+        forced = None
+        if superclasses and manifest.routing.k == 1:
+            experts = torch.tensor(superclasses.of_class)[images.labels][:, None]
+            forced = predict_with_bundle(runtime, images, progress=_bar("forced"), experts=experts)
+    return analyse_images(predictions, manifest.class_names, superclasses, forced)
+
+
+def _images(args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str]) -> ImageSet:
+    images = read_split(args.data, args.split, preprocessing, class_ids)
+    return images.spaced(args.count) if args.count else images
+
+
+def _dense(model: Path) -> DataError:
+    return DataError(f"{model}: is a dense model, which routes nothing")
+
+
+def _bar(title: str) -> Callable[[Iterator, int], Iterator]:
+    return lambda items, total: progress_bar(items, total, title)
+
+
+def describe(result: ImageAnalysis | TokenAnalysis) -> str:
+    """The analysis as text, without what only a picture can show."""
+    from mvmoe_deploy.models.analysis import TokenAnalysis
+
+    lines = [result.headline]
+    if isinstance(result, TokenAnalysis):
+        experts = range(len(result.load[0]))
+        rows: list[list[Any]] = [
+            [layer, *(f"{result.load[layer][expert]:.1%}" for expert in experts), f"{overflow:.1%}", f"{touched:.2f}"]
+            for layer, (overflow, touched) in enumerate(zip(result.overflow, result.mean_touched, strict=True))
+        ]
+        return "\n".join([*lines, "", table(rows, ["MoE layer", *map(str, experts), "overflow", "touched"])])
+    rows = [
+        [
+            index,
+            name,
+            f"{result.load[index]:.1%}",
+            None if result.fair_load is None else f"{result.fair_load[index]:.1%}",
+            None if accuracy is None else f"{accuracy:.1%}",
+        ]
+        for index, (name, accuracy) in enumerate(zip(result.expert_names, result.expert_accuracy, strict=True))
+    ]
+    p1, p10, p50, p90 = result.margin_percentiles
+    return "\n".join(
+        [
+            *lines,
+            f"margin of the router's first choice over its second: median {p50:.2f} "
+            f"(1 % below {p1:.3f}, 10 % below {p10:.2f}, 10 % above {p90:.2f})",
+            "",
+            table(rows, ["expert", "is for", "load", "its images", "top-1 of its images"]),
+        ]
+    )
