@@ -244,4 +244,24 @@ def read_json(path: Path) -> Results:
         raise ConfigError(f"{path}: not a benchmark's JSON ({error})") from None
     if results.format != FORMAT:
         raise ConfigError(f"{path}: has format {results.format}, this version reads {FORMAT}; measure again")
+    if problem := _inconsistency(results):
+        raise ConfigError(f"{path}: {problem}; the file was altered or cut, measure again")
     return results
+
+
+def _inconsistency(results: Results) -> str | None:
+    """What the types cannot say; None where all is well."""
+    names = [row.name for row in results.rows]
+    if not names:
+        return "holds no rows"
+    if len(set(names)) != len(names):
+        return "names a row twice"
+    for row in results.rows:
+        if any(latency is not None and not latency.samples for latency in (row.warm, row.hit, row.switch)):
+            return f"row {row.name!r} has a latency without samples"
+        cold = row.cold_start
+        if cold and not len(cold.interpreter) == len(cold.imports) == len(cold.load) == len(cold.first_run) > 0:
+            return f"row {row.name!r} has parts of cold starts that do not belong together"
+        if row.accuracy and len({len(counts) for counts in row.accuracy.heat_map}) > 1:
+            return f"row {row.name!r} has a heat map that is not a rectangle"
+    return None

@@ -33,8 +33,16 @@ class ExportError(MvmoeError):
     """A checkpoint that cannot be exported, or whose output may not be written."""
 
 
-class VerificationError(MvmoeError):
-    """An export whose pieces do not agree with the PyTorch checkpoint. The command line exits with 1."""
+class CheckFailed(MvmoeError):  # noqa: N818  (it says what happened)
+    """Something was checked and is not as it should be. The command line exits with 1."""
+
+
+class VerificationError(CheckFailed):
+    """An export whose pieces do not agree with the PyTorch checkpoint."""
+
+
+class RegressionError(CheckFailed):
+    """A benchmark that became worse than its limit by more than the noise."""
 
 
 class DataError(MvmoeError):

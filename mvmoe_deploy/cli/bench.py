@@ -22,6 +22,10 @@ more measurements, each with its own --help:
   mvmoe-bench figures      what this project holds itself to: export time, bytes, latency and memory ratios
   mvmoe-bench parity       every target at every precision against PyTorch, on labelled images
   mvmoe-bench executorch   what the ExecuTorch target's lowering buys
+
+with the JSON of earlier runs:
+  mvmoe-bench report       tables, CSV, Markdown or a self-contained HTML page
+  mvmoe-bench compare      what changed between two runs beyond the noise; fails on a regression, for CI
 """
 
 
@@ -37,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-MORE = {"figures": "figures", "parity": "parity", "executorch": "executorch_lowering"}
+MORE = {
+    "figures": "figures",
+    "parity": "parity",
+    "executorch": "executorch_lowering",
+    "report": "render",
+    "compare": "compare",
+}
 
 
 @command

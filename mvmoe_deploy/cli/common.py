@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mvmoe_deploy.errors import MvmoeError, VerificationError
+from mvmoe_deploy.errors import CheckFailed, MvmoeError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
@@ -33,7 +33,7 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
         try:
             main(argv)
             return 0
-        except VerificationError as error:
+        except CheckFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return CHECK_FAILED
         except MvmoeError as error:
