@@ -19,10 +19,14 @@ from mvmoe_deploy.checkpoint import Checkpoint
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, ViTConfig, VMoE, VMoEConfig, build
+from mvmoe_deploy.models.flops import mlp_flops, model_flops, model_macs
 from mvmoe_deploy.models.mobile_vmoe import Experts, MoEBlock
 from mvmoe_deploy.models.routing import capacity
 from mvmoe_deploy.models.vit import Block, Mlp, classify, embed
 from mvmoe_deploy.models.vmoe import TokenMoEBlock
+
+RANDOM = "random"
+"""What a checkpoint's training summary says of weights that nobody trained: their accuracy is not worth measuring."""
 
 
 class StockViT(ViT):
@@ -40,7 +44,9 @@ def random_checkpoint(config: ViTConfig, path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = build(config)
     names = [f"class {index}" for index in range(config.classes)]
-    header = checkpoints.new_header(config.to_dict(), names, names, Preprocessing(size=config.image_size))
+    header = checkpoints.new_header(
+        config.to_dict(), names, names, Preprocessing(size=config.image_size), training={"weights": RANDOM}
+    )
     checkpoints.save(path, Checkpoint(header, dict(model.state_dict())))
     return path
 
@@ -66,10 +72,16 @@ def dense_wide(config: MobileVMoEConfig) -> ViT:
     return model.eval()
 
 
-def dense_wide_macs(config: MobileVMoEConfig, dense_macs: int) -> int:
-    """Multiply-accumulates of :func:`dense_wide`, given those of the dense baseline."""
+def dense_wide_flops(config: MobileVMoEConfig) -> int:
+    """FLOPs of one image through :func:`dense_wide`, by the convention of :mod:`mvmoe_deploy.models.flops`."""
+    wide = dataclasses.replace(config.dense, mlp_ratio=config.experts * config.mlp_ratio)
+    return model_flops(config.dense) + config.moe_layers * (mlp_flops(wide) - mlp_flops(config.dense))
+
+
+def dense_wide_macs(config: MobileVMoEConfig) -> int:
+    """Multiply-accumulates likewise."""
     mlp = 2 * config.mlp_ratio * config.tokens * config.width**2
-    return dense_macs + (config.experts - 1) * config.moe_layers * mlp
+    return model_macs(config.dense) + (config.experts - 1) * config.moe_layers * mlp
 
 
 class AllExperts(nn.Module):
@@ -111,9 +123,10 @@ class SelectingBlock(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor, chosen: Tensor, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.attn(self.norm1(x), n)
-        weights = self.experts
-        hidden = F.gelu(self.norm2(x) @ weights.w1[chosen] + weights.b1[chosen])
-        return x + (hidden @ weights.w2[chosen] + weights.b2[chosen]) * gate[:, None, None]
+        all_ = self.experts
+        # index_select becomes one Gather; of an index in brackets the exporter makes more
+        w1, b1, w2, b2 = (tensor.index_select(0, chosen) for tensor in (all_.w1, all_.b1, all_.w2, all_.b2))
+        return x + (F.gelu(self.norm2(x) @ w1 + b1) @ w2 + b2) * gate[:, None, None]
 
 
 class StackedMlp(nn.Module):

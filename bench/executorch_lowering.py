@@ -15,11 +15,12 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from executorch.runtime import Runtime
 
 import mvmoe_deploy
-from mvmoe_deploy.bench.latency import interleave, percentiles
+from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.exporters.executorch import Lowered, lower
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
@@ -78,9 +79,11 @@ def measure(moe: MobileVMoE, dense: ViT, directory: Path, rounds: int) -> dict[s
         },
         rounds,
     )
-    medians = {name: percentiles(samples).p50 for name, samples in {**whole, **trunks}.items()}
+    samples = {**whole.samples, **trunks.samples}
+    percentiles = {name: np.percentile(values, [50, 90, 99]).tolist() for name, values in samples.items()}
+    medians = {name: values[0] for name, values in percentiles.items()}
     return {
-        "ms": {name: vars(percentiles(samples)) for name, samples in {**whole, **trunks}.items()},
+        "ms": {name: dict(zip(("p50", "p90", "p99"), values, strict=True)) for name, values in percentiles.items()},
         "routed_to_dense": round(medians["moe"] / medians["dense"], 3),
         "rewritten_to_naive": round(medians["rewritten"] / medians["naive"], 3),
         "delegation": {

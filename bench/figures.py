@@ -22,10 +22,13 @@ import numpy as np
 import mvmoe_deploy
 from mvmoe_deploy.backends import Backend, LoadedPiece, open_backend
 from mvmoe_deploy.bench.baselines import export_stock, random_checkpoint
-from mvmoe_deploy.bench.latency import interleave, paired_ratio
-from mvmoe_deploy.bench.memory import measure
+from mvmoe_deploy.bench.bootstrap import ratio_estimate
+from mvmoe_deploy.bench.compared import of_bundle
+from mvmoe_deploy.bench.latency import interleave
+from mvmoe_deploy.bench.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import positive_int, table
+from mvmoe_deploy.errors import BackendError
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
 from mvmoe_deploy.models.flops import total_parameters
@@ -56,8 +59,7 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
         for scale in ("12x192", "6x64"):
             yield _in_fresh_process("routed_against_dense", scale, threads, rounds, folder)
     yield _in_fresh_process("routed_against_stock", "12x192", 1, rounds, folder)
-    a = [measure(routed.path).model for _ in range(5)]
-    b = [measure(dense.path, max_resident=None).model for _ in range(5)]
+    a, b = ([_memory(bundle.path) for _ in range(5)] for bundle in (routed, dense))
     yield Figure(
         "memory, one resident expert / dense baseline",
         statistics.median(a) / statistics.median(b),
@@ -107,7 +109,7 @@ def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) ->
     size = routed.manifest.preprocessing.size
     batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     with mvmoe_deploy.load(routed.path, threads=threads) as a, mvmoe_deploy.load(dense.path, threads=threads) as b:
-        samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds)
+        samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds).samples
     return _latency_figure(f"routed p50 / dense p50, {scale}, {threads} thread(s)", samples, "routed", "dense", 1.05)
 
 
@@ -130,7 +132,7 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
             "routed": lambda _: runtime.run(batch),
             "stock": lambda _: session.run(None, {name: batch}),
         }
-        samples = interleave(candidates, rounds)
+        samples = interleave(candidates, rounds).samples
     what = f"routed p50 / stock torch.onnx.export of the dense baseline, {scale}, {threads} thread"
     return _latency_figure(what, samples, "routed", "stock", 1.0)
 
@@ -160,15 +162,22 @@ def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Fig
             tokens, probabilities = trunk(preprocess(image, routed.manifest.preprocessing)[None])
             tail(tokens, probabilities[:, expert])
 
-        samples = interleave({"predict": lambda _: runtime.predict(image), "bare": bare}, rounds)
+        samples = interleave({"predict": lambda _: runtime.predict(image), "bare": bare}, rounds).samples
     difference = np.median(np.array(samples["predict"]) - np.array(samples["bare"]))
     detail = f"{np.median(samples['predict']):.3f} ms - {np.median(samples['bare']):.3f} ms"
     return Figure(f"predict(array) minus bare runs and preprocessing, {scale}, ms", float(difference), 0.1, detail)
 
 
+def _memory(bundle: Path) -> int:
+    memory = measure_memory(of_bundle(bundle), sweep=False)
+    if memory is None:
+        raise BackendError("memory: proportional set sizes are Linux's; measure there")
+    return memory.used.total
+
+
 def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, bar: float) -> Figure:
     p50 = {name: statistics.median(values) for name, values in samples.items()}
-    paired = paired_ratio(samples, a, b)
+    paired = ratio_estimate(samples[a], samples[b]).value
     return Figure(what, p50[a] / p50[b], bar, f"{p50[a]:.2f} ms / {p50[b]:.2f} ms, paired by round {paired:.3f}")
 
 

@@ -1,85 +1,128 @@
-"""Memory of one model: proportional set size after it was used minus that just before it was opened.
+"""Memory of a model: proportional set size beyond that of the process just before the model was opened.
 
-Each configuration runs in a fresh process, since memory that was once taken and given back stays with a process.
-``python -m mvmoe_deploy.bench.memory`` is that process; :func:`measure` starts it.
+Each figure comes from a fresh process, since memory that was once taken and given back stays with a process. The
+engine is imported before; the split into anonymous and file-backed memory is the kernel's (``smaps_rollup``).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
+import msgspec
+import numpy as np
 
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.bench.configuration import (
+    Configuration,
+    Opened,
+    expert_turn,
+    import_engine,
+    open_configuration,
+    synthetic_batch,
+)
+from mvmoe_deploy.bench.fresh import answer, in_fresh_process
+from mvmoe_deploy.bench.results import Memory, MemoryPoint
 
-
-@dataclass(frozen=True)
-class Memory:
-    """In bytes.
-
-    Attributes:
-        before: proportional set size with everything imported, before the bundle was opened.
-        after: the same after the predictions.
-        ledger: weights the runtime says it holds.
-    """
-
-    before: int
-    after: int
-    ledger: int
-
-    @property
-    def model(self) -> int:
-        """What the model takes."""
-        return self.after - self.before
+PREDICTIONS = 100
+ROLLUP = Path("/proc/self/smaps_rollup")
 
 
-def measure(bundle: Path, predictions: int = 100, max_resident: int | None = 1, threads: int = 1) -> Memory:
-    """Measures a bundle in a fresh process.
+class _Request(msgspec.Struct):
+    configuration: Configuration
+    threads: int
+    sweep: bool
+
+
+class _Answer(msgspec.Struct):
+    points: list[MemoryPoint]
+    peak: int
+
+
+def measure_memory(c: Configuration, threads: int = 1, sweep: bool = True) -> Memory | None:
+    """Measures a configuration in fresh processes.
 
     Args:
-        bundle: its directory.
-        predictions: how many are made; all experts get their share, so that evicting is part of it.
-        max_resident: most resident tails; None for a dense model or no bound.
-        threads: of the runtime.
+        c: what to measure.
+        threads: of the engine.
+        sweep: also after each further expert became resident, in a second process; else ``by_resident`` is empty.
+
+    Returns:
+        None where the platform has no proportional set size (it is Linux's).
 
     Raises:
-        BackendError: the process failed.
+        BackendError: a process failed.
     """
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "mvmoe_deploy.bench.memory",
-        str(bundle),
-        str(predictions),
-        str(max_resident or 0),
-    ]
-    done = subprocess.run([*command, str(threads)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BackendError(f"{bundle}: measuring memory failed: {done.stderr.strip().splitlines()[-1]}")
-    return Memory(**json.loads(done.stdout))
+    if not ROLLUP.exists():
+        return None
+    what = f"{c.name}: measuring memory failed"
+    bounded = in_fresh_process("memory", _Request(c, threads, False), _Answer, what)
+    loaded, used = bounded.points
+    by_resident = [used] if not c.experts else []
+    if sweep and c.experts:
+        by_resident = in_fresh_process("memory", _Request(c, threads, True), _Answer, what).points
+    return Memory(loaded, used, by_resident, bounded.peak)
 
 
-def _main(path: str, predictions: int, max_resident: int, threads: int) -> None:
-    import numpy as np
+def _measure(request: _Request) -> _Answer:
+    c = request.configuration
+    import_engine(c.backend)
+    batch = synthetic_batch(c)
+    pixels = np.zeros((c.preprocessing.size, c.preprocessing.size, 3), np.uint8)
+    before = _now()
+    start_of_peak = _reset_peak()
+    model = open_configuration(c, request.threads, None if request.sweep else c.k)
+    points = []
+    if request.sweep:
+        for count in range(1, c.experts + 1):
+            experts = np.array([[(count - 1 + i) % c.experts for i in range(c.k)]])
+            for _ in range(3):  # the second run of a graph may still take memory that it keeps
+                model.run(batch, experts)
+            points.append(_point(model, before))
+    else:
+        points.append(_point(model, before))
+        model.predict(pixels)
+        for number in range(PREDICTIONS):
+            # all experts in turn, so that evicting is part of it
+            model.run(batch, expert_turn(c, number) if c.opened_as == "bundle" else None)
+        points.append(_point(model, before))
+    return _Answer(points, max(0, _status("VmHWM") - start_of_peak))
 
-    import mvmoe_deploy
-    import mvmoe_deploy.backends.onnxruntime
 
-    size = json.loads((Path(path) / "manifest.json").read_text())["preprocessing"]["size"]
-    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
-    before = psutil.Process().memory_full_info().pss
-    with mvmoe_deploy.load(path, max_resident=max_resident or None, threads=threads) as runtime:
-        for number in range(predictions):
-            runtime.predict(images[number % len(images)])
-        after = psutil.Process().memory_full_info().pss
-        stats = runtime.stats()
-    print(json.dumps(asdict(Memory(before, after, stats.fixed_bytes + stats.resident_bytes))))
+def _point(model: Opened, before: dict[str, int]) -> MemoryPoint:
+    now = _now()
+    stats = model.stats()
+    ledger = None if stats is None else stats.fixed_bytes + stats.resident_bytes + stats.unfreed_bytes
+    return MemoryPoint(
+        0 if stats is None else len(stats.resident),
+        now["Pss_Anon"] - before["Pss_Anon"],
+        now["Pss"] - now["Pss_Anon"] - (before["Pss"] - before["Pss_Anon"]),
+        ledger,
+    )
+
+
+def proportional_set_size() -> int:
+    """Of this process, in bytes (Linux)."""
+    return _now()["Pss"]
+
+
+def _now() -> dict[str, int]:
+    """Fields of smaps_rollup in bytes; file-backed is what is not anonymous (files and shared memory)."""
+    lines = ROLLUP.read_text().splitlines()[1:]
+    return {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
+
+
+def _reset_peak() -> int:
+    """Sets the peak back to what is used now, where the kernel allows it; returns what is used now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _status("VmHWM")
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], *map(int, sys.argv[2:5]))
+    answer(_Request, _measure)

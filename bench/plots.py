@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mvmoe_deploy.bench.report import Report
+from mvmoe_deploy.bench.results import Results, Row
 from mvmoe_deploy.files import atomic_file
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
 """Paul Tol's bright palette, which colour-blind readers can tell apart."""
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Writes a PNG: every latency sample with its quartiles, and what each model's weights take.
 
     Raises:
@@ -23,14 +23,14 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (latency, memory) = pyplot.subplots(
-        1, 2, figsize=(9, 1.6 + 0.55 * len(report.rows)), layout="constrained", sharey=True, width_ratios=(3, 2)
+        1, 2, figsize=(9, 1.6 + 0.55 * len(results.rows)), layout="constrained", sharey=True, width_ratios=(3, 2)
     )
-    rows = report.rows[::-1]  # the first row on top
+    rows = results.rows[::-1]  # the first row on top
     places = range(len(rows))
     # every sample counts in the table; the axis ends at the 99th percentile so that the bulk can be seen
-    edge = max(row.latency.p99 for row in rows)
+    edge = max(row.warm.p99.value for row in rows)
     boxes = latency.boxplot(
-        [row.samples for row in rows],
+        [row.warm.samples for row in rows],
         orientation="horizontal",
         positions=places,
         whis=(1, 99),
@@ -45,8 +45,8 @@ def draw(report: Report, path: Path) -> None:
         line.set_color("black")
     for place, row in zip(places, rows, strict=True):
         latency.annotate(
-            f"{row.latency.p50:.2f} ms",
-            (row.latency.p50, place),
+            f"{row.warm.p50.value:.2f} ms",
+            (row.warm.p50.value, place),
             (0, 14),
             textcoords="offset points",
             ha="center",
@@ -60,8 +60,10 @@ def draw(report: Report, path: Path) -> None:
     for place, row in zip(places, rows, strict=True):
         colour = COLOURS[(len(rows) - 1 - place) % len(COLOURS)]
         memory.barh(place, row.bytes_on_disk / 1e6, 0.5, color=colour, alpha=0.3)
-        memory.barh(place, row.memory.model / 1e6, 0.28, color=colour)
-        memory.annotate(f" {row.memory.model / 1e6:.1f}", (row.memory.model / 1e6, place), va="center", fontsize=8)
+        used = _used(row)
+        if used is not None:
+            memory.barh(place, used, 0.28, color=colour)
+            memory.annotate(f" {used:.1f}", (used, place), va="center", fontsize=8)
     memory.set_xlabel("MB (solid: in memory, pale: on disk)")
     memory.set_title("memory, one resident expert", loc="left")
     for axis in (latency, memory):
@@ -69,8 +71,8 @@ def draw(report: Report, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     figure.suptitle(
-        f"{report.machine['processor']}, {report.method['threads']} thread(s), "
-        f"{report.method['rounds']} interleaved rounds",
+        f"{results.machine['processor']}, {results.method['threads']} thread(s), "
+        f"at least {results.method['rounds']} interleaved rounds",
         fontsize=9,
         x=0.01,
         ha="left",
@@ -78,3 +80,8 @@ def draw(report: Report, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     pyplot.close(figure)
+
+
+def _used(row: Row) -> float | None:
+    """MB with one resident expert."""
+    return None if row.memory is None else row.memory.used.total / 1e6

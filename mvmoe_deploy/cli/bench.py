@@ -1,4 +1,4 @@
-"""``mvmoe-bench``: FLOPs, memory and latency of bundles against each other."""
+"""``mvmoe-bench``: FLOPs, bytes, memory, latency and accuracy of configurations against each other."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, table
-from mvmoe_deploy.errors import BackendError, ImageError
+from mvmoe_deploy.cli.common import command, parser, positive_int
+from mvmoe_deploy.errors import BackendError, ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.bench.measure import Images, Plan
 
 EXAMPLES = """\
 examples:
-  mvmoe-bench --device cpu                       the zoo's model against its dense baseline
-  mvmoe-bench dense.pt birds.mvmoe --threads 2   ratios are to the first one
+  mvmoe-bench --device cpu                        the zoo's model against its dense baseline (about a minute)
+  mvmoe-bench dense.pt birds.mvmoe --threads 2    ratios are to the first one
+  mvmoe-bench --full --data DIR --json all.json   every baseline, sweeps, throughput, accuracy
+  mvmoe-bench --suite paper --scales 12x192,6x64  random weights at the paper's scales, beside its figures
 
 more measurements, each with its own --help:
   mvmoe-bench figures      what this project holds itself to: export time, bytes, latency and memory ratios
@@ -28,14 +34,40 @@ with the JSON of earlier runs:
   mvmoe-bench compare      what changed between two runs beyond the noise; fails on a regression, for CI
 """
 
+BASELINES = "dense,stock,dense-wide,all-experts,vmoe"
+FULL_BASELINES = "stock,dense-wide,all-experts,vmoe"
+
 
 def build_parser() -> argparse.ArgumentParser:
     p = parser("Measure bundles (or checkpoints, exported first) against each other.", EXAMPLES)
     p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
     p.add_argument("--device", default="cpu", help="cpu")
-    p.add_argument("--images", type=Path, metavar="DIR", help="real images (default: synthetic ones)")
+    p.add_argument("--suite", choices=["paper"], help="the 12 scales of the paper's figure 3a, random weights")
+    p.add_argument("--scales", metavar="6x64,…", help="only these scales of the suite")
+    p.add_argument(
+        "--backends", default="onnxruntime", metavar="LIST",
+        help="of checkpoints: some of onnxruntime,executorch,coreml,torch",
+    )  # fmt: skip
+    p.add_argument(
+        "--baselines", default="", metavar="LIST", help=f"made from the first routed checkpoint: some of {BASELINES}"
+    )
+    images = p.add_mutually_exclusive_group()
+    images.add_argument("--images", type=Path, metavar="DIR", help="real images (default: synthetic ones)")
+    images.add_argument(
+        "--data", type=Path, metavar="DIR", help="labelled images, as mvmoe-train takes them: accuracy and routing too"
+    )
+    p.add_argument("--count", type=positive_int, default=1000, help="labelled images used, evenly spaced")
     p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
-    p.add_argument("--rounds", type=positive_int, default=300, help="latency samples per model")
+    p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
+    p.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="shortest time per kind of latency")
+    p.add_argument("--cold-starts", type=int, default=5, metavar="N", help="processes started per row; 0 leaves it out")
+    p.add_argument("--memory-sweep", action="store_true", help="memory after each further expert became resident")
+    p.add_argument("--throughput", action="store_true", help="images per second for batches of 1 to 64")
+    p.add_argument("--residency", action="store_true", help="hit rate, latency and memory for 1 to E resident experts")
+    p.add_argument(
+        "--full", action="store_true",
+        help=f"all of the above three, torch as well, and the baselines {FULL_BASELINES}; 300 rounds, 10 cold starts",
+    )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw latency and memory")
     return p
@@ -59,50 +91,81 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.device != "cpu":
         raise BackendError(f"--device {args.device}: only cpu can be measured here")
-    from mvmoe_deploy import models
-    from mvmoe_deploy.bench import report
-    from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
-    from mvmoe_deploy.models.data import image_files
+    if args.suite and args.models:
+        raise ConfigError("--suite measures the paper's scales: give it no models")
+    if args.scales and not args.suite:
+        raise ConfigError("--scales is for --suite paper")
+    from mvmoe_deploy.bench import tables
+    from mvmoe_deploy.bench.results import write_json
 
-    with contextlib.ExitStack() as stack:
-        given = args.models or [models.ZOO / "dense.safetensors", models.ZOO / "moe.safetensors"]
-        bundles = [stack.enter_context(_as_bundle(path)) for path in given]
-        images = image_files(args.images) if args.images else list(synthetic_pixels(256, SYNTHETIC_IMAGES))
-        if not images:
-            raise ImageError(f"{args.images}: holds no images")
-        progress = _Progress()
-        result = report.run(bundles, images, args.threads, args.rounds, progress)
-        progress.close()
-    print(table(report.table_rows(result), report.HEADERS))
-    machine = result.machine
-    print(
-        f"{machine['processor']}, {args.threads} thread(s), {args.rounds} interleaved rounds, "
-        f"load {machine['load_average'][0]:.1f}; memory with one resident expert; "
-        f"ratio of latencies to {result.rows[0].name}"
-    )
+    if args.full:
+        args.memory_sweep = args.throughput = args.residency = True
+        args.baselines = args.baselines or FULL_BASELINES
+        args.backends = ",".join(dict.fromkeys([*_list(args.backends), "torch"]))
+        args.rounds, args.cold_starts = max(args.rounds, 300), max(args.cold_starts, 10)
+    with tempfile.TemporaryDirectory(prefix="mvmoe-bench-") as folder, _progress() as progress:
+        results = _measure(args, Path(folder), progress)
+    for table in tables.tables(results):
+        print(f"{table.title}\n\n{tables.text(table)}\n")
     if args.json:
-        report.write_json(result, args.json)
+        write_json(results, args.json)
     if args.plot:
         from mvmoe_deploy.bench.plots import draw
 
-        draw(result, args.plot)
+        draw(results, args.plot)
 
 
-@contextlib.contextmanager
-def _as_bundle(path: Path) -> Iterator[Path]:
-    """A bundle as it is; a checkpoint exported to ONNX for as long as it is needed."""
-    if path.is_dir():
-        yield path
-        return
-    from mvmoe_deploy.exporters.pipeline import export_checkpoint
+def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Any:
+    from mvmoe_deploy import models
+    from mvmoe_deploy.bench.compared import prepare
+    from mvmoe_deploy.bench.measure import measure
+    from mvmoe_deploy.bench.suite import choose_scales, run_suite
 
-    print(f"exporting {path} …", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        yield export_checkpoint(path, "onnx", Path(folder) / f"{path.stem}.mvmoe").path
+    backends, baselines = _list(args.backends), _list(args.baselines)
+    images, plan = _images(args), _plan(args)
+    if args.suite:
+        return run_suite(choose_scales(args.scales), images, plan, folder, backends, baselines, progress)
+    given = args.models or [models.ZOO / "dense.safetensors", models.ZOO / "moe.safetensors"]
+    prepared = prepare(given, folder, backends, baselines, progress=lambda what: progress(what, 0, 1))
+    return measure(prepared, images, plan, progress)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from mvmoe_deploy.bench.measure import Plan
+
+    return Plan(
+        args.threads,
+        args.rounds,
+        args.min_seconds,
+        args.cold_starts,
+        args.memory_sweep,
+        args.throughput,
+        args.residency,
+        count=args.count,
+    )
+
+
+def _images(args: argparse.Namespace) -> Images:
+    from mvmoe_deploy.bench.measure import Images
+    from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
+    from mvmoe_deploy.models.data import image_files
+
+    if args.data:
+        return Images([], f"validation images of {args.data.name}", args.data)
+    if not args.images:
+        return Images(list(synthetic_pixels(256, SYNTHETIC_IMAGES)), "synthetic (seed 0)")
+    files = image_files(args.images)
+    if not files:
+        raise ImageError(f"{args.images}: holds no images")
+    return Images(files, f"{len(files)} of {args.images.name}")
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 class _Progress:
-    """A bar per stage of the benchmark."""
+    """One line that says what is being done, with a bar."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
@@ -117,6 +180,15 @@ class _Progress:
     def close(self) -> None:
         """Removes the bar."""
         self._bar.close()
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[_Progress]:
+    progress = _Progress()
+    try:
+        yield progress
+    finally:
+        progress.close()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from mvmoe_deploy.bench.baselines import (
     AllExperts,
     VMoEGraph,
     dense_wide,
+    dense_wide_flops,
     dense_wide_macs,
     export_stock,
     random_checkpoint,
@@ -23,7 +24,7 @@ from mvmoe_deploy.bench.baselines import (
 from mvmoe_deploy.checkpoint import load
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.models.flops import model_macs, total_parameters
+from mvmoe_deploy.models.flops import model_flops, model_macs, total_parameters
 from mvmoe_deploy.runtime import Runtime
 
 
@@ -109,7 +110,9 @@ def test_the_wide_dense_model_is_as_large_as_all_experts() -> None:
     assert parameters == total_parameters(config) - router - biases
     assert wide(tiny.inputs(2)).shape == (2, tiny.CLASSES)
     one_mlp = 2 * 4 * config.tokens * config.width**2
-    assert dense_wide_macs(config, model_macs(config.dense)) == model_macs(config.dense) + 3 * one_mlp
+    assert dense_wide_macs(config) == model_macs(config.dense) + 3 * one_mlp
+    hidden = 3 * 4 * config.tokens * config.width  # further biases and GELUs
+    assert dense_wide_flops(config) == model_flops(config.dense) + 2 * 3 * one_mlp + hidden + 4 * hidden
 
 
 def test_the_vmoe_beside_a_mobile_vmoe_has_its_shape() -> None:

@@ -1,0 +1,84 @@
+"""From process start to the first prediction, as an app does it. Run as a script by ``coldstart.py``, never imported.
+
+Standard library only until the clock of each step runs: arguments are ``bundle|graph|checkpoint``, backend, path,
+a ``.npy`` file of decoded images, threads; then mean and standard deviation for a bare graph. Prints five moments.
+"""
+
+import time
+
+STARTED = time.monotonic()
+
+import sys  # noqa: E402
+
+
+def bundle(backend: str, path: str, image: str, threads: int) -> list[float]:
+    """The runtime, each file compared with its sha256 when it is loaded."""
+    from importlib import import_module
+
+    import numpy as np
+
+    import mvmoe_deploy
+    from mvmoe_deploy.backends import MODULES
+
+    import_module(MODULES[backend])
+    if backend == "executorch":
+        import_module("executorch.runtime")  # which the backend imports when it is opened
+    pixels = np.load(image)[0]
+    imported = time.monotonic()
+    runtime = mvmoe_deploy.load(path, threads=threads, check="lazy", backend=backend)
+    loaded = time.monotonic()
+    runtime.predict(pixels)
+    return [imported, loaded, time.monotonic()]
+
+
+def graph(path: str, image: str, threads: int, mean: str, std: str) -> list[float]:
+    """Nothing but numpy and onnxruntime, no hash and no manifest."""
+    import numpy as np
+    import onnxruntime as ort
+
+    pixels = np.load(image)[0]
+    imported = time.monotonic()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    loaded = time.monotonic()
+    scale = [np.array([float(each) for each in text.split(",")], np.float32) for text in (mean, std)]
+    batch = ((pixels / np.float32(255) - scale[0]) / scale[1]).transpose(2, 0, 1)[None]
+    (logits,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(batch)})
+    logits.argmax()
+    return [imported, loaded, time.monotonic()]
+
+
+def checkpoint(path: str, image: str, threads: int) -> list[float]:
+    """PyTorch, eager."""
+    import numpy as np
+    import torch
+
+    from mvmoe_deploy import checkpoint as checkpoints
+    from mvmoe_deploy.images import preprocess
+    from mvmoe_deploy.models import load_model
+
+    torch.set_num_threads(threads)
+    pixels = np.load(image)[0]
+    imported = time.monotonic()
+    loaded_checkpoint = checkpoints.load(path)
+    model = load_model(loaded_checkpoint)
+    loaded = time.monotonic()
+    with torch.inference_mode():
+        model(torch.from_numpy(preprocess(pixels, loaded_checkpoint.header.preprocessing)[None])).argmax().item()
+    return [imported, loaded, time.monotonic()]
+
+
+def main(how: str, backend: str, path: str, image: str, threads: str, *scale: str) -> None:
+    """Prints when the script started, had imported, had loaded and had predicted."""
+    if how == "bundle":
+        moments = bundle(backend, path, image, int(threads))
+    elif how == "graph":
+        moments = graph(path, image, int(threads), *scale)
+    else:
+        moments = checkpoint(path, image, int(threads))
+    print(STARTED, *moments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

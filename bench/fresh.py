@@ -1,0 +1,41 @@
+"""Measurements that need a process of their own: what a process once did stays with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from mvmoe_deploy.errors import BackendError
+
+T = TypeVar("T")
+
+
+def in_fresh_process(module: str, request: Any, result: type[T], what: str) -> T:
+    """Runs ``python -m mvmoe_deploy.bench.MODULE`` with a request on standard input.
+
+    Args:
+        module: one that calls :func:`answer`.
+        request: any value that msgspec writes as JSON.
+        result: type of the answer.
+        what: names the measurement in an error.
+
+    Raises:
+        BackendError: the process failed; its last line says why.
+    """
+    # -P: the working directory may be the checkout, whose folder mvmoe_deploy lacks the packages that lie beside it
+    command = [sys.executable, "-P", "-m", f"mvmoe_deploy.bench.{module}"]
+    done = subprocess.run(command, input=msgspec.json.encode(request), capture_output=True, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise BackendError(f"{what}: {lines[-1] if lines else f'exit status {done.returncode}'}")
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=result)
+
+
+def answer(request: type[T], measure: Callable[[T], Any]) -> None:
+    """The other end: reads a request from standard input, prints what ``measure`` returns as the last line."""
+    value = measure(msgspec.json.decode(sys.stdin.buffer.read(), type=request))
+    print(msgspec.json.encode(value).decode())
