@@ -153,6 +153,10 @@ def prepare(
     Raises:
         MvmoeError: something cannot be read or exported; baselines without a routed checkpoint.
     """
+    for what, names, known in (("backend", backends, [*TARGETS, "torch"]), ("baseline", baselines, BASELINES)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
     made: list[Configuration] = []
     routed: Path | None = None
     stems = unique([path.stem for path in given])
@@ -184,8 +188,6 @@ def unique(names: Sequence[str]) -> list[str]:
 def _of_backend(path: Path, backend: str, folder: Path, name: str, group: str, progress: Progress) -> Configuration:
     if backend == "torch":
         return of_checkpoint(path, name, group)
-    if backend not in TARGETS:
-        raise ConfigError(f"unknown backend {backend!r}: expected one of {', '.join([*TARGETS, 'torch'])}")
     target = TARGETS[backend]
     out = folder / f"{name.replace(' ', '-').replace('#', '')}-{target}.mvmoe"
     if not out.exists():
@@ -230,8 +232,6 @@ def _baseline(
         assert isinstance(vmoe, VMoE)
         rows = [_exported(VMoEGraph(vmoe), header, shape.to_dict(), "vmoe", group, folder, progress)]
         return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if "torch" in backends else [])]
-    if baseline not in BASELINES:
-        raise ConfigError(f"unknown baseline {baseline!r}: expected one of {', '.join(BASELINES)}")
     path = folder / "random-dense.pt"
     if not path.exists():
         random_checkpoint(config.dense, path)

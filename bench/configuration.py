@@ -6,7 +6,6 @@ It travels to fresh processes as JSON, so this file imports no PyTorch.
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -208,10 +207,3 @@ def expert_turn(c: Configuration, number: int) -> NDArray[np.int64] | None:
     if not c.experts:
         return None
     return (np.arange(c.k)[None] + number * c.k) % c.experts
-
-
-def pixels_file(folder: Path, pixels: NDArray[np.uint8]) -> Path:
-    """Writes decoded images for a fresh process to read."""
-    path = folder / "pixels.npy"
-    np.save(path, pixels)
-    return path

@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.errors import BackendError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.bench.measure import Images, Plan
+    from mvmoe_deploy.bench.results import Results
 
 EXAMPLES = """\
 examples:
@@ -39,6 +40,8 @@ FULL_BASELINES = "stock,dense-wide,all-experts,vmoe"
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from mvmoe_deploy.bench.render import add_outputs
+
     p = parser("Measure bundles (or checkpoints, exported first) against each other.", EXAMPLES)
     p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
     p.add_argument("--device", default="cpu", help="cpu")
@@ -69,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"all of the above three, torch as well, and the baselines {FULL_BASELINES}; 300 rounds, 10 cold starts",
     )  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
+    add_outputs(p)
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw latency and memory")
     return p
 
@@ -95,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--suite measures the paper's scales: give it no models")
     if args.scales and not args.suite:
         raise ConfigError("--scales is for --suite paper")
-    from mvmoe_deploy.bench import tables
+    from mvmoe_deploy.bench.render import show, write_outputs
     from mvmoe_deploy.bench.results import write_json
 
     if args.full:
@@ -105,17 +109,17 @@ def main(argv: list[str] | None = None) -> None:
         args.rounds, args.cold_starts = max(args.rounds, 300), max(args.cold_starts, 10)
     with tempfile.TemporaryDirectory(prefix="mvmoe-bench-") as folder, _progress() as progress:
         results = _measure(args, Path(folder), progress)
-    for table in tables.tables(results):
-        print(f"{table.title}\n\n{tables.text(table)}\n")
-    if args.json:
+    if args.json:  # first: what took minutes to measure is kept whatever becomes of the rest
         write_json(results, args.json)
+    print(show(results))
+    write_outputs(results, args)
     if args.plot:
         from mvmoe_deploy.bench.plots import draw
 
         draw(results, args.plot)
 
 
-def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Any:
+def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Results:
     from mvmoe_deploy import models
     from mvmoe_deploy.bench.compared import prepare
     from mvmoe_deploy.bench.measure import measure

@@ -16,6 +16,7 @@ import tiny
 from exported import kept_traces
 from PIL import Image
 
+from mvmoe_deploy.bench.results import read_json
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.cli import bench, evaluate, export, inspect, run, superclasses, train
 from mvmoe_deploy.exporters import onnx as onnx_target
@@ -221,19 +222,22 @@ def test_inspect_shows_a_bundle_whose_report_is_another(
 
 
 def test_bench(bundle_path: Path, dense_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "report.json"
-    argv = [str(dense_path), str(bundle_path), "--rounds", "12", "--json", str(file)]
-    assert bench.main(argv) == 0
+    file, page = tmp_path / "results.json", tmp_path / "results.md"
+    argv = [str(dense_path), str(bundle_path), "--rounds", "12", "--min-seconds", "0", "--cold-starts", "1"]
+    assert bench.main([*argv, "--json", str(file), "--markdown", str(page)]) == 0
     assert "dense" in capsys.readouterr().out
-    report = json.loads(file.read_text())
-    dense, moe = report["rows"]
-    assert (dense["ratio"], len(moe["samples"])) == (1.0, 12)
+    assert "| moe" in page.read_text()
+    results = read_json(file)
+    dense, moe = results.rows
+    assert dense.ratio is not None
+    assert (dense.ratio.value, len(moe.warm.samples)) == (1.0, 12)
     for row, config in ((dense, tiny.dense_config()), (moe, tiny.moe_config())):
-        assert row["parameters"] == total_parameters(config)
-        assert (row["flops"], row["macs"]) == (model_flops(config), model_macs(config))
-    assert moe["bytes_first_image"] < moe["bytes_on_disk"]
-    assert np.percentile(moe["samples"], 50) == pytest.approx(moe["latency"]["p50"])
-    assert {"processor", "cores", "onnxruntime", "commit"} <= set(report["machine"])
+        assert row.parameters == total_parameters(config)
+        assert (row.flops, row.macs) == (model_flops(config), model_macs(config))
+    assert moe.bytes_first_image < moe.bytes_on_disk
+    assert np.percentile(moe.warm.samples, 50) == pytest.approx(moe.warm.p50.value)
+    assert {"processor", "cores", "onnxruntime", "commit"} <= set(results.machine)
+    assert results.method["rounds"] == 12
 
 
 def test_bench_refuses(bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +245,12 @@ def test_bench_refuses(bundle_path: Path, tmp_path: Path, capsys: pytest.Capture
     assert "only cpu" in fails(capsys, bench.main, bundle_path, "--device", "npu")
     assert "holds no images" in fails(capsys, bench.main, bundle_path, "--images", tmp_path / "empty")
     assert "not a bundle" in fails(capsys, bench.main, tmp_path)
+    assert "give it no models" in fails(capsys, bench.main, bundle_path, "--suite", "paper")
+    assert "--scales is for --suite" in fails(capsys, bench.main, bundle_path, "--scales", "6x64")
+    assert "'x' is not of the form" in fails(capsys, bench.main, "--suite", "paper", "--scales", "x")
+    assert "need a routed checkpoint" in fails(capsys, bench.main, bundle_path, "--baselines", "stock")
+    assert "unknown baseline 'fast'" in fails(capsys, bench.main, "--baselines", "fast")
+    assert "unknown backend 'tpu'" in fails(capsys, bench.main, "--backends", "tpu")
 
 
 # as processes
