@@ -24,9 +24,10 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.models.augmentation import augment
 from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.evaluation import evaluate
-from mvmoe_deploy.models.mobile_vmoe import MobileVMoE
+from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, StackedLinear
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.vit import ViT
 from mvmoe_deploy.models.vmoe import VMoE
@@ -51,12 +52,17 @@ class Recipe:
         warmup_epochs: length of the warm-up.
         label_smoothing: share of the target spread over all classes.
         crop_padding: images are padded by this many pixels and cropped back at random.
+        min_crop: crop a random part of each image, of at least this share of its area, and resample it, instead of
+            cropping with padding (Inception's crops, arXiv 1409.4842); 0 is off.
+        jitter: brightness, contrast and saturation change by up to this share; 0 is off.
         flip: mirror half of the images.
         mixup: alpha of mixup's Beta distribution; 0 switches it off.
         router: what Mobile V-MoE's router learns: ``super-class``, ``random`` (super-classes drawn at random) or
             ``end-to-end``.
         router_weight: weight of the router loss in ``L = L_class + 0.3 · L_router``.
         auxiliary_weight: weight of importance and load loss together, half of each, of an end-to-end trained router.
+        expert_pull: share of the way that each step at full learning rate takes every expert towards the mean of its
+            layer's experts. An expert sees a tenth of the images and overfits them; 0 is off.
         clip: largest gradient norm.
         seed: of the order of the images and of augmentation.
         precision: ``fp32`` or ``bf16`` (autocast).
@@ -70,49 +76,34 @@ class Recipe:
     warmup_epochs: float = 1.0
     label_smoothing: float = 0.1
     crop_padding: int = 4
+    min_crop: float = 0.0
+    jitter: float = 0.0
     flip: bool = True
     mixup: float = 0.0
     router: str = "super-class"
     router_weight: float = 0.3
     auxiliary_weight: float = 0.01
+    expert_pull: float = 0.0
     clip: float = 1.0
     seed: int = 0
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "batch": 1, "warmup_epochs": 0, "weight_decay": 0, "crop_padding": 0, "mixup": 0,
-                    "router_weight": 0, "auxiliary_weight": 0, "label_smoothing": 0, "seed": 0}  # fmt: skip
+                    "router_weight": 0, "auxiliary_weight": 0, "seed": 0}  # fmt: skip
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least {least}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be above 0")
-        if self.label_smoothing >= 1:
-            raise ConfigError(f"recipe: label_smoothing is {self.label_smoothing}, must be below 1")
+        for name in ("label_smoothing", "min_crop", "jitter", "expert_pull"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least 0 and below 1")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"recipe: optimizer is {self.optimizer!r}, must be one of {', '.join(OPTIMIZERS)}")
         if self.router not in ROUTERS:
             raise ConfigError(f"recipe: router is {self.router!r}, must be one of {', '.join(ROUTERS)}")
-
-
-def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
-    """Random crops with padding and mirror images of a uint8 batch ``[B, 3, S, S]``; the same shape comes back."""
-    batch, _, size, _ = images.shape
-    device = images.device
-    columns = torch.arange(size, device=device).repeat(batch, 1)
-    rows = columns
-    if recipe.flip:
-        flipped = torch.rand(batch, 1, generator=generator).to(device) < 0.5
-        columns = torch.where(flipped, size - 1 - columns, columns)
-    if recipe.crop_padding:
-        pad = recipe.crop_padding
-        images = F.pad(images, [pad] * 4)
-        shift = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator).to(device)
-        rows, columns = rows + shift[0], columns + shift[1]
-    everything = torch.arange(batch, device=device)[:, None, None, None]
-    channels = torch.arange(3, device=device)[None, :, None, None]
-    return images[everything, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 class Trainer:
@@ -261,9 +252,10 @@ class Trainer:
                 share = float(torch._sample_dirichlet(torch.tensor([recipe.mixup] * 2), generator=generator)[0])
                 partner = torch.randperm(len(rows), generator=generator).to(self.device)
                 x, other = share * x + (1 - share) * x[partner], labels[partner]
+            rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = self._learning_rate(self.epoch * self.steps_per_epoch + step)
+                    group["lr"] = rate
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = self._loss(x, labels, other, share)
             self.model.zero_grad(set_to_none=True)
@@ -279,7 +271,16 @@ class Trainer:
                 )
             for optimizer in self.optimizers:
                 optimizer.step()
+            if recipe.expert_pull:
+                self._pull_experts(recipe.expert_pull * rate / recipe.learning_rate)
         return float(total) / self.steps_per_epoch
+
+    @torch.no_grad()
+    def _pull_experts(self, share: float) -> None:
+        for module in self.model.modules():
+            if isinstance(module, StackedLinear):
+                for stack in (module.weight, module.bias):
+                    stack.lerp_(stack.mean(0, keepdim=True).expand_as(stack), share)
 
     def _loss(self, x: Tensor, labels: Tensor, other: Tensor, share: float) -> Tensor:
         """``L = L_class + 0.3 · L_router`` (section 3.2), both mixed where mixup mixed the images.

@@ -93,9 +93,12 @@ RECIPE_FLAGS = [
     ("warmup_epochs", "--warmup-epochs", "epochs of linear warm-up"),
     ("label_smoothing", "--label-smoothing", "share of the target spread over all classes"),
     ("crop_padding", "--crop-padding", "pixels of padding before the random crop"),
+    ("min_crop", "--min-crop", "crop a random part of at least this share of each image instead; 0 is off"),
+    ("jitter", "--jitter", "change brightness, contrast and saturation by up to this share; 0 is off"),
     ("mixup", "--mixup", "alpha of mixup; 0 is off"),
     ("router_weight", "--router-weight", "weight of the router loss"),
     ("auxiliary_weight", "--auxiliary-weight", "weight of the auxiliary losses, of routers trained end to end"),
+    ("expert_pull", "--expert-pull", "pull experts towards their mean at each step by this share; 0 is off"),
     ("clip", "--clip", "largest gradient norm"),
     ("seed", "--seed", "of weights, order and augmentation"),
 ]

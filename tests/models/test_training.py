@@ -29,7 +29,7 @@ from mvmoe_deploy.models.data import ImageSet, read_images
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.superclasses import random_groups
-from mvmoe_deploy.models.training import Recipe, Trainer, augment
+from mvmoe_deploy.models.training import Recipe, Trainer
 
 CLASSES, EXPERTS = 8, 4
 SHAPE = ["--image-size", "8", "--patch", "4", "--threads", "1", "--batch", "32", "--lr", "0.005", "--crop-padding", "1"]
@@ -126,7 +126,8 @@ def test_a_dense_model_and_upcycling_it(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [["--mixup", "0.3"], ["--precision", "bf16"], ["-k", "2"], ["--router-input", "mean"],
-                                  ["--optimizer", "muon"]])  # fmt: skip
+                                  ["--optimizer", "muon"], ["--min-crop", "0.4", "--jitter", "0.3"],
+                                  ["--expert-pull", "0.01"]])  # fmt: skip
 def test_every_option_trains(data: Path, tmp_path: Path, more: list[str]) -> None:
     assert train.main(moe(data, tmp_path / "moe.pt", 1, *more)) == 0
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "moe.pt").values())
@@ -300,6 +301,17 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None
     assert others + sum(updated[name].numel() for name in names) == sum(p.numel() for p in model.parameters())
 
 
+def test_pulled_experts_stay_as_close_to_their_mean_as_asked(data: Path, tmp_path: Path) -> None:
+    def spread(pull: str) -> float:
+        out = tmp_path / f"{pull}.pt"
+        assert train.main(moe(data, out, 3, "--expert-pull", pull)) == 0
+        weight = weights(out)["blocks.1.mlp.fc1.weight"]
+        return float((weight - weight.mean(0)).abs().max())
+
+    free, pulled, alike = spread("0"), spread("0.3"), spread("0.999")
+    assert alike < pulled / 2 < free / 4
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -307,7 +319,7 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None
         (["--batch", "0"], "batch is 0, must be at least 1"),
         (["--lr", "nan"], "learning_rate is nan, must be above 0"),
         (["--lr", "-1"], "learning_rate is -1.0, must be above 0"),
-        (["--label-smoothing", "1"], "label_smoothing is 1.0, must be below 1"),
+        (["--label-smoothing", "1"], "label_smoothing is 1.0, must be at least 0 and below 1"),
         (["--mixup", "-1"], "mixup is -1.0, must be at least 0"),
         (["--clip", "0"], "clip is 0.0, must be above 0"),
         (["--experts", "3"], "there are 4 super-classes but 3 experts"),
@@ -337,30 +349,6 @@ def test_a_router_needs_super_classes(data: Path, tmp_path: Path, capsys: pytest
 
 
 # its parts
-
-
-def test_augmentation_keeps_shape_and_takes_a_crop_of_each_image() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.arange(1, 5, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
-    result = augment(images, Recipe(crop_padding=2), generator)
-    assert (result.shape, result.dtype) == (images.shape, torch.uint8)
-    for index, image in enumerate(result):
-        assert set(image.unique().tolist()) <= {0, index + 1}
-        assert (image == index + 1).sum() >= 3 * 6 * 6
-
-
-def test_without_augmentation_images_stay_as_they_are() -> None:
-    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(augment(images, Recipe(crop_padding=0, flip=False), torch.Generator()), images)
-
-
-def test_mirroring_is_left_to_right() -> None:
-    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    result = augment(images, Recipe(crop_padding=0), torch.Generator().manual_seed(0))
-    mirrored = [bool(torch.equal(r, i.flip(-1))) for r, i in zip(result, images, strict=True)]
-    kept = [bool(torch.equal(r, i)) for r, i in zip(result, images, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
-    assert 16 < sum(mirrored) < 48
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
