@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.models.analysis import BINS, ImageAnalysis, TokenAnalysis
+from mvmoe_deploy.models.capacity import CapacityCurve
 
-BLUE, RED, GREY = "#4477aa", "#ee6677", "#bbbbbb"
+BLUE, RED = "#4477aa", "#ee6677"
 """Of Paul Tol's bright palette, which colour-blind readers can tell apart."""
 ROWS = 100
 """Classes in one column of a heat map; more go into further columns."""
@@ -43,7 +44,7 @@ def draw_confusion(
     order = _within_groups(matrix, groups)
     ends = np.cumsum(np.bincount(groups, minlength=len(group_names)))
     classes = len(matrix)
-    side = float(np.clip(0.065 * classes, 5, 30))
+    side = float(np.clip(0.075 * classes, 5, 30))
     figure = _figure(side + 4.5, side + 1.5)
     axis = figure.add_subplot()
     lowest = 10 ** np.floor(np.log10(np.median(matrix)))
@@ -62,7 +63,7 @@ def draw_confusion(
             f"{_wrapped(name)}\n({end - start})", (1.01, (start + end) / 2 - 0.5), xycoords=("axes fraction", "data"),
             va="center", fontsize=8,
         )  # fmt: skip
-    bar = figure.colorbar(image, ax=axis, location="top", fraction=0.02, pad=0.01, aspect=60)
+    bar = figure.colorbar(image, ax=axis, location="top", fraction=0.01, pad=0.01, aspect=50, shrink=0.5)
     bar.set_label("share of the true class's probability (logarithmic)")
     _save(figure, path)
 
@@ -156,6 +157,32 @@ def _draw_tokens(a: TokenAnalysis, path: Path, title: str) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
     _tidy(panels.flat)
     figure.suptitle(f"{title}: {a.headline}", fontsize=10, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def draw_capacity(curve: CapacityCurve, path: Path, title: str) -> None:
+    """Draws accuracy against capacity, vanilla and Batch Priority Routing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = _figure(7, 4.5)
+    axis = figure.add_subplot()
+    for order, label, colour, marker in (
+        ("bpr", "Batch Priority Routing", BLUE, "o"),
+        ("vanilla", "vanilla", RED, "s"),
+    ):
+        points = [point for point in curve.points if point.order == order]
+        accuracy = 100 * np.array([point.accuracy for point in points])
+        axis.plot([point.factor for point in points], accuracy, color=colour, marker=marker, ms=5, label=label)
+    axis.axvline(curve.trained_factor, color="black", lw=1, ls=":", label="capacity of training")
+    axis.set_xlim(left=0)
+    axis.set_xlabel("capacity: places of all experts for each choice of a token")
+    axis.set_ylabel("top-1, %")
+    axis.legend(frameon=False, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"{title}: {curve.images:,} images in batches of {curve.batch}", fontsize=10, loc="left")
     _save(figure, path)
 
 

@@ -25,9 +25,10 @@ more commands, each with its own --help:
   mvmoe-train evaluate       accuracy, router accuracy and load on validation images
   mvmoe-train analyse        what a router does: heat map, load, accuracy per expert, gates, margins
   mvmoe-train compare        trained models side by side, with paired intervals and what each needs on a device
+  mvmoe-train capacity       a V-MoE's accuracy against the capacity its experts are given
 """
 
-COMMANDS = ("superclasses", "evaluate", "analyse", "compare")
+COMMANDS = ("superclasses", "evaluate", "analyse", "compare", "capacity")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,82 @@
+"""``mvmoe-train capacity``: a trained V-MoE's accuracy against the capacity that its experts are given."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, table
+from mvmoe_deploy.errors import DataError
+
+FACTORS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05]
+
+EXAMPLES = """\
+example:
+  mvmoe-train capacity vmoe.pt --data tiny-imagenet-32 --plot capacity.png
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser(
+        "Evaluate a trained V-MoE at several capacity factors, without and with Batch Priority Routing: below 1, "
+        "experts have fewer places than there are tokens, and the rest skip their MLP.",
+        EXAMPLES,
+    )
+    p.prog = "mvmoe-train capacity"
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained V-MoE")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
+    p.add_argument("--split", default="val", help="which of its folders or zips")
+    p.add_argument("--factors", type=float, nargs="+", metavar="F", help=f"default: {' '.join(map(str, FACTORS))}")
+    p.add_argument("--batch", type=positive_int, default=500, help="images whose tokens share the places")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the curve")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    from tqdm import tqdm
+
+    from mvmoe_deploy import checkpoint as checkpoints
+    from mvmoe_deploy.models import VMoE, load_model
+    from mvmoe_deploy.models.capacity import capacity_curve
+    from mvmoe_deploy.models.pictures import draw_capacity
+
+    checkpoint = checkpoints.load(args.checkpoint)
+    header = checkpoint.header
+    model = load_model(checkpoint, str(args.checkpoint))
+    if not isinstance(model, VMoE):
+        raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
+    factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})
+    images = read_split(args.data, args.split, header.preprocessing, header.class_ids)
+    with tqdm(total=2 * len(factors), desc="capacity", delay=2, disable=None, leave=False, file=sys.stderr) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        curve = capacity_curve(model, images, header.preprocessing, factors, args.batch, progress)
+    if args.plot:
+        draw_capacity(curve, args.plot, args.checkpoint.name)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(curve), indent=1))
+        return
+    rows = [
+        [
+            f"{vanilla.factor:g}",
+            f"{vanilla.flops / 1e6:.2f}",
+            f"{vanilla.accuracy:.2%}",
+            f"{bpr.accuracy:.2%}",
+            f"{bpr.gain.points:+.2f} ({bpr.gain.low:+.2f} … {bpr.gain.high:+.2f})" if bpr.gain else None,
+            f"{vanilla.overflow:.1%}",
+        ]
+        for vanilla, bpr in zip(curve.points[::2], curve.points[1::2], strict=True)
+    ]
+    print(table(rows, ["capacity", "MFLOPs, at most", "vanilla", "BPR", "gain (95 % interval)", "overflow"]))
+    print(
+        f"{curve.images:,} images in mixed batches of {curve.batch}, trained at {curve.trained_factor:g}; "
+        "the gain in percentage points, paired by image"
+    )
