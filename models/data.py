@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,12 @@ class ImageSet:
                 )
             held_out[rows[len(rows) - held_out_per_class :]] = True
         return self._rows(~held_out), self._rows(held_out)
+
+    def sha256(self) -> str:
+        """Of the pixels and labels, to tell one set from another."""
+        digest = hashlib.sha256(self.pixels.contiguous().numpy())
+        digest.update(self.labels.contiguous().numpy())
+        return digest.hexdigest()
 
     def spaced(self, count: int) -> ImageSet:
         """``count`` of the images, evenly spaced, so that no class is left out; all where there are no more."""

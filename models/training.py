@@ -148,13 +148,15 @@ class Trainer:
         self.optimizers = _optimizers(model, recipe)
         superclasses = header.superclasses
         self.superclass_of = torch.tensor(superclasses.of_class, device=device) if superclasses else None
+        self.images_sha256 = train.sha256()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resume: model config, recipe and the size of the data."""
+        """What must be equal for a resume: model config, recipe, images, and the checkpoint that was started from."""
         return {
             "model": self.header.model,
             **dataclasses.asdict(self.recipe),
-            "training images": len(self.train_set.labels),
+            "checkpoint to start from": self.header.training.get("started_from", {}).get("sha256"),
+            "set of training images": f"{len(self.train_set.labels)} images, sha256 {self.images_sha256}",
             "classes": self.header.class_ids,
             "superclasses": self.header.superclasses.of_class if self.header.superclasses else None,
         }

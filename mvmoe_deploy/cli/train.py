@@ -126,6 +126,7 @@ def train(argv: list[str] | None = None) -> None:
 
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy import models
+    from mvmoe_deploy.bundle import sha256
     from mvmoe_deploy.checkpoint import Superclasses
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.data import read_class_names, read_superclasses
@@ -211,7 +212,11 @@ def train(argv: list[str] | None = None) -> None:
             model = models.from_dense(source, config)
         else:
             raise DataError(f"{args.init}: is a {source.config}, cannot start a {config} from it")
-        training["started_from"] = {"file": args.init.name, "training": start.header.training}
+        training["started_from"] = {
+            "file": args.init.name,
+            "sha256": sha256(args.init),
+            "training": start.header.training,
+        }
     images = read("train", class_ids)
     if args.hold_out:
         images, _ = images.split(args.hold_out)

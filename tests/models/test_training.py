@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
@@ -218,7 +219,7 @@ def interrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--epochs", "4"], "epochs"),
         (["--seed", "1"], "seed"),
         (["--mixup", "0.5"], "mixup"),
-        (["--hold-out", "1"], "training images"),
+        (["--hold-out", "1"], "set of training images"),
         (["--model", "mvmoe_2x16"], "model"),
     ],
 )
@@ -229,6 +230,25 @@ def test_resuming_with_another_configuration_is_refused_and_names_it(
     error = fails(capsys, *moe(data, interrupted, 3, *change, "--resume"))
     assert f"was started with another {field} (" in error
     assert interrupted.read_bytes() == before
+
+
+def test_resuming_on_other_images_or_from_another_checkpoint_is_refused(
+    data: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many images and the same options; one pixel, or the checkpoint, is another."""
+    changed = tmp_path / "changed"
+    shutil.copytree(data, changed)
+    file = changed / "train" / "n0001" / "000.png"
+    with Image.open(file) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(file)
+    error = fails(capsys, *moe(changed, interrupted, 3, "--resume"))
+    assert "was started with another set of training images (96 images, sha256 " in error
+    start = tmp_path / "start.pt"
+    config = models.config_from_name("vit_2x32", image_size=8, patch_size=4, classes=CLASSES)
+    checkpoints.save(start, tiny.checkpoint_of(tiny.lively_model(config)))
+    error = fails(capsys, *moe(data, interrupted, 3, "--resume", "--from", str(start)))
+    assert "was started with another checkpoint to start from (None, now " in error
 
 
 def test_a_damaged_state_is_refused(data: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
