@@ -17,18 +17,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 import mvmoe_deploy
 from mvmoe_deploy.backends import Backend, LoadedPiece, open_backend
 from mvmoe_deploy.bench.baselines import export_stock, random_checkpoint
 from mvmoe_deploy.bench.bootstrap import ratio_estimate
-from mvmoe_deploy.bench.compared import of_bundle
+from mvmoe_deploy.bench.coldstart import measure_cold_start
+from mvmoe_deploy.bench.compared import of_bundle, prepare
+from mvmoe_deploy.bench.configuration import Configuration
 from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.bench.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import positive_int, table
 from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.exporters.pipeline import export_checkpoint
+from mvmoe_deploy.exporters.targets import Options, target_module
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
 from mvmoe_deploy.models.flops import total_parameters
@@ -59,13 +64,25 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
         for scale in ("12x192", "6x64"):
             yield _in_fresh_process("routed_against_dense", scale, threads, rounds, folder)
     yield _in_fresh_process("routed_against_stock", "12x192", 1, rounds, folder)
-    a, b = ([_memory(bundle.path) for _ in range(5)] for bundle in (routed, dense))
+    whole = _all_experts("12x192", folder)
+    a, b, c = ([_memory(each) for _ in range(5)] for each in (of_bundle(routed.path), of_bundle(dense.path), whole))
     yield Figure(
         "memory, one resident expert / dense baseline",
         statistics.median(a) / statistics.median(b),
         1.15,
         f"{statistics.median(a) / 1e6:.1f} MB / {statistics.median(b) / 1e6:.1f} MB",
     )
+    yield Figure(
+        "memory, one resident expert / one graph of all experts",
+        statistics.median(a) / statistics.median(c),
+        0.6,
+        f"{statistics.median(a) / 1e6:.1f} MB / {statistics.median(c) / 1e6:.1f} MB",
+    )
+    yield cold_start(of_bundle(routed.path), whole, folder)
+    yield _in_fresh_process("expert_switch", "12x192", 1, rounds, folder)
+    if "swappable" in target_module("onnx").LAYOUTS:
+        yield _in_fresh_process("swappable_switch", "12x192", 1, rounds, folder)
+        yield _in_fresh_process("swappable_warm", "12x192", 1, rounds, folder)
     yield _in_fresh_process("predict_overhead", "12x192", 1, rounds, folder)
     code = (
         "import sys, mvmoe_deploy; print(sum(m in sys.modules for m in ('torch', 'onnx', 'executorch', 'coremltools')))"
@@ -137,6 +154,72 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
     return _latency_figure(what, samples, "routed", "stock", 1.0)
 
 
+def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeats: int = 20) -> Figure:
+    """Process start to first prediction, against the graph of all experts in a bare onnxruntime session."""
+    image = folder / "image.npy"
+    size = routed.preprocessing.size
+    np.save(image, np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8))
+    routed = msgspec.structs.replace(routed, name="routed")
+    found = measure_cold_start([routed, whole], image, repeats=repeats)
+    a, b = found["routed"], found[whole.name]
+    parts = [
+        " + ".join(f"{statistics.median(part):.0f}" for part in (c.interpreter, c.imports, c.load, c.first_run))
+        for c in (a, b)
+    ]
+    detail = f"interpreter + imports + load + run: {parts[0]} ms / {parts[1]} ms"
+    return Figure("cold start / one graph of all experts", a.total.value / b.total.value, 0.8, detail)
+
+
+def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Loading a tail that is not resident and running it, against running one that is; files in the page cache."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    tails = _Tails(routed, threads)
+    samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
+    return _latency_figure(f"expert switch / warm tail run, {scale}", samples, "switch", "warm", 6.0)
+
+
+def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """The same of the swappable layout, against a warm run of the standalone tail."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
+    samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
+    what = f"expert switch, swappable / warm standalone tail run, {scale}"
+    return _latency_figure(what, samples, "switch", "warm", 2.0)
+
+
+def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """``run`` of one preprocessed image, its expert resident, in both layouts."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    size = routed.manifest.preprocessing.size
+    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    paths = (_swappable(scale, folder).path, routed.path)
+    a, b = (mvmoe_deploy.load(path, threads=threads) for path in paths)
+    candidates = {"swappable": lambda _: a.run(batch), "standalone": lambda _: b.run(batch)}
+    samples = interleave(candidates, rounds).samples
+    return _latency_figure(f"warm total, swappable / standalone, {scale}", samples, "swappable", "standalone", 1.05)
+
+
+class _Tails:
+    """The tails of a bundle, fed with the tokens of one image."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._backend = open_backend(bundle, threads=threads)
+        self._pieces = bundle.pieces("tail")
+        size = bundle.manifest.preprocessing.size
+        batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+        tokens, probabilities = self._backend.load(bundle.piece("trunk"))(batch)
+        self._inputs = (tokens, probabilities[:, 0])
+        self._resident = self._backend.load(self._pieces[0])
+
+    def switch(self, number: int) -> None:
+        """Another tail than the last time, loaded, run and dropped."""
+        self._backend.load(self._pieces[1 + number % (len(self._pieces) - 1)])(*self._inputs)
+
+    def warm(self, _: int) -> None:
+        """A tail that is resident."""
+        self._resident(*self._inputs)
+
+
 def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
     """``predict(array)`` minus its bare session runs and preprocessing, in milliseconds."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
@@ -168,8 +251,8 @@ def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Fig
     return Figure(f"predict(array) minus bare runs and preprocessing, {scale}, ms", float(difference), 0.1, detail)
 
 
-def _memory(bundle: Path) -> int:
-    memory = measure_memory(of_bundle(bundle), sweep=False)
+def _memory(c: Configuration) -> int:
+    memory = measure_memory(c, sweep=False)
     if memory is None:
         raise BackendError("memory: proportional set sizes are Linux's; measure there")
     return memory.used.total
@@ -183,8 +266,6 @@ def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, 
 
 def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
     """Bundles of a scale and of its dense baseline, exported once."""
-    from mvmoe_deploy.exporters.pipeline import export_checkpoint
-
     config = config_from_name(name)
     assert isinstance(config, MobileVMoEConfig)
     scale = f"{config.depth}x{config.width}"
@@ -195,6 +276,19 @@ def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
             export_checkpoint(random_checkpoint(shape, folder / f"{scale}-{kind}.pt"), "onnx", out)
         bundles.append(open_bundle(out))
     return bundles[0], bundles[1]
+
+
+def _swappable(scale: str, folder: Path) -> Bundle:
+    """The same weights in the swappable layout."""
+    out = folder / f"{scale}-swappable.mvmoe"
+    if not out.exists():
+        export_checkpoint(folder / f"{scale}-moe.pt", "onnx", out, options=Options(layout="swappable"))
+    return open_bundle(out)
+
+
+def _all_experts(scale: str, folder: Path) -> Configuration:
+    """The same weights as one graph that selects the expert inside."""
+    return prepare([folder / f"{scale}-moe.pt"], folder, ["torch"], ["all-experts"])[-1]
 
 
 def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, folder: Path) -> Figure:

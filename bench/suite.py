@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def run_suite(
             if not path.exists():
                 random_checkpoint(config_from_name(f"{kind}_{scale}"), path)
             checkpoints.append(path)
-        prepared = prepare(checkpoints, within, backends, baselines, scale, lambda what, step=step: step(what, 0, 1))
+        prepared = prepare(checkpoints, within, backends, baselines, scale, functools.partial(step, part=0, total=1))
         configurations = [
             msgspec.structs.replace(
                 c,
