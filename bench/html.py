@@ -13,7 +13,8 @@ from mvmoe_deploy.bench.tables import Table, display_name, fact, noise_reasons, 
 from mvmoe_deploy.errors import BackendError
 
 SECTIONS = {
-    "models": ("Models", "What was measured: compute by the paper's convention, weights, and what a device downloads."),
+    "models": ("Models", "What was measured, and what a device downloads."),
+    "work": ("Work and accuracy", "Compute by the paper's convention and as counted in the exported graphs; accuracy."),
     "measured": ("Results", "One line per model. Ratios are to the baseline of the same group, paired round by round."),
     "accuracy": ("Accuracy", "What a model costs against how often it is right."),
     "latency": ("Latency", "One image at a time, experts resident, all models taking turns; nothing is trimmed."),

@@ -36,7 +36,7 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """Every table that the results have data for; columns that nothing was measured for are left out."""
-    made = [_models(results), _measured(results), _cold_start(results), _experts(results)]
+    made = [_models(results), _work(results), _measured(results), _cold_start(results), _experts(results)]
     made += [_memory(results), _throughput(results), _residency(results), _routing(results)]
     return [shown for table in made if (shown := _without_empty_columns(table)) is not None]
 
@@ -145,8 +145,7 @@ def write_text(content: str, path: Path) -> None:
 
 def _models(results: Results) -> Table:
     headers = [
-        "model", "kind", "engine", "precision", "layout", "MFLOPs", "MMACs", "counted MMACs", "params M", "active M",
-        "disk MB", "first image MB", "per expert MB",
+        "model", "kind", "engine", "precision", "layout", "disk MB", "first image MB", "per expert MB",
     ]  # fmt: skip
     rows: list[list[Cell]] = [
         [
@@ -155,11 +154,6 @@ def _models(results: Results) -> Table:
             plain(row.backend),
             plain(row.precision),
             plain(row.layout),
-            _millions(row.flops),
-            _millions(row.macs),
-            _millions(row.counted_macs),
-            _millions(row.parameters),
-            _millions(row.active_parameters),
             _millions(row.bytes_on_disk),
             _millions(row.bytes_first_image),
             _millions(statistics.fmean(row.bytes_per_expert)) if row.bytes_per_expert else None,
@@ -169,10 +163,35 @@ def _models(results: Results) -> Table:
     return Table("models", "Models", headers, rows)
 
 
+def _work(results: Results) -> Table:
+    headers = [
+        "model", "params M", "active M", "MFLOPs", "MMACs", "counted MMACs", "paper MFLOPs", "paper top-1 %", "top-1 %",
+        "top-5 %", "router %", "mJ",
+    ]  # fmt: skip
+    rows: list[list[Cell]] = [
+        [
+            display_name(row),
+            _millions(row.parameters),
+            _millions(row.active_parameters),
+            _millions(row.flops),
+            _millions(row.macs),
+            _millions(row.counted_macs),
+            row.paper.mflops if row.paper else None,
+            row.paper.top1 if row.paper else None,
+            100 * row.accuracy.top1 if row.accuracy else None,
+            100 * row.accuracy.top5 if row.accuracy else None,
+            100 * row.accuracy.router if row.accuracy and row.accuracy.router is not None else None,
+            row.energy.value if row.energy else None,
+        ]
+        for row in results.rows
+    ]
+    note = "MACs of the model as written down; counted in the exported graphs, whose last block computes one token."
+    return Table("work", "Work and accuracy", headers, rows, note)
+
+
 def _measured(results: Results) -> Table:
     headers = [
-        "model", "p50 ms (95 %)", "p90 ms", "p99 ms", "ratio (95 %)", "first ms", "hit ms", "switch ms",
-        "cold start ms", "memory MB", "top-1 %", "router %", "mJ",
+        "model", "p50 ms (95 %)", "p90 ms", "p99 ms", "ratio (95 %)", "first ms", "switch ms", "cold ms", "memory MB",
     ]  # fmt: skip
     rows: list[list[Cell]] = [
         [
@@ -182,13 +201,9 @@ def _measured(results: Results) -> Table:
             row.warm.p99.value,
             interval(row.ratio),
             row.warm.first,
-            row.hit.p50.value if row.hit else None,
             row.switch.p50.value if row.switch else None,
             row.cold_start.total.value if row.cold_start else None,
             _millions(row.memory.used.total) if row.memory else None,
-            100 * row.accuracy.top1 if row.accuracy else None,
-            100 * row.accuracy.router if row.accuracy and row.accuracy.router is not None else None,
-            row.energy.value if row.energy else None,
         ]
         for row in results.rows
     ]

@@ -76,7 +76,7 @@ def test_every_part_is_there_if_measured_and_absent_if_not(chromium: browser.Bro
     assert full.sections == [*SECTIONS, "method"]
     for words in ("mobile-vmoe", "stock †", "coefficient of variation 0.31", "Imagined CPU", "interleaved", "group 3"):
         assert words in full.text
-    assert chromium.look(pages["bare"], DESKTOP).sections == ["models", "measured", "latency", "method"]
+    assert chromium.look(pages["bare"], DESKTOP).sections == ["models", "work", "measured", "latency", "method"]
 
 
 @browser.needs_browser
