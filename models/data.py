@@ -1,10 +1,13 @@
-"""Image folders and zips of them, decoded once into memory, and their super-classes."""
+"""Image folders and zips of them, decoded once, and their super-classes."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import hashlib
+import math
+import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mvmoe_deploy.checkpoint import Superclasses
@@ -27,7 +31,7 @@ class ImageSet:
     """Decoded, labelled images.
 
     Attributes:
-        pixels: uint8 ``[n, 3, size, size]``.
+        pixels: uint8 ``[n, 3, size, size]``, in memory or mapped from a file.
         labels: int64 ``[n]``, indices into ``class_ids``.
         class_ids: the class folders' names, sorted.
         skipped: images that could not be read, each with the reason.
@@ -38,19 +42,6 @@ class ImageSet:
     class_ids: list[str]
     skipped: list[str]
 
-    def split(self, held_out_per_class: int) -> tuple[ImageSet, ImageSet]:
-        """Takes the last images of every class away: (the rest, the held out)."""
-        held_out = torch.zeros(len(self.labels), dtype=torch.bool)
-        for index in range(len(self.class_ids)):
-            rows = (self.labels == index).nonzero().flatten()
-            if len(rows) <= held_out_per_class:
-                raise DataError(
-                    f"class {self.class_ids[index]} has {len(rows)} images, holding out {held_out_per_class} "
-                    "would leave none to train on"
-                )
-            held_out[rows[len(rows) - held_out_per_class :]] = True
-        return self._rows(~held_out), self._rows(held_out)
-
     def sha256(self) -> str:
         """Of the pixels and labels, to tell one set from another."""
         digest = hashlib.sha256(self.pixels.contiguous().numpy())
@@ -60,9 +51,9 @@ class ImageSet:
     def spaced(self, count: int) -> ImageSet:
         """``count`` of the images, evenly spaced, so that no class is left out; all where there are no more."""
         total = len(self.labels)
-        return self if count >= total else self._rows(torch.linspace(0, total - 1, count).long())
-
-    def _rows(self, rows: Tensor) -> ImageSet:
+        if count >= total:
+            return self
+        rows = torch.linspace(0, total - 1, count).long()
         return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped)
 
 
@@ -89,6 +80,8 @@ def read_images(
     class_ids: list[str] | None = None,
     skip_unreadable: bool = False,
     memory_limit: int = 4 << 30,
+    hold_out: int = 0,
+    held_out_only: bool = False,
     progress: Callable[[Iterator, int], Iterator] | None = None,
 ) -> ImageSet:
     """Reads ``data/split/CLASS/*`` or ``data/split.zip`` and decodes every image to the model's size.
@@ -99,11 +92,15 @@ def read_images(
         preprocessing: gives size, crop and interpolation; the pixels are not normalised yet.
         class_ids: the classes to expect; by default the folders found.
         skip_unreadable: leave out images that cannot be read instead of refusing the data set.
-        memory_limit: largest size of the decoded images, in bytes.
+        memory_limit: decoded images that take more bytes than this go into a temporary file that is mapped into
+            memory, so that the system may drop what it needs the memory for; it vanishes with the process.
+        hold_out: the last images of every class, so many, are left out.
+        held_out_only: instead, only these are read.
         progress: wraps the iterator over images, given it and its length (a progress bar).
 
     Raises:
-        DataError: no such data, an empty or unknown class, an unreadable image, or above the memory limit.
+        DataError: no such data, an empty or unknown class, an unreadable image, a class with no more images than are
+            held out, or no room for the temporary file.
     """
     with _Split(data, split) as entries:
         found = sorted({entry.class_id for entry in entries})
@@ -113,18 +110,15 @@ def read_images(
         elif found != sorted(class_ids):
             odd = sorted(set(found) ^ set(class_ids))
             raise DataError(f"{where}: class {odd[0]!r} is in one of the two splits only ({len(odd)} such classes)")
+        if hold_out:
+            entries = _held_out(entries, hold_out, held_out_only)
         size = preprocessing.size
-        needed = len(entries) * 3 * size * size
-        if needed > memory_limit:
-            raise DataError(
-                f"{where}: {len(entries)} images of {size} × {size} take {needed / 1e9:.1f} GB decoded, "
-                f"more than the limit of {memory_limit / 1e9:.1f} GB; raise --memory-limit"
-            )
-        pixels = np.empty((len(entries), size, size, 3), np.uint8)
+        pixels = _empty((len(entries), 3, size, size), memory_limit)
 
         def decode(index: int) -> str | None:
             try:
-                pixels[index] = to_pixels(entries[index].read(), preprocessing, entries[index].name)
+                # channels first here saves a transposition of every batch later
+                pixels[index] = to_pixels(entries[index].read(), preprocessing, entries[index].name).transpose(2, 0, 1)
                 return None
             except ImageError as error:
                 return str(error)
@@ -144,11 +138,44 @@ def read_images(
     if empty:
         raise DataError(f"{where}: class {empty[0]!r} has no readable image")
     if skipped:
-        pixels = pixels[keep]
-    # one copy into channels-first here saves a transposition of every batch later
-    return ImageSet(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), class_ids, skipped
-    )
+        kept = np.flatnonzero(keep)
+        for place, index in enumerate(kept):  # in place: a copy of the rest could be too large
+            pixels[place] = pixels[index]
+        pixels = pixels[: len(kept)]
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), class_ids, skipped)
+
+
+def _held_out(entries: list[_Entry], count: int, only: bool) -> list[_Entry]:
+    """The last ``count`` entries of every class, or all but these."""
+    by_class: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        by_class.setdefault(entry.class_id, []).append(entry)
+    for class_id, each in by_class.items():
+        if len(each) <= count:
+            raise DataError(
+                f"class {class_id} has {len(each)} images, holding out {count} would leave none to train on"
+            )
+    return [entry for each in by_class.values() for entry in (each[-count:] if only else each[:-count])]
+
+
+def _empty(shape: tuple[int, ...], memory_limit: int) -> NDArray[np.uint8]:
+    """An array for decoded images: in memory, or above the limit in a file without a name."""
+    needed = math.prod(shape)
+    if needed <= memory_limit:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.truncate(file.fileno(), needed)
+            if hasattr(os, "posix_fallocate"):  # without it, a full disk would kill the process where it writes
+                os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError as error:
+            raise DataError(
+                f"the decoded images take {needed / 1e9:.1f} GB, more than the limit of {memory_limit / 1e9:.1f} GB, "
+                f"and {tempfile.gettempdir()} has no room for them ({error.strerror}); raise --memory-limit, or name a "
+                "larger place in the environment variable TMPDIR"
+            ) from None
+        # the mapping outlives the file's name and handle
+        return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -272,7 +299,7 @@ def _rows(path: Path, columns: int) -> list[list[str]]:
         raise DataError(f"{path}: not a readable TSV file ({error})") from None
     for number, row in enumerate(rows, 1):
         if len(row) < columns or not all(cell.strip() for cell in row[:columns]):
-            raise DataError(f"{path}: line {number} needs {columns} tab-separated columns")
+            raise DataError(f"{path}: line {number} needs {columns} tab-separated columns, a class first")
     if not rows:
         raise DataError(f"{path}: is empty")
     return rows

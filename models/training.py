@@ -145,7 +145,7 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.steps_per_epoch = max(1, len(train.labels) // recipe.batch)
-        self.optimizers = _optimizers(model, recipe)
+        self.optimizers = optimizers(model, recipe)
         superclasses = header.superclasses
         self.superclass_of = torch.tensor(superclasses.of_class, device=device) if superclasses else None
         self.images_sha256 = train.sha256()
@@ -204,7 +204,7 @@ class Trainer:
         checkpoint = self._checkpoint()
         while self.epoch < self.recipe.epochs:
             started = time.perf_counter()
-            loss = self._epoch(progress)
+            loss = self.train_epoch(progress)
             seconds = time.perf_counter() - started
             if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
                 # the loss of the last step was finite, its update was not
@@ -232,7 +232,12 @@ class Trainer:
         self.state_path.unlink(missing_ok=True)
         return checkpoint
 
-    def _epoch(self, progress: Callable[[Iterator, int, str], Iterator] | None) -> float:
+    def train_epoch(self, progress: Callable[[Iterator, int, str], Iterator] | None = None) -> float:
+        """Trains one epoch, without evaluating or saving, and returns its mean loss.
+
+        Raises:
+            DataError: the loss became NaN or infinite.
+        """
         recipe = self.recipe
         # every epoch has its own generator, so that resuming needs no generator state
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.epoch)
@@ -376,7 +381,8 @@ def _matrices(tensor: Tensor) -> list[Tensor]:
     return list(tensor) if tensor.ndim == 3 else [tensor]
 
 
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, and with ``recipe.optimizer`` ``muon`` that for the matrices between hidden layers; steps of all count."""
     named = list(model.named_parameters())
     matrices = [(name, parameter) for name, parameter in named if name.endswith("weight") and "norm" not in name]
     plain = [parameter for name, parameter in named if not (name.endswith("weight") and "norm" not in name)]

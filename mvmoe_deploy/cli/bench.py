@@ -29,6 +29,7 @@ more measurements, each with its own --help:
   mvmoe-bench figures      what this project holds itself to: export time, bytes, latency and memory ratios
   mvmoe-bench parity       every target at every precision against PyTorch, on labelled images
   mvmoe-bench executorch   what the ExecuTorch target's lowering buys
+  mvmoe-bench training     images per second of mvmoe-train beside a bare training loop
 
 with the JSON of earlier runs:
   mvmoe-bench report       tables, CSV, Markdown or a self-contained HTML page
@@ -81,6 +82,7 @@ MORE = {
     "figures": "figures",
     "parity": "parity",
     "executorch": "executorch_lowering",
+    "training": "training",
     "report": "render",
     "compare": "compare",
 }

@@ -58,8 +58,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.checkpoint}: was trained without held-out images; train with --hold-out N, "
             "or give --hold-out N here to use training images, on which it confuses less"
         )
-    images = read_split(args.data, "train", header.preprocessing, header.class_ids)
-    matrix = confusion(model, images.split(held_out)[1], header.preprocessing)
+    images = read_split(
+        args.data, "train", header.preprocessing, header.class_ids, hold_out=held_out, held_out_only=True
+    )
+    matrix = confusion(model, images, header.preprocessing)
     groups = group(matrix, args.experts, args.slack, args.seed)
     names = suggest_names(matrix, groups, header.class_names)
     lines = [

@@ -7,10 +7,13 @@ import dataclasses
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
 from mvmoe_deploy.errors import DataError
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.models.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -80,12 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on after the last whole epoch, if there was one")
     run.add_argument("--force", action="store_true", help="start again although --out or a state of it exists")
     run.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    run.add_argument("--memory-limit", type=float, default=4.0, metavar="GB", help="for the decoded images")
+    run.add_argument("--memory-limit", type=float, default=4.0, metavar="GB", help=MEMORY_HELP)
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     run.add_argument("--threads", type=positive_int, help="CPU threads (default: all)")
     return p
 
 
+MEMORY_HELP = "decoded images that take more go into a temporary file (in TMPDIR) that is mapped into memory"
 RECIPE_FLAGS = [
     ("epochs", "--epochs", "passes over the training images"),
     ("batch", "--batch", "images per step"),
@@ -157,7 +161,7 @@ def train(argv: list[str] | None = None) -> None:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe) if hasattr(args, field.name)}
     )
 
-    def read(split: str, class_ids: list[str] | None = None) -> Any:
+    def read(split: str, class_ids: list[str] | None = None, hold_out: int = 0) -> ImageSet:
         return read_split(
             args.data,
             split,
@@ -165,6 +169,7 @@ def train(argv: list[str] | None = None) -> None:
             class_ids,
             skip_unreadable=args.skip_unreadable,
             memory_limit=int(args.memory_limit * 1e9),
+            hold_out=hold_out,
         )
 
     val = read("val")
@@ -217,9 +222,7 @@ def train(argv: list[str] | None = None) -> None:
             "sha256": sha256(args.init),
             "training": start.header.training,
         }
-    images = read("train", class_ids)
-    if args.hold_out:
-        images, _ = images.split(args.hold_out)
+    images = read("train", class_ids, args.hold_out)
     header = checkpoints.new_header(
         config.to_dict(), class_ids, read_class_names(args.data, class_ids), preprocessing, superclasses, training
     )

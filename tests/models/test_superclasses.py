@@ -37,6 +37,7 @@ def test_groups_are_numbered_as_they_appear(tmp_path: Path) -> None:
         ("a\tx\nb\ty\nc\tx\na\ty\n", "class 'a' stands in two super-classes"),
         ("a\tx\nb\nc\tx\n", "line 2 needs 2 tab-separated columns"),
         ("a\tx\nb\t \nc\tx\n", "line 2 needs 2 tab-separated columns"),
+        ("a\tx\nb\tx\nc\tx\n\ty\n", "line 4 needs 2 tab-separated columns, a class first"),
         ("", "is empty"),
         ("\n\n", "is empty"),
     ],

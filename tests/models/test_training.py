@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -26,7 +28,7 @@ from mvmoe_deploy import models
 from mvmoe_deploy.cli import train
 from mvmoe_deploy.errors import ConfigError, DataError
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.data import ImageSet, read_images
+from mvmoe_deploy.models.data import ImageSet, _empty, read_images
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.superclasses import random_groups
@@ -199,7 +201,7 @@ def test_resuming_a_finished_run_does_not_start_again(
 def interrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that stopped after the first of three epochs."""
     out = tmp_path / "moe.pt"
-    real = Trainer._epoch
+    real = Trainer.train_epoch
 
     def stop(self: Trainer, progress: Any) -> float:
         if self.epoch == 1:
@@ -207,7 +209,7 @@ def interrupted(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return real(self, progress)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "_epoch", stop)
+        patch.setattr(Trainer, "train_epoch", stop)
         train.main(moe(data, out, 3))
     return out
 
@@ -347,7 +349,6 @@ def test_pulled_experts_stay_as_close_to_their_mean_as_asked(data: Path, tmp_pat
         (["--patch", "3"], "image_size 8 is not a multiple of patch_size 3"),
         (["--model", "resnet18"], "unknown model 'resnet18'"),
         (["--device", "abacus"], "--device abacus: torch cannot use it"),
-        (["--memory-limit", "1e-9"], "raise --memory-limit"),
         (["--hold-out", "12"], "would leave none to train on"),
         (["--out", "model.bin"], "a checkpoint's name ends in .pt or .safetensors"),
         (["--superclasses", "none.tsv"], "none.tsv: no such file"),
@@ -360,6 +361,28 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 ) -> None:
     assert message in fails(capsys, *moe(data, tmp_path / "moe.pt", 1, *more))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"image_size": 8, "patch_size": 4, "classes": CLASSES}
+    ids = [f"n{index:04d}" for index in range(CLASSES)]
+    for name, message in (
+        ("vit_3x32", "cannot upcycle: the dense model is ViTConfig("),
+        ("vmoe_2x32", "start.pt: is a VMoEConfig("),
+    ):
+        config = models.config_from_name(name, **shape, **({"placement": "last-1"} if name[1] == "m" else {}))
+        checkpoint = tiny.checkpoint_of(models.build(config))
+        assert checkpoint.header.class_ids == ids
+        checkpoints.save(tmp_path / "start.pt", checkpoint)
+        error = fails(capsys, *moe(data, tmp_path / "moe.pt", 1, "--from", str(tmp_path / "start.pt")))
+        assert message in error
+    checkpoint.header = msgspec.structs.replace(checkpoint.header, class_ids=["x", *ids[1:]])
+    checkpoints.save(tmp_path / "start.pt", checkpoint)
+    error = fails(capsys, *moe(data, tmp_path / "moe.pt", 1, "--from", str(tmp_path / "start.pt")))
+    assert "start.pt: was trained on other classes" in error
+    assert not (tmp_path / "moe.pt").exists()
 
 
 def test_a_router_needs_super_classes(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,9 +479,38 @@ def test_images_and_labels(data: Path) -> None:
     assert (images.pixels.shape, images.pixels.dtype) == ((4 * CLASSES, 3, 8, 8), torch.uint8)
     assert images.labels.tolist() == [index for index in range(CLASSES) for _ in range(4)]
     assert images.pixels[4:8, 0].float().mean() > 150 > images.pixels[4:8, 2].float().mean()  # class 1 is red
-    rest, held_out = images.split(1)
+    rest = read_images(data, "val", Preprocessing(size=8), hold_out=1)
+    held_out = read_images(data, "val", Preprocessing(size=8), hold_out=1, held_out_only=True)
     assert (len(rest.labels), len(held_out.labels)) == (3 * CLASSES, CLASSES)
     assert torch.equal(held_out.pixels, images.pixels[3::4])
+    assert torch.equal(rest.pixels, images.pixels[torch.arange(4 * CLASSES) % 4 != 3])
+
+
+def test_above_the_memory_limit_images_are_mapped_from_a_file(data: Path, tmp_path: Path) -> None:
+    assert isinstance(_empty((10, 10), 99), np.memmap)
+    assert not isinstance(_empty((10, 10), 100), np.memmap)
+    spoilt = Path(shutil.copytree(data, tmp_path / "spoilt"))
+    (spoilt / "val" / "n0002" / "000.png").write_bytes(b"no image")
+    for folder in (data, spoilt):
+        kept = read_images(folder, "val", Preprocessing(size=8), skip_unreadable=True)
+        mapped = read_images(folder, "val", Preprocessing(size=8), skip_unreadable=True, memory_limit=1000)
+        assert torch.equal(mapped.pixels, kept.pixels)
+        assert torch.equal(mapped.labels, kept.labels)
+        assert mapped.sha256() == kept.sha256()
+    assert train.main(moe(data, tmp_path / "a.pt", 1)) == 0
+    assert train.main(moe(data, tmp_path / "b.pt", 1, "--memory-limit", "1e-9")) == 0
+    same_weights(tmp_path / "a.pt", tmp_path / "b.pt")
+
+
+def test_no_room_for_the_temporary_file(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.truncate", full)
+    error = fails(capsys, *moe(data, tmp_path / "moe.pt", 1, "--memory-limit", "1e-9"))
+    assert "has no room for them (No space left on device); raise --memory-limit, or name a larger place" in error
 
 
 def test_splits_with_other_classes_are_refused(data: Path, tmp_path: Path) -> None:
@@ -552,7 +604,7 @@ def test_noise_does_not_depend_on_where_a_run_was_stopped(
             return moe(data, out, 3, "--optimizer", "muon")
         return tokens(data, out, 3) if kind == "tokens" else routed_by(kind, data, out, 3)
 
-    real = Trainer._epoch
+    real = Trainer.train_epoch
 
     def stop(self: Trainer, progress: Any) -> float:
         if self.epoch == 1:
@@ -561,7 +613,7 @@ def test_noise_does_not_depend_on_where_a_run_was_stopped(
 
     killed, undisturbed = tmp_path / "killed.pt", tmp_path / "undisturbed.pt"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "_epoch", stop)
+        patch.setattr(Trainer, "train_epoch", stop)
         train.main(argv(killed))
     torch.manual_seed(99)
     assert train.main([*argv(killed), "--resume"]) == 0
