@@ -44,8 +44,8 @@ class ImageSet:
 
     def sha256(self) -> str:
         """Of the pixels and labels, to tell one set from another."""
-        digest = hashlib.sha256(self.pixels.contiguous().numpy())
-        digest.update(self.labels.contiguous().numpy())
+        digest = hashlib.sha256(self.pixels.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def spaced(self, count: int) -> ImageSet:
