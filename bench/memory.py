@@ -56,8 +56,9 @@ def measure_memory(c: Configuration, threads: int = 1, sweep: bool = True) -> Me
     what = f"{c.name}: measuring memory failed"
     bounded = in_fresh_process("memory", _Request(c, threads, False), _Answer, what)
     loaded, used = bounded.points
-    by_resident = [used] if not c.experts else []
-    if sweep and c.experts:
+    has_tails = c.experts and c.opened_as == "bundle"
+    by_resident = [] if has_tails else [used]
+    if sweep and has_tails:
         by_resident = in_fresh_process("memory", _Request(c, threads, True), _Answer, what).points
     return Memory(loaded, used, by_resident, bounded.peak)
 
@@ -82,7 +83,7 @@ def _measure(request: _Request) -> _Answer:
         model.predict(pixels)
         for number in range(PREDICTIONS):
             # all experts in turn, so that evicting is part of it
-            model.run(batch, expert_turn(c, number) if c.opened_as == "bundle" else None)
+            model.run(batch, expert_turn(c, number))
         points.append(_point(model, before))
     return _Answer(points, max(0, _status("VmHWM") - start_of_peak))
 

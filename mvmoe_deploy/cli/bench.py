@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
     p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
     p.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="shortest time per kind of latency")
-    p.add_argument("--cold-starts", type=int, default=5, metavar="N", help="processes started per row; 0 leaves it out")
+    p.add_argument("--cold-starts", type=positive_int, default=5, metavar="N", help="processes started per row")
     p.add_argument("--memory-sweep", action="store_true", help="memory after each further expert became resident")
     p.add_argument("--throughput", action="store_true", help="images per second for batches of 1 to 64")
     p.add_argument("--residency", action="store_true", help="hit rate, latency and memory for 1 to E resident experts")

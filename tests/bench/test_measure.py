@@ -208,6 +208,8 @@ def test_a_whole_run_reads_back(
     assert len({(found.images, found.top1, found.top5) for found in accuracies if found}) == 1
     assert accuracies[0].heat_map == accuracies[1].heat_map  # type: ignore[union-attr]
     assert whole.counted_macs == routed.counted_macs
+    if memory.ROLLUP.exists():
+        assert eager.memory is not None and eager.memory.by_resident == [eager.memory.used]  # nothing to load apart
     assert len(results.expert_names) == 4
     assert json.loads(json.dumps(results.machine))["cores"] >= 1
     assert {"memory", "cold start", "warm latency", "throughput", "accuracy"} <= set(seen)
