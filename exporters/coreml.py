@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mvmoe_deploy.bundle import Manifest, Piece
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, quiet, read_package
-from mvmoe_deploy.exporters.split import PieceModule
+from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.exporters.targets import Converted, Job, Options, describe_piece
 from mvmoe_deploy.images import Preprocessing
 
@@ -208,7 +208,8 @@ def _convert_family(family: list[PieceModule], job: Job) -> list[Package]:
     in the converted ``weight.bin`` and overwritten by each piece's weights. Where one is not found exactly, because
     the converter changed it, each piece is converted by itself.
     """
-    own = _own_weights(family)
+    shared = shared_weights([piece.module for piece in family])
+    own = [name for name in family[0].module.state_dict() if name not in shared]
     if own:
         job.progress(f"{family[0].name} and {len(family) - 1} more like it: converting")
         module = copy.deepcopy(family[0].module)
@@ -226,14 +227,6 @@ def _convert_family(family: list[PieceModule], job: Job) -> list[Package]:
         job.progress(f"{piece.name}: converting")
         packages.append(_convert_module(piece, piece.module, job))
     return packages
-
-
-def _own_weights(family: list[PieceModule]) -> list[str]:
-    """Names of the weights that differ between pieces; those all share are the same memory."""
-    first, *others = (piece.module.state_dict() for piece in family)
-    return [
-        name for name, tensor in first.items() if any(other[name].data_ptr() != tensor.data_ptr() for other in others)
-    ]
 
 
 def _put_weights(

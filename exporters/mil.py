@@ -240,7 +240,7 @@ class ReferenceBackend:
         return one_image_at_a_time(program, piece, program.images, self._bundle, program.where)
 
 
-def open_backend(bundle: Bundle, threads: int = 1) -> ReferenceBackend:
+def open_backend(bundle: Bundle, threads: int | None = 1) -> ReferenceBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`; numpy decides about threads by itself."""
     if bundle.manifest.target != "coreml":
         raise BackendError(

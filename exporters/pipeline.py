@@ -143,7 +143,7 @@ def export_model(
         )
         draft = Bundle(directory, manifest)
         first, *others = [
-            verify(pieces, draft, open_backend(draft, name), tensors, image_source, progress)
+            verify(pieces, draft, open_backend(draft, name, threads=None), tensors, image_source, progress)
             for name in converted.backends
         ]
         verification = {**msgspec.to_builtins(first), "verified_as_well_with": [report.backend for report in others]}

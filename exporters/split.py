@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
@@ -129,6 +129,14 @@ class Split:
         for piece in self.pieces:
             groups.setdefault((piece.role, piece.layer), []).append(piece)
         yield from groups.values()
+
+
+def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
+    """Names of the weights that all modules of a family hold in the same memory; all names of a single module."""
+    first, *others = (module.state_dict() for module in modules)
+    return {
+        name for name, tensor in first.items() if all(other[name].data_ptr() == tensor.data_ptr() for other in others)
+    }
 
 
 def split(model: nn.Module, image_size: int, separate_router: bool = False) -> Split:

@@ -18,6 +18,9 @@ from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.split import PieceModule, Split
 from mvmoe_deploy.runtime import Runtime, top_k
 
+RANKING_ERROR = 1e-5
+"""Of a probability that a graph computes from its own logits, both in fp32."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -130,15 +133,17 @@ def check_piece(
     """
     where = f"{bundle.path.name}: {piece.name}"
     expected = [tensor.numpy() for tensor in piece(*inputs)]
+    written = bundle.piece(piece.role, piece.expert, piece.layer)
     try:
-        run = backend.load(bundle.piece(piece.role, piece.expert, piece.layer))
-        actual = run(*(tensor.numpy() for tensor in inputs))
+        actual = backend.load(written)(*(tensor.numpy() for tensor in inputs))
     except MvmoeError:
         raise
     except Exception as error:
         raise VerificationError(f"{where}: does not run on {backend.name} ({str(error).splitlines()[0]})") from error
     absolute = relative = 0.0
-    for name, a, b in zip(piece.outputs, actual, expected, strict=True):
+    by_name = dict(zip([spec.name for spec in written.outputs], actual, strict=True))
+    for name, b in zip(piece.outputs, expected, strict=True):
+        a = by_name[name]
         worst = max_error(a, b, f"{where}: output {name!r}")
         absolute, relative = max(absolute, worst), max(relative, worst / max(float(np.abs(b).max()), 1e-12))
     if not relative <= tolerance.relative:
@@ -146,7 +151,36 @@ def check_piece(
             f"{where}: differs from PyTorch by {absolute:.2e} ({relative:.2e} of its largest value), "
             f"{tolerance.relative:.0e} is allowed at {bundle.manifest.precision}; no bundle was written"
         )
+    if "top_classes" in by_name:
+        check_ranking(by_name["logits"], by_name["top_probabilities"], by_name["top_classes"], where)
     return PieceResult(piece.name, absolute, relative)
+
+
+def check_ranking(
+    logits: NDArray[np.floating], probabilities: NDArray[np.floating], classes: NDArray[np.integer], where: str
+) -> None:
+    """Compares the classes that a piece ranks itself with the logits it returns beside them.
+
+    With its own, not PyTorch's: classes that are equally probable but for the last bits may come in either order.
+
+    Args:
+        logits: ``[B, C]``.
+        probabilities: of the ranked classes, ``[B, n]``.
+        classes: their indices ``[B, n]``.
+        where: for errors.
+
+    Raises:
+        VerificationError: other probabilities than softmax gives these classes, or others are more probable.
+    """
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
+    if classes.shape != probabilities.shape or not ((classes >= 0) & (classes < logits.shape[1])).all():
+        raise VerificationError(f"{where}: ranks classes that do not exist")
+    best = -np.sort(-expected, axis=1)[:, : classes.shape[1]]
+    for wanted in (best, np.take_along_axis(expected, classes, axis=1)):
+        error = max_error(probabilities, wanted, f"{where}: ranking")
+        if error > RANKING_ERROR:
+            raise VerificationError(f"{where}: ranks classes otherwise than its logits do, by {error:.2e}")
 
 
 def max_error(actual: NDArray[np.floating], expected: NDArray[np.floating], where: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,14 @@ from mvmoe_deploy.errors import BundleError
 from mvmoe_deploy.images import Preprocessing
 
 FORMAT = "mvmoe-bundle"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces, and ranked classes to their outputs."""
+
 MANIFEST = "manifest.json"
+WEIGHT_ALIGNMENT = 64
+"""Of weights in their file, for vector loads from a mapped file."""
+
 MAX_MANIFEST_BYTES = 32 << 20
 
 Target = Literal["onnx", "executorch", "coreml"]
@@ -41,6 +48,20 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
+class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A float32 weight that a graph takes as an input, little-endian and in C order in a file of the bundle."""
+
+    name: str
+    shape: Annotated[list[Extent], msgspec.Meta(max_length=8)]
+    file: str
+    offset: Count
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return 4 * math.prod(self.shape)
+
+
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One exported graph.
 
@@ -55,8 +76,11 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inputs: in calling order.
         outputs: in the order returned.
         parameters: number of weights it uses.
-        weight_bytes: what these take when loaded; the unit of the memory budget.
+        weight_bytes: what these take when loaded; the unit of the memory budget. Of a swappable piece, its own.
         flops: of one image, one multiply-add being two.
+        optimised: the graph is as fast as the engine could make it, so that loading need not look for more.
+        weights: inputs of the graph beside ``inputs``, which are the same at every call (``swappable`` layout).
+        shared_bytes: weights that stay loaded with the one graph of all swappable pieces.
     """
 
     role: Role
@@ -70,6 +94,9 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expert: Index | None = None
     layer: Index | None = None
     function: str | None = None
+    optimised: bool = False
+    weights: list[Weight] = []
+    shared_bytes: Count = 0
 
     @property
     def name(self) -> str:
@@ -116,7 +143,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         format: always ``mvmoe-bundle``.
         version: format version.
         target: export format of the pieces.
-        layout: how pieces are laid out in files: ``separate`` or ``packed``.
+        layout: how pieces are laid out in files: ``separate``, ``packed`` or ``swappable``.
         precision: of the stored weights.
         model: model config, with its ``architecture``.
         routing: None for a dense model.
@@ -218,8 +245,9 @@ def open_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{file}: damaged ({error}); export again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise BundleError(f"{file}: not a manifest of this project (no format: {FORMAT!r})")
-    if raw.get("version") != VERSION:
-        raise BundleError(f"{file}: format version {raw.get('version')!r}, this release reads {VERSION}; export again")
+    if raw.get("version") not in READABLE:
+        readable = " and ".join(map(str, READABLE))
+        raise BundleError(f"{file}: format version {raw.get('version')!r}, this release reads {readable}; export again")
     try:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
@@ -300,6 +328,16 @@ def _inconsistency(manifest: Manifest) -> str | None:
             return f"piece {piece.name} uses {unknown[0] if unknown else 'no file'}, which is not among the files"
         if not any(path == piece.graph or path.startswith(piece.graph + "/") for path in piece.files):
             return f"piece {piece.name} does not list its graph {piece.graph} among its files"
+    sizes = {file.path: file.bytes for file in manifest.files}
+    for piece in manifest.pieces:
+        for weight in piece.weights:
+            if weight.file not in piece.files:
+                return f"piece {piece.name}: weight {weight.name} is in {weight.file!r}, which the piece does not list"
+            if weight.offset % WEIGHT_ALIGNMENT or weight.offset + weight.bytes > sizes[weight.file]:
+                return f"piece {piece.name}: weight {weight.name} lies outside {weight.file}, or across its alignment"
+        names = [spec.name for spec in piece.inputs] + [weight.name for weight in piece.weights]
+        if len(set(names)) != len(names):
+            return f"piece {piece.name} names an input twice"
     classes = len(manifest.class_names)
     experts = manifest.routing.experts if manifest.routing else 0
     size = manifest.preprocessing.size

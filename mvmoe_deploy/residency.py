@@ -75,9 +75,12 @@ class Residency:
         self._most = max_resident
         self._pinned = frozenset(pinned)
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._waiting = 0  # threads in _claim that something has to wake
+        self._cleared = False
         self._hits = self._misses = self._evictions = 0
+        self._uses = [Use(self, expert) for expert in range(len(sizes))]
         self._check_bounds()
 
     def _check_bounds(self) -> None:
@@ -95,13 +98,14 @@ class Residency:
         if self._most is not None and count > self._most:
             raise BudgetError(f"max_resident={self._most} cannot hold an expert{beside}: needs at least {count}")
 
-    def use(self, expert: int) -> _Use:
-        """A context in which an expert is resident, loaded first where needed; it gives what was loaded.
+    def use(self, expert: int) -> Use:
+        """A context in which an expert is resident, loaded first where needed; entering it gives what was loaded.
 
-        However many threads ask for an absent expert, one loads it and the others wait. Where no room can be made
-        because every other resident expert is in use, it waits for one to be let go.
+        It may be kept and entered any number of times. However many threads ask for an absent expert, one loads it
+        and the others wait. Where no room can be made because every other resident expert is in use, it waits for one
+        to be let go.
         """
-        return _Use(self, expert)
+        return self._uses[expert]
 
     def _claim(self, expert: int) -> _Slot:
         with self._changed:
@@ -171,31 +175,47 @@ class Residency:
             return Ledger(self._hits, self._misses, self._evictions, list(self._slots), self._bytes())
 
     def clear(self) -> None:
-        """Drops every expert that is not in use."""
-        with self._changed:
+        """Drops every expert, those in use as soon as they no longer are; nothing stays resident from now on."""
+        with self._lock:
+            self._cleared = True
             dropped = [self._slots.pop(e) for e in [e for e, slot in self._slots.items() if not slot.users]]
         dropped.clear()
 
 
-class _Use:
-    """Holds one expert; a class, since a generator's context costs several times as much at every prediction."""
+class Use:
+    """Holds one expert while it is entered.
 
-    __slots__ = ("_expert", "_residency", "_slot")
+    A class with the usual case, a resident expert, written out: a prediction's every step runs with a cold cache, and
+    a generator's context or a condition's methods cost several times as much.
+    """
+
+    __slots__ = ("_expert", "_residency")
 
     def __init__(self, residency: Residency, expert: int) -> None:
         self._residency, self._expert = residency, expert
 
     def __enter__(self) -> Loaded:
-        self._slot = self._residency._claim(self._expert)
-        assert self._slot.loaded is not None
-        return self._slot.loaded
+        residency = self._residency
+        with residency._lock:
+            slot = residency._slots.get(self._expert)
+            if slot is not None and slot.loaded is not None:
+                residency._hits += 1
+                slot.users += 1
+                residency._slots.move_to_end(self._expert)
+                return slot.loaded
+        loaded = residency._claim(self._expert).loaded
+        assert loaded is not None
+        return loaded
 
     def __exit__(self, *_: object) -> None:
         residency = self._residency
-        with residency._changed:
-            self._slot.users -= 1
+        with residency._lock:
+            slot = residency._slots[self._expert]  # it cannot leave while it has a user
+            slot.users -= 1
             if residency._waiting:
                 residency._changed.notify_all()
+            if residency._cleared and not slot.users:
+                del residency._slots[self._expert]
 
 
 def parse_bytes(text: str | int) -> int:

@@ -30,6 +30,8 @@ def snippet(bundle: Bundle, language: str) -> str:
         raise BundleError(f"{bundle.path}: no {language} snippet for {m.target} bundles, there is one in {other[0]}")
     if m.routing is None or m.routing.k != 1 or m.routing.router != "fused":
         raise BundleError(f"{bundle.path}: snippets are for models with one expert per image and a fused router")
+    if m.layout == "swappable":
+        raise BundleError(f"{bundle.path}: there is no snippet for the swappable layout yet; export --layout separate")
     trunk, tail = bundle.piece("trunk"), bundle.piece("tail", 0)
     specs = [*trunk.inputs, *trunk.outputs, *tail.inputs, *tail.outputs]
     for name in [m.source.checkpoint, trunk.graph, trunk.function or "", *(spec.name for spec in specs)]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError
 
-LoadedPiece = Callable[..., list[NDArray[np.float32]]]
+LoadedPiece = Callable[..., list[NDArray[Any]]]
 """Takes the piece's inputs in the manifest's order, returns its outputs likewise; dropping it frees it."""
 
 
@@ -48,13 +47,13 @@ DEFAULT = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coreml"
 """The backend that runs a target's bundles."""
 
 
-def open_backend(bundle: Bundle, name: str | None = None, threads: int = 1) -> Backend:
+def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 1) -> Backend:
     """Opens a backend on a bundle.
 
     Args:
         bundle: the bundle whose pieces it will load.
         name: a key of :data:`MODULES`; by default the one for the bundle's target.
-        threads: threads a piece may use.
+        threads: threads a piece may use; None for as many as the engine uses in this process already, or else one.
 
     Raises:
         BackendError: an unknown backend, or one that cannot run this target or does not run here.

@@ -54,7 +54,7 @@ class CoreMLBackend:
         return one_image_at_a_time(predict, piece, images, self._bundle, str(path))
 
 
-def open_backend(bundle: Bundle, threads: int = 1) -> CoreMLBackend:
+def open_backend(bundle: Bundle, threads: int | None = 1) -> CoreMLBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`; Core ML decides about threads by itself."""
     if bundle.manifest.target != "coreml":
         raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, coreml runs coreml bundles")

@@ -48,7 +48,7 @@ class ExecuTorchBackend:
     name = "executorch"
     unloads = True
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._bundle = bundle
         self._runtime = _runtime(threads)
         self._sound: set[str] = set()  # files that have passed check_program
@@ -121,7 +121,7 @@ class _LoadedPiece:
         return f"{self._path}: {self._piece.name}"
 
 
-def open_backend(bundle: Bundle, threads: int = 1) -> ExecuTorchBackend:
+def open_backend(bundle: Bundle, threads: int | None = 1) -> ExecuTorchBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`."""
     if bundle.manifest.target != "executorch":
         raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, executorch runs executorch bundles")
@@ -297,7 +297,7 @@ def _agrees(spec: TensorSpec, tensor: Any) -> bool:
     return all(isinstance(wanted, str) or size == wanted for size, wanted in zip(sizes, spec.shape, strict=True))
 
 
-def _runtime(threads: int) -> Any:
+def _runtime(threads: int | None) -> Any:
     """executorch's runtime, its thread pool set to ``threads``.
 
     Raises:
@@ -312,6 +312,7 @@ def _runtime(threads: int) -> Any:
             f"the executorch backend cannot be imported ({_reason(error)}): pip install 'mvmoe-deploy[executorch]'"
         ) from None
     with _lock:
+        threads = threads or _pool_threads or 1
         if _pool_threads is None:
             # Only before the first method is loaded: methods keep the pool they were loaded with.
             portable_lib._unsafe_reset_threadpool(threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -11,6 +14,9 @@ from numpy.typing import NDArray
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError
+
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)
+"""Linux only."""
 
 _lock = threading.Lock()
 _pool_threads: int | None = None  # of the process-wide pool, once there is one
@@ -22,42 +28,105 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     unloads = True
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._bundle = bundle
         self._options = session_options(threads)
+        self._ready_options = session_options(threads)
+        self._ready_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._swapping: dict[str, ort.InferenceSession] = {}  # graphs that take weights as inputs, each loaded once
+        self._swapping_lock = threading.Lock()
 
     def load(self, piece: Piece) -> LoadedPiece:
-        path = self._bundle.path / piece.graph
-        try:
-            session = ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the bindings raise a dozen unrelated types
-            reason = str(error).splitlines()[0]
-            raise BackendError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from None
         names = [spec.name for spec in piece.inputs]
-        found = [node.name for node in session.get_inputs()]
-        if found != names:
-            raise BackendError(f"{path}: takes inputs {found}, manifest.json says {names}")
         outputs = [spec.name for spec in piece.outputs]
+        if piece.weights:
+            with self._swapping_lock:
+                if piece.graph not in self._swapping:
+                    self._swapping[piece.graph] = self._session(piece)
+            swapping = self._swapping[piece.graph]
+            self._check_signature(piece, swapping)
+            weights = self._mapped(piece, swapping)
 
-        def run(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+            def run_swapped(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
+                return swapping.run(outputs, {**weights, **dict(zip(names, inputs, strict=True))})
+
+            return run_swapped
+        session = self._session(piece)
+        self._check_signature(piece, session)
+
+        def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
             return session.run(outputs, dict(zip(names, inputs, strict=True)))
 
         return run
 
+    def _session(self, piece: Piece) -> ort.InferenceSession:
+        path = self._bundle.path / piece.graph
+        options = self._ready_options if piece.optimised else self._options
+        try:
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the bindings raise a dozen unrelated types
+            reason = str(error).splitlines()[0]
+            raise BackendError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from None
 
-def open_backend(bundle: Bundle, threads: int = 1) -> OnnxRuntimeBackend:
+    def _check_signature(self, piece: Piece, session: ort.InferenceSession) -> None:
+        inputs = [spec.name for spec in piece.inputs] + [weight.name for weight in piece.weights]
+        for what, nodes, names in (
+            ("takes inputs", session.get_inputs(), inputs),
+            ("has outputs", session.get_outputs(), [spec.name for spec in piece.outputs]),
+        ):
+            found = [node.name for node in nodes]
+            if found != names:
+                path = self._bundle.path / piece.graph
+                raise BackendError(f"{path}: {what} {found}, manifest.json says {names}")
+
+    def _mapped(self, piece: Piece, session: ort.InferenceSession) -> dict[str, NDArray[np.float32]]:
+        """The piece's weights as views of their mapped files, which are unmapped when the last of them goes."""
+        expected = {node.name: (node.shape, node.type) for node in session.get_inputs()}
+        maps: dict[str, mmap.mmap] = {}
+        weights = {}
+        for weight in piece.weights:
+            path = self._bundle.path / weight.file
+            if expected.get(weight.name) != (weight.shape, "tensor(float)"):
+                raise BackendError(
+                    f"{self._bundle.path / piece.graph}: takes {weight.name} as {expected.get(weight.name)}, "
+                    f"manifest.json says it is {weight.shape} of float32"
+                )
+            if weight.file not in maps:
+                maps[weight.file] = self._map(path)
+            data = maps[weight.file]
+            if weight.offset + weight.bytes > len(data):  # it was whole when its sha256 was compared
+                raise BackendError(f"{path}: ends before weight {weight.name}; the file is damaged, copy it again")
+            values = np.frombuffer(data, np.dtype("<f4"), weight.bytes // 4, weight.offset)
+            weights[weight.name] = values.reshape(weight.shape)
+        return weights
+
+    @staticmethod
+    def _map(path: Path) -> mmap.mmap:
+        try:
+            with open(path, "rb") as file:
+                if POPULATE:  # one call instead of a page fault for every few pages
+                    return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | POPULATE, mmap.PROT_READ)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise BackendError(f"{path}: cannot be mapped ({error}); copy it again") from None
+
+
+def open_backend(bundle: Bundle, threads: int | None = 1) -> OnnxRuntimeBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`."""
     if bundle.manifest.target != "onnx":
         raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, onnxruntime runs onnx bundles")
     return OnnxRuntimeBackend(bundle, threads)
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int | None) -> ort.SessionOptions:
     """Options for sessions that run in turn.
 
     Each session has its own thread pool by default, and the idle workers of one keep spinning while another
     computes: two sessions at two threads on two cores take 2.3 times as long as they need. One thread needs no
     pool at all; several come from one pool that all sessions of the process share.
+
+    Args:
+        threads: their number; None for that of the process's pool, or one where there is none.
 
     Raises:
         BackendError: this process already has a pool of another size; onnxruntime cannot change it.
@@ -66,6 +135,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; a warning about an unused initialiser helps nobody
     with _lock:
+        threads = threads or _pool_threads or 1
         if _pool_threads not in (None, threads):
             # once there is a shared pool, onnxruntime refuses sessions with threads of their own
             raise BackendError(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.runtime import Prediction, Stats, load
@@ -45,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         for path in args.images:
             prediction = runtime.predict(path, args.top)
             if args.json:
-                predictions.append({"image": str(path), **dataclasses.asdict(prediction)})
+                predictions.append({"image": str(path), **msgspec.to_builtins(prediction)})
             else:
                 print(describe(path, prediction))
         stats = runtime.stats()
         if args.json:
-            print(json.dumps({"predictions": predictions, "stats": dataclasses.asdict(stats)}, indent=1))
+            print(json.dumps({"predictions": predictions, "stats": msgspec.to_builtins(stats)}, indent=1))
         else:
             print(describe_stats(stats))
 

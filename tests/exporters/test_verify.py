@@ -19,7 +19,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
-from mvmoe_deploy.exporters.verify import Report, max_error, verify
+from mvmoe_deploy.exporters.verify import Report, check_ranking, max_error, verify
 
 
 def verified(bundle: Path, model: torch.nn.Module) -> Report:
@@ -196,3 +196,35 @@ def test_a_backend_that_raises_is_a_failed_verification(bundle_path: Path, moe_m
     bundle: Bundle = open_bundle(bundle_path)
     with pytest.raises(VerificationError, match=r"trunk: does not run on broken \(no such kernel\)"):
         verify(split(moe_model, tiny.SIZE), bundle, Broken(), tiny.inputs(4), "test")
+
+
+# classes that a graph ranks itself
+
+
+def ranked(logits: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    probabilities = torch.from_numpy(logits).softmax(-1)
+    values, classes = probabilities.topk(n)
+    return values.numpy(), classes.numpy()
+
+
+def test_a_right_ranking_passes_and_wrong_ones_do_not() -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
+    values, classes = ranked(logits, 3)
+    check_ranking(logits, values, classes, "tail")
+    swapped = classes[:, [1, 0, 2]]
+    lesser = ranked(-logits, 3)[1]
+    for wrong in (swapped, lesser, classes + 9, classes - 9, classes[:, :2]):
+        with pytest.raises(VerificationError, match="tail: ranks classes"):
+            check_ranking(logits, values, wrong, "tail")
+    for wrong in (values * 1.01, np.take_along_axis(logits, classes, 1)):
+        with pytest.raises(VerificationError, match="tail: ranks classes otherwise"):
+            check_ranking(logits, wrong, classes, "tail")
+    beside = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), lesser, 1)
+    with pytest.raises(VerificationError, match="ranks classes otherwise"):  # right probabilities of other classes
+        check_ranking(logits, beside.astype(np.float32), lesser, "tail")
+
+
+def test_equally_probable_classes_may_come_in_either_order() -> None:
+    logits = np.zeros((1, 4), np.float32)
+    for classes in ([[0, 1]], [[3, 2]]):
+        check_ranking(logits, np.full((1, 2), 0.25, np.float32), np.array(classes), "tail")

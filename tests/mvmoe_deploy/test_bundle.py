@@ -23,7 +23,7 @@ def test_a_bundle_describes_itself(bundle_path: Path) -> None:
     manifest = open_bundle(bundle_path).manifest
     assert (manifest.format, manifest.version, manifest.target, manifest.precision) == (
         "mvmoe-bundle",
-        1,
+        2,
         "onnx",
         "fp32",
     )
@@ -37,7 +37,8 @@ def test_a_bundle_describes_itself(bundle_path: Path) -> None:
     assert {"mvmoe-deploy", "torch", "onnx", "onnxruntime"} <= set(manifest.tools)
     tail = manifest.pieces[1]
     assert [(spec.name, spec.shape, spec.dtype) for spec in [*tail.inputs, *tail.outputs]] == [
-        ("tokens", ["batch", 17, 32], "float32"), ("gate", ["batch"], "float32"), ("logits", ["batch", 6], "float32")
+        ("tokens", ["batch", 17, 32], "float32"), ("gate", ["batch"], "float32"), ("logits", ["batch", 6], "float32"),
+        ("top_probabilities", ["batch", 5], "float32"), ("top_classes", ["batch", 5], "int64"),
     ]  # fmt: skip
 
 
@@ -161,6 +162,32 @@ def test_a_graph_that_names_weights_outside_is_refused(bundle_copy: Path, tmp_pa
         mvmoe_deploy.load(bundle_copy)
 
 
+def test_a_bundle_of_the_first_format_version_is_read(bundle_copy: Path) -> None:
+    """Its pieces have none of the fields that came with the second, and their graphs rank no classes."""
+    import onnx
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["version"] = 1
+        for piece in manifest["pieces"]:
+            for name in ("optimised", "weights", "shared_bytes"):
+                del piece[name]
+            piece["outputs"] = [spec for spec in piece["outputs"] if not spec["name"].startswith("top_")]
+            graph = onnx.load(bundle_copy / piece["graph"], load_external_data=False)
+            for value in [v for v in graph.graph.output if v.name.startswith("top_")]:
+                graph.graph.output.remove(value)
+            onnx.save(graph, bundle_copy / piece["graph"])
+
+    image = tiny.images(1)[0]
+    with mvmoe_deploy.load(bundle_copy) as runtime:
+        expected = runtime.predict(image).top
+    tiny.edit_manifest(bundle_copy, edit)
+    tiny.rehash(bundle_copy)
+    with mvmoe_deploy.load(bundle_copy) as runtime:
+        top = runtime.predict(image).top
+    assert [score.label for score in top] == [score.label for score in expected]
+    assert [s.probability for s in top] == pytest.approx([s.probability for s in expected], abs=1e-6)
+
+
 UNSAFE = [
     "../trunk.onnx", "a/../../trunk.onnx", "/etc/passwd", "//host/share", "..", ".", "", "a//b", "./trunk.onnx",
     "..\\trunk.onnx", "C:\\trunk.onnx", "C:trunk.onnx", "trunk.onnx\0", "a\nb",
@@ -215,7 +242,7 @@ def absurd_routing(manifest: dict[str, Any]) -> None:
     [
         (drop("format"), "not a manifest of this project"),
         (put("format", value="zip"), "not a manifest of this project"),
-        (put("version", value=2), "format version 2, this release reads 1"),
+        (put("version", value=3), "format version 3, this release reads 1 and 2"),
         (put("version", value=True), r"Expected `int`"),
         (put("version", value="1"), "format version '1'"),
         (drop("version"), "format version None"),

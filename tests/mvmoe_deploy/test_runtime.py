@@ -401,6 +401,67 @@ def test_a_closed_runtime_says_so(bundle_path: Path) -> None:
     runtime.close()
 
 
+def test_closing_while_others_predict(bundle_path: Path, expected: np.ndarray) -> None:
+    """Each prediction ends with the right answer or says that the runtime was closed; nothing stays loaded."""
+    batch = tiny.inputs().numpy()
+    runtime = mvmoe_deploy.load(bundle_path, max_resident=2)
+    begun = threading.Barrier(5)
+
+    def work(index: int) -> int:
+        if index == 4:
+            begun.wait(TIMEOUT)
+            runtime.close()
+            return 0
+        for done in range(10_000):
+            if done == 3:
+                begun.wait(TIMEOUT)
+            row = (done + index) % len(batch)
+            try:
+                close(runtime.run(batch[row : row + 1])[0][0], expected[row])
+            except BackendError as error:
+                assert "this runtime was closed" in str(error)
+                return done
+        raise AssertionError("never closed")
+
+    assert all(done >= 3 for done in together(5, work)[:4])
+    assert (runtime.stats().resident, runtime.stats().resident_bytes) == ([], 0)
+
+
+def test_what_is_in_use_when_a_runtime_closes_goes_afterwards(bundle_path: Path, expected: np.ndarray) -> None:
+    bundle = open_bundle(bundle_path)
+
+    class ClosesFirst(CountingBackend):
+        closers: tuple[str, ...] = ()
+
+        def load(self, piece: Piece) -> LoadedPiece:
+            run = super().load(piece)
+
+            def closing(*inputs: np.ndarray) -> list[np.ndarray]:
+                runtime.close()
+                return run(*inputs)
+
+            return closing if piece.name in self.closers else run
+
+    one = tiny.inputs().numpy()[:1]
+    for closers in (("trunk",), ("expert_00", "expert_01", "expert_02", "expert_03")):
+        backend = ClosesFirst(bundle)
+        backend.closers = closers
+        runtime = Runtime(bundle, backend)
+        close(runtime.run(one)[0], expected[:1])
+        assert runtime.stats().resident == []
+        with pytest.raises(BackendError, match="this runtime was closed"):
+            runtime.run(one)
+
+
+def test_classes_are_ranked_alike_by_the_graph_and_in_numpy(bundle_path: Path) -> None:
+    """Up to five by the graph, more than that here."""
+    with mvmoe_deploy.load(bundle_path) as runtime:
+        for image in tiny.images(4):
+            five, six = runtime.predict(image, top=5).top, runtime.predict(image, top=6).top
+            assert [score.class_id for score in five] == [score.class_id for score in six[:5]]
+            assert [s.probability for s in five] == pytest.approx([s.probability for s in six[:5]], abs=1e-6)
+
+
 def test_an_image_that_cannot_be_read_changes_nothing(bundle_path: Path, tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no image")
     with mvmoe_deploy.load(bundle_path) as runtime:
@@ -458,6 +519,8 @@ mvmoe_deploy.load(sys.argv[1], threads=1).close()
 with mvmoe_deploy.load(sys.argv[1], threads=2) as a, mvmoe_deploy.load(sys.argv[1], threads=2) as b:
     assert np.allclose(a.run(batch)[0], b.run(batch)[0])
     np.save(sys.argv[3], a.run(batch)[0])
+bundle = mvmoe_deploy.bundle.open_bundle(sys.argv[1])  # what verification asks for: any number
+mvmoe_deploy.Runtime(bundle, mvmoe_deploy.backends.open_backend(bundle, threads=None)).close()
 for threads in (3, 1):
     try:
         mvmoe_deploy.load(sys.argv[1], threads=threads)

@@ -40,7 +40,8 @@ def test_a_snippet_names_what_the_bundle_has(bundle_path: Path, language: str, t
     trunk = bundle.piece("trunk")
     assert ("model." if layout == "packed" and target != "coreml" else "trunk") in code
     if target in ("coreml", "onnx"):  # these engines take inputs by name
-        for spec in [*trunk.inputs, *trunk.outputs, *bundle.piece("tail", 0).inputs, *bundle.piece("tail", 0).outputs]:
+        tail = bundle.piece("tail", 0)
+        for spec in [*trunk.inputs, *trunk.outputs, *tail.inputs, tail.outputs[0]]:
             assert f'"{spec.name}"' in code
     for value in (*bundle.manifest.preprocessing.scale, *bundle.manifest.preprocessing.bias):
         assert f"{value:.9g}" in code
@@ -60,6 +61,11 @@ def test_languages_that_a_target_has_not(bundle_path: Path, dense_path: Path, k2
     for path in (dense_path, k2.path):
         with pytest.raises(BundleError, match="one expert per image and a fused router"):
             snippet(open_bundle(path), "kotlin")
+
+
+def test_swappable_bundles_have_none(bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match="no snippet for the swappable layout"):
+        snippet(as_target(bundle_path, "onnx", "swappable"), "kotlin")
 
 
 @pytest.mark.parametrize("name", ['x"); evil(); ("', "a\nb", "${x}"])
