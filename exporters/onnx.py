@@ -314,9 +314,9 @@ def _write_graph(
             value.const_value = tensor
     for node in model.graph:
         if node.op_type in ("MatMul", "Gemm"):
-            rows, weight = node.inputs[:2]
-            if rows is not None and weight is not None and _better_unpacked(rows, weight):
-                model.graph.inputs.append(weight)
+            rows, factor = node.inputs[:2]
+            if rows is not None and factor is not None and _better_unpacked(rows, factor):
+                model.graph.inputs.append(factor)
     ir.save(model, path)
     return list(used)
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's ``renameat2``, which Python does not offer."""
 
 
 @contextlib.contextmanager
@@ -30,34 +40,80 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling directory; on success it is renamed to ``path``, else removed.
 
+    What a process that was killed left behind, hidden folders beside ``path``, is put right first.
+
     Args:
         path: the final directory; it must not exist unless ``replace``.
-        replace: an existing directory is moved aside first and removed once the new one is in place.
+        replace: an existing directory is exchanged for the new one in one step where the system can (Linux).
+            Elsewhere it is moved aside first, and a kill between the two steps leaves ``path`` absent until the next
+            call, which brings it back.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    _clean_up_after_the_killed(path)
+    with _temporary(path, ".tmp") as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
         temporary.chmod(0o777 & ~_umask())
-        old = None
-        if replace and path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old.tmp", dir=path.parent)) / path.name
-            path.rename(old)
-        try:
+        if not (replace and path.exists()):
             temporary.rename(path)
-        except OSError:
-            if old is not None:
-                old.rename(path)
-                old.parent.rmdir()
-            raise
-        if old is not None:
-            shutil.rmtree(old.parent)
+        elif not _exchange(temporary, path):  # where it does, the old directory is the one that is removed below
+            with _temporary(path, ".old.tmp") as aside:
+                old = aside / path.name
+                path.rename(old)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    old.rename(path)
+                    raise
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, suffix: str) -> Iterator[Path]:
+    """A new hidden directory beside ``path``, locked while it is in use and removed in the end."""
+    directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent))
+    try:
+        with _lock(directory):
+            yield directory
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[bool]:
+    """Holds a directory's lock, which ends with the process; yields False where another process holds it."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
+
+
+def _clean_up_after_the_killed(path: Path) -> None:
+    """Removes temporary directories that no process works on any more; an old directory moved aside comes back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), _lock(left) as abandoned:
+            if abandoned and left.is_dir() and not left.is_symlink():
+                if left.name.endswith(".old.tmp") and (left / path.name).exists() and not path.exists():
+                    (left / path.name).rename(path)
+                shutil.rmtree(left)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two directories in one step; False where this system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 def _sync(path: Path) -> None:

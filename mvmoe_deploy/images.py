@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ MAX_PIXELS = 100_000_000
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
+_warnings_lock = threading.Lock()
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Unit = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e3)]
@@ -143,7 +145,8 @@ def preprocess(source: ImageSource, preprocessing: Preprocessing, name: str = "i
 
 
 def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    with warnings.catch_warnings():
+    # The filters of warnings are the process's: two threads that change them at once may leave them changed.
+    with _warnings_lock, warnings.catch_warnings():
         # Pillow's own limit only warns at this size; _check_pixels is the limit here
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:

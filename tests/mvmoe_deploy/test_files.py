@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mvmoe_deploy import files
 from mvmoe_deploy.files import atomic_directory, atomic_file
 
 
@@ -79,7 +82,10 @@ def test_a_failed_directory_leaves_the_old_one_and_no_litter(tmp_path: Path, rep
     assert (path / "x").read_text() == "old"
 
 
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     path = tmp_path / "d"
     path.mkdir()
     (path / "old").write_text("")
@@ -113,8 +119,67 @@ def test_the_old_directory_comes_back_where_the_new_one_cannot_be_put(
             raise OSError(5, "Input/output error")
         return real(self, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="Input/output"), atomic_directory(path, replace=True) as directory:
         (directory / "x").write_text("new")
     assert (path / "x").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from mvmoe_deploy import files
+path, moment = Path(sys.argv[1]), sys.argv[2]
+files._exchange = lambda a, b: False
+with files.atomic_directory(path, replace=True) as directory:
+    (directory / "x").write_text("new")
+    if moment == "writing":
+        os._exit(9)
+    real = Path.rename
+    def rename(self, target):
+        if target == path:
+            os._exit(9)
+        return real(self, target)
+    Path.rename = rename
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks of folders")
+@pytest.mark.parametrize("moment", ["writing", "between the renames"])
+def test_what_a_killed_process_left_is_put_right_by_the_next(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "x").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], check=False)
+    assert done.returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2 if moment == "writing" else not path.exists()
+    with pytest.raises(ValueError, match="stop"), atomic_directory(path, replace=True):
+        assert (path / "x").read_text() == "old"  # there again, and stays if this fails too
+        raise ValueError("stop")
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+    assert (path / "x").read_text() == "old"
+
+
+def test_what_another_process_works_on_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    with atomic_directory(path) as first:
+        (first / "x").write_text("first")
+        with atomic_directory(tmp_path / "d", replace=True) as second:
+            (second / "x").write_text("second")
+            assert (first / "x").exists()
+        (tmp_path / "d").rename(tmp_path / "e")
+    assert (path / "x").read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "e"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    assert files._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "b" / "a").exists()
+    assert not files._exchange(tmp_path / "a", tmp_path / "absent")

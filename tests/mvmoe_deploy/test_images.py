@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,25 @@ def test_whatever_bytes_are_damaged_it_decodes_or_says_so(data: st.DataObject) -
         content[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ImageError):
         assert decode(bytes(content)).mode == "RGB"
+
+
+def test_many_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
+    """Each opening changes them for a moment; unlocked, one thread restores what another had changed."""
+    file = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(file)
+    before, real = list(warnings.filters), Image.open
+    inside, most = 0, 0
+
+    def slow(source: object) -> Image.Image:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        inside -= 1
+        return real(source)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(Image, "open", slow)
+        list(pool.map(lambda _: decode(file), range(16)))
+    assert most == 1
+    assert warnings.filters == before
