@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import mvmoe_deploy
 from mvmoe_deploy.backends import MODULES
 from mvmoe_deploy.bench.results import Kind, Paper
-from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.runtime import RoutedBatch, Stats
 
@@ -140,15 +140,23 @@ class BareGraph:
 
         self._session = ort.InferenceSession(c.path, session_options(threads), providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
-        self._preprocessing = c.preprocessing
+        self._preprocessing, self._path = c.preprocessing, c.path
 
     def predict(self, image: NDArray[np.uint8]) -> object:
         """Index of the most probable class."""
         return int(self.run(normalise(image, self._preprocessing)[None])[0].argmax())
 
     def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, None]:
-        """See :class:`Opened`; where experts are inside the graph, nobody can choose them."""
-        return self._session.run(None, {self._input: batch})[0], None
+        """See :class:`Opened`; where experts are inside the graph, nobody can choose them.
+
+        Raises:
+            BackendError: the graph does not take it; a stock export takes one image at a time.
+        """
+        try:
+            return self._session.run(None, {self._input: batch})[0], None
+        except Exception as error:  # the bindings raise a dozen unrelated types
+            reason = " ".join(str(error).split())[:200]
+            raise BackendError(f"{self._path}: onnxruntime cannot run a batch of {len(batch)} ({reason})") from None
 
     def stats(self) -> None:
         """Nobody keeps account."""

@@ -258,7 +258,7 @@ def _throughput(
             pixels = shown.pixels(c.preprocessing)
             rows = np.arange(batch) % len(pixels)
             images = np.ascontiguousarray(normalise(pixels[rows], c.preprocessing))
-            with contextlib.suppress(BackendError):  # Core ML's pieces take one image at a time
+            with contextlib.suppress(BackendError):  # Core ML's pieces and a stock export take one image at a time
                 models[c.name].run(images)
                 candidates[c.name] = _runner(models[c.name], images)
         samples = interleave(candidates, 10, 1.0).samples if candidates else {}

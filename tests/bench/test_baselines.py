@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -21,8 +22,10 @@ from mvmoe_deploy.bench.baselines import (
     random_checkpoint,
     vmoe_config,
 )
+from mvmoe_deploy.bench.compared import of_bundle
+from mvmoe_deploy.bench.configuration import open_configuration
 from mvmoe_deploy.checkpoint import load
-from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.models.flops import model_flops, model_macs, total_parameters
 from mvmoe_deploy.runtime import Runtime
@@ -34,15 +37,14 @@ def test_random_checkpoints_load(tmp_path: Path) -> None:
     assert model(tiny.inputs(2)).shape == (2, tiny.CLASSES)
 
 
-def test_the_stock_export_is_the_same_function(dense_model: models.ViT, tmp_path: Path) -> None:
-    import onnxruntime
-
+def test_the_stock_export_is_the_same_function(dense_model: models.ViT, dense_path: Path, tmp_path: Path) -> None:
     path = export_stock(dense_model, tmp_path / "stock.onnx")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    bare = open_configuration(msgspec.structs.replace(of_bundle(dense_path), path=str(path)))
     image = tiny.inputs(1)
-    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     with torch.no_grad():
-        np.testing.assert_allclose(logits, dense_model(image).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(bare.run(image.numpy())[0], dense_model(image).numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(BackendError, match=r"stock\.onnx: onnxruntime cannot run a batch of 2"):
+        bare.run(tiny.inputs(2).numpy())
 
 
 def test_the_graph_of_all_experts_is_the_routed_model(tmp_path: Path) -> None:
