@@ -24,6 +24,7 @@ examples:
   mvmoe-bench dense.pt birds.mvmoe --threads 2    ratios are to the first one
   mvmoe-bench --full --data DIR --json all.json   every baseline, sweeps, throughput, accuracy
   mvmoe-bench --suite paper --scales 12x192,6x64  random weights at the paper's scales, beside its figures
+  mvmoe-bench --device android --help             on a phone or emulator; --device coreml on a Mac
 
 more measurements, each with its own --help:
   mvmoe-bench figures      what this project holds itself to: export time, bytes, latency and memory ratios
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = parser("Measure bundles (or checkpoints, exported first) against each other.", EXAMPLES)
     p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
-    p.add_argument("--device", default="cpu", help="cpu")
+    p.add_argument("--device", default="cpu", help="cpu; android (over adb) or coreml (on macOS) have their own --help")
     p.add_argument("--suite", choices=["paper"], help="the 12 scales of the paper's figure 3a, random weights")
     p.add_argument("--scales", metavar="6x64,…", help="only these scales of the suite")
     p.add_argument(
@@ -86,17 +87,30 @@ MORE = {
     "report": "render",
     "compare": "compare",
 }
+DEVICES = {"android": "android", "coreml": "coreml_device"}
+"""Measured by modules of their own, which have their own options."""
+
+
+def _device(argv: list[str]) -> str:
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--device", default="cpu")
+    return str(p.parse_known_args(argv)[0].device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in MORE:
+        return int(import_module(f"mvmoe_deploy.bench.{MORE[argv[0]]}").main(argv[1:]))
+    if (device := _device(argv)) in DEVICES:
+        return int(import_module(f"mvmoe_deploy.bench.{DEVICES[device]}").main(argv))
+    return _measure_here(argv)
 
 
 @command
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in MORE:
-        import_module(f"mvmoe_deploy.bench.{MORE[argv[0]]}").main(argv[1:])
-        return
+def _measure_here(argv: list[str] | None) -> None:
     args = build_parser().parse_args(argv)
     if args.device != "cpu":
-        raise BackendError(f"--device {args.device}: only cpu can be measured here")
+        raise BackendError(f"--device {args.device}: there are cpu, android and coreml")
     if args.suite and args.models:
         raise ConfigError("--suite measures the paper's scales: give it no models")
     if args.scales and not args.suite:

@@ -12,6 +12,7 @@ import synthetic
 
 from mvmoe_deploy.bench import compare as c
 from mvmoe_deploy.bench.results import Results, Row, write_json
+from mvmoe_deploy.cli import bench
 from mvmoe_deploy.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-
     def compare(before: Results, after: Results, *arguments: str) -> tuple[int, str, str]:
         write_json(before, tmp_path / "a.json")
         write_json(after, tmp_path / "b.json")
-        code = c.main([str(tmp_path / "a.json"), str(tmp_path / "b.json"), *arguments])
+        code = bench.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), *arguments])
         return code, *capsys.readouterr()
 
     return compare
