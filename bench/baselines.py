@@ -8,6 +8,7 @@ layers), so that a row differs from another in what is named and in nothing else
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,7 +57,9 @@ def export_stock(model: ViT, path: Path) -> Path:
     stock = StockViT(model.config).eval()
     stock.load_state_dict(model.state_dict())
     size = model.config.image_size
-    torch.onnx.export(stock, (torch.randn(1, 3, size, size),), path, dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+        torch.onnx.export(stock, (torch.randn(1, 3, size, size),), path, dynamo=True, verbose=False)
     return path
 
 

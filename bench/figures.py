@@ -1,6 +1,6 @@
 """The figures this project holds itself to, each measured side by side: ``mvmoe-bench figures``.
 
-Random weights do, since nothing here depends on what a model has learned. It takes about five minutes.
+Random weights do, since nothing here depends on what a model has learned. It takes about eight minutes.
 """
 
 from __future__ import annotations
