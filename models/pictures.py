@@ -15,8 +15,8 @@ from mvmoe_deploy.models.capacity import CapacityCurve
 
 BLUE, RED = "#4477aa", "#ee6677"
 """Of Paul Tol's bright palette, which colour-blind readers can tell apart."""
-ROWS = 100
-"""Classes in one column of a heat map; more go into further columns."""
+ROWS, COLUMNS = 100, 10
+"""Classes in one column of a heat map, and how many columns; beyond that, rows become thinner and lose their names."""
 
 
 def draw_confusion(
@@ -50,7 +50,7 @@ def draw_confusion(
     lowest = 10 ** np.floor(np.log10(np.median(matrix)))
     image = axis.imshow(matrix[np.ix_(order, order)], "magma", norm=LogNorm(lowest, 1), interpolation="nearest")
     size = min(8.0, 72 * 0.8 * side / classes)
-    names = [class_names[c] for c in order]
+    names = [_label(class_names[c]) for c in order]
     axis.set_xticks(range(classes), names, rotation=90, fontsize=size)
     axis.set_yticks(range(classes), names, fontsize=size)
     axis.tick_params(length=0, pad=2)
@@ -59,10 +59,9 @@ def draw_confusion(
     for start, end, name in zip([0, *ends[:-1]], ends, group_names, strict=True):
         corner = start - 0.5
         axis.add_patch(Rectangle((corner, corner), end - start, end - start, fill=False, edgecolor="white", lw=1))
-        axis.annotate(
-            f"{_wrapped(name)}\n({end - start})", (1.01, (start + end) / 2 - 0.5), xycoords=("axes fraction", "data"),
-            va="center", fontsize=8,
-        )  # fmt: skip
+        label = _label(name, 90).replace(" / ", "\n") + f"\n({end - start})"
+        middle = (start + end) / 2 - 0.5
+        axis.annotate(label, (1.01, middle), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     bar = figure.colorbar(image, ax=axis, location="top", fraction=0.01, pad=0.01, aspect=50, shrink=0.5)
     bar.set_label("share of the true class's probability (logarithmic)")
     _save(figure, path)
@@ -81,9 +80,9 @@ def draw_routing(analysis: ImageAnalysis | TokenAnalysis, path: Path, title: str
 
 
 def _draw_images(a: ImageAnalysis, path: Path, title: str) -> None:
-    columns = -(-len(a.order) // ROWS)
+    columns = min(COLUMNS, -(-len(a.order) // ROWS))
     experts = len(a.load)
-    wide = max(1.5, 0.22 * experts)
+    wide = float(np.clip(0.22 * experts, 1.5, 5))
     heat_width = columns * (wide + 1.4)
     height = max(9.0, 1.2 + 0.125 * min(ROWS, len(a.order)))
     figure = _figure(heat_width + 7.5, height)
@@ -96,7 +95,7 @@ def _draw_images(a: ImageAnalysis, path: Path, title: str) -> None:
     places = np.arange(experts)
     labels = a.expert_names
     if a.superclass_of is not None:
-        labels = [f"{_short(name)}  {index}" for index, name in enumerate(a.expert_names)]
+        labels = [f"{_label(name, 44)}  {index}" for index, name in enumerate(a.expert_names)]
     load.barh(places, 100 * np.array(a.load), 0.7, color=BLUE, label="sent to it")
     if a.fair_load is not None:
         load.scatter(100 * np.array(a.fair_load), places, 60, "black", marker="|", zorder=3, label="of its super-class")
@@ -127,14 +126,14 @@ def _draw_images(a: ImageAnalysis, path: Path, title: str) -> None:
         if len(split) == 2:
             axis.legend(frameon=False, fontsize=8, loc="upper right")
     _tidy([load, accuracy, gates, margins])
-    figure.suptitle(f"{title}: {a.headline}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{_label(title, 60)}: {a.headline}", fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
 
 def _draw_tokens(a: TokenAnalysis, path: Path, title: str) -> None:
     layers, experts = len(a.load), len(a.load[0])
-    columns = -(-len(a.order) // ROWS)
-    wide = max(1.5, 0.22 * experts)
+    columns = min(COLUMNS, -(-len(a.order) // ROWS))
+    wide = float(np.clip(0.22 * experts, 1.5, 5))
     heat_width = columns * (layers * (wide + 0.2) + 1.2)
     height = max(2.3 * layers + 0.8, 1.2 + 0.125 * min(ROWS, len(a.order)))
     figure = _figure(heat_width + 7, height)
@@ -156,7 +155,7 @@ def _draw_tokens(a: TokenAnalysis, path: Path, title: str) -> None:
         for axis in (load, touched):
             axis.xaxis.get_major_locator().set_params(integer=True)
     _tidy(panels.flat)
-    figure.suptitle(f"{title}: {a.headline}", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(f"{_label(title, 60)}: {a.headline}", fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
 
@@ -182,7 +181,7 @@ def draw_capacity(curve: CapacityCurve, path: Path, title: str) -> None:
     axis.legend(frameon=False, fontsize=9)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{title}: {curve.images:,} images in batches of {curve.batch}", fontsize=10, loc="left")
+    axis.set_title(f"{_label(title, 60)}: {curve.images:,} images in batches of {curve.batch}", fontsize=10, loc="left")
     _save(figure, path)
 
 
@@ -207,7 +206,10 @@ def _heat_columns(
             experts = heat.shape[1]
             axis.set_xticks(range(0, experts, -(-experts // 20)))
             axis.tick_params(top=True, labeltop=True, length=2, labelsize=7)
-            axis.set_yticks(range(len(shown)), [class_names[c] for c in shown] if first else [], fontsize=6)
+            if first and rows <= ROWS:
+                axis.set_yticks(range(len(shown)), [_label(class_names[c]) for c in shown], fontsize=6)
+            else:
+                axis.set_yticks([])
             axis.tick_params(axis="y", length=0)
             if column == 0:
                 axis.set_title(title, fontsize=9, loc="left")
@@ -256,12 +258,10 @@ def _tidy(axes: Any) -> None:
         axis.yaxis.label.set_size(9)
 
 
-def _short(name: str, most: int = 44) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _wrapped(name: str) -> str:
-    return name.replace(" / ", "\n")
+def _label(name: str, most: int = 28) -> str:
+    """A name from a file, on one line and not too long; matplotlib would read formulas between dollar signs."""
+    name = " ".join(name.split())
+    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,7 +20,7 @@ from mvmoe_deploy.cli import train
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.models.analysis import BINS, analyse_images, analyse_tokens, superclasses_of
 from mvmoe_deploy.models.evaluation import ImageRouting, Predictions, TokenRouting
-from mvmoe_deploy.models.pictures import draw_routing
+from mvmoe_deploy.models.pictures import draw_confusion, draw_routing
 
 NAMES = ["ant", "bee", "cat"]
 GROUPS = Superclasses(["insects", "others"], [0, 0, 1])
@@ -116,6 +117,22 @@ def test_pictures(kind: str, tmp_path: Path) -> None:
         assert picture.width > 600
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_pictures_of_many_and_oddly_named_classes(tmp_path: Path) -> None:
+    """Beyond ten columns of names the rows become thinner; dollar signs and line ends are but characters."""
+    classes, experts = 1010, 12
+    labels = torch.arange(classes)
+    probabilities = torch.eye(experts)[labels % experts]
+    predictions = Predictions(labels, labels[:, None], ImageRouting(probabilities, probabilities.argmax(1)[:, None]))
+    names = ["$\\frac{$", "a\nb", "x" * 500, *map(str, range(3, classes))]
+    groups = Superclasses([f"${index}" for index in range(experts)], (labels % experts).tolist())
+    draw_routing(analyse_images(predictions, names, groups), tmp_path / "many.png", "$$.pt")
+    with Image.open(tmp_path / "many.png") as picture:
+        assert max(picture.size) < 15_000
+    draw_confusion(np.full((3, 3), 1 / 3), np.array([0, 1, 1]), ["$x$", "y / z"], names[:3], tmp_path / "odd.png")
+    with Image.open(tmp_path / "odd.png") as picture:
+        assert max(picture.size) < 3_000
 
 
 # from files

@@ -126,6 +126,13 @@ def test_a_dense_model_and_upcycling_it(data: Path, tmp_path: Path) -> None:
     rows = [line.split("\t") for line in tsv.read_text().splitlines()]
     assert [row[0] for row in rows] == header.class_ids
     assert len({row[1] for row in rows}) == 3
+    with Image.open(tmp_path / "derived.png") as picture:
+        assert picture.width > 600
+    # the same again, and not over an existing picture unless told
+    again = [*argv[:-1], str(tmp_path / "again.tsv")]
+    assert train.main([*again, "--plot", str(tmp_path / "derived.png")]) == 2
+    assert train.main([*again, "--plot", str(tmp_path / "derived.png"), "--force"]) == 0
+    assert (tmp_path / "again.tsv").read_bytes() == tsv.read_bytes()
 
 
 @pytest.mark.parametrize("more", [["--mixup", "0.3"], ["--precision", "bf16"], ["-k", "2"], ["--router-input", "mean"],
