@@ -24,13 +24,22 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 def estimate(samples: Sequence[float], statistic: Statistic) -> Estimate:
     """A statistic of all samples, in their order, with its 95 % interval; seeded."""
+    low, high = np.percentile(resampled(samples, statistic), [2.5, 97.5])
+    return Estimate(float(statistic(np.asarray(samples, np.float64))), float(low), float(high))
+
+
+def resampled(samples: Sequence[float], statistic: Statistic, seed: int = 0) -> NDArray[np.float64]:
+    """The statistic of :data:`RESAMPLES` bootstrap samples; for two sets of samples, give two seeds."""
     values = np.asarray(samples, np.float64)
     count = len(values)
     length = max(1, round(count ** (1 / 3)))
-    starts = np.random.default_rng(0).integers(0, count, (RESAMPLES, -(-count // length)))
-    rows = (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :count] % count
-    low, high = np.percentile(statistic(values[rows]), [2.5, 97.5])
-    return Estimate(float(statistic(values)), float(low), float(high))
+    starts = np.random.default_rng(seed).integers(0, count, (RESAMPLES, -(-count // length)))
+    at_once = max(1, 1_000_000 // count)  # long runs would fill the memory
+    found = []
+    for part in np.array_split(starts, -(-RESAMPLES // at_once)):
+        rows = (part[:, :, None] + np.arange(length)).reshape(len(part), -1)[:, :count] % count
+        found.append(statistic(values[rows]))
+    return np.concatenate(found)
 
 
 def quantile_estimate(samples: Sequence[float], percent: float) -> Estimate:

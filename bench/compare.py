@@ -12,17 +12,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from mvmoe_deploy.bench.bootstrap import resampled
 from mvmoe_deploy.bench.results import Estimate, Results, Row, read_json
 from mvmoe_deploy.bench.tables import NOISY, Table, fact, interval, noise_reasons, number, plain, text
 from mvmoe_deploy.cli.common import command, parser
 from mvmoe_deploy.errors import ConfigError, RegressionError
 
-RESAMPLES = 2000
 DIFFERENT_RUNS_BY_NATURE = {"load_average", "commit", "date"}
 
-Floats = NDArray[np.float64]
 Value = list[float] | Estimate | float
 """Raw samples, a statistic with its interval, or a single measurement or count."""
 
@@ -192,9 +190,11 @@ def _value(value: Value, percentile: float | None) -> float:
 def _factor(before: Value, after: Value, percentile: float | None) -> Estimate:
     """Second divided by first with its 95 % interval."""
     if isinstance(before, list) and isinstance(after, list) and percentile is not None:
-        generator = np.random.default_rng(0)
-        resampled = [_resampled(np.array(samples, dtype=float), percentile, generator) for samples in (before, after)]
-        low, high = np.percentile(resampled[1] / resampled[0], (2.5, 97.5))
+        old, new = (
+            resampled(samples, lambda values: np.percentile(values, percentile, axis=-1), seed)
+            for seed, samples in enumerate((before, after))
+        )
+        low, high = np.percentile(new / old, (2.5, 97.5))
         return Estimate(_value(after, percentile) / _value(before, percentile), float(low), float(high))
     if isinstance(before, Estimate) and isinstance(after, Estimate) and min(before.low, after.low) > 0:
         # both runs are independent, so on the logarithmic scale the squares of the half-widths add up
@@ -204,20 +204,6 @@ def _factor(before: Value, after: Value, percentile: float | None) -> Estimate:
         return Estimate(value, float(value * np.exp(-down)), float(value * np.exp(up)))
     value = _value(after, percentile) / _value(before, percentile)
     return Estimate(value, value, value)
-
-
-def _resampled(samples: Floats, percentile: float, generator: np.random.Generator) -> Floats:
-    """A percentile of bootstrap samples made of blocks of n^(1/3): neighbours in time are alike, so that drawing single
-    samples would understate the noise (circular block bootstrap, Politis and Romano 1992)."""
-    count = len(samples)
-    block = max(1, round(count ** (1 / 3)))
-    found = np.empty(0)
-    while len(found) < RESAMPLES:
-        rows = min(RESAMPLES - len(found), max(1, 1_000_000 // count))  # at a time: long runs would fill the memory
-        starts = generator.integers(0, count, (rows, -(-count // block)))
-        places = (starts[:, :, None] + np.arange(block)).reshape(rows, -1)[:, :count] % count
-        found = np.append(found, np.percentile(samples[places], percentile, axis=1))
-    return found
 
 
 def _cold_starts(row: Row) -> list[float] | None:

@@ -31,7 +31,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from mvmoe_deploy.bundle import Piece
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.split import PieceModule
-from mvmoe_deploy.exporters.targets import Converted, Job, count_parameters, describe_piece
+from mvmoe_deploy.exporters.targets import Converted, Job, Options, count_parameters, describe_piece
 from mvmoe_deploy.exporters.xnnpack import rewrite
 
 PRECISIONS = ("fp32", "int8")
@@ -40,9 +40,10 @@ PACKED = "model.pte"
 METHOD = "forward"
 """The method of a separate file; what Swift's and Kotlin's ``Module`` call by default."""
 
-MAX_BATCH = 16
-"""Upper bound of the batch dimension. Tensors that pass between delegates are planned for it (0.1 MB an image in the
-trunk of mvmoe_12x192), so it costs memory. A dynamic batch costs no time at batch 1; larger batches gain a tenth."""
+MAX_BATCH = Options.max_batch
+"""Upper bound of the batch dimension, unless asked otherwise. Tensors that pass between delegates are planned for it
+(0.1 MB an image in the trunk of mvmoe_12x192), so it costs memory. A dynamic batch costs no time at batch 1; larger
+batches gain a tenth."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def convert(job: Job) -> Converted:
             job.progress(f"{piece.name}: lowering")
             module = rewrite(piece)
             try:
-                exported = export(module, piece, job.options.precision)
+                exported = export(module, piece, job.options.precision, job.options.max_batch)
                 lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
             except Exception as error:  # torch and executorch raise whatever a layer they do not know leads to
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -108,19 +109,25 @@ def convert(job: Job) -> Converted:
     return Converted(
         [_describe(piece, lowered[piece.name], job) for piece in job.split.pieces],
         {package: version(package) for package in packages},
-        {"max_batch": MAX_BATCH, "delegation": {name: vars(piece.delegation) for name, piece in lowered.items()}},
+        {
+            "max_batch": job.options.max_batch,
+            "delegation": {name: vars(piece.delegation) for name, piece in lowered.items()},
+        },
     )
 
 
-def export(module: nn.Module, piece: PieceModule, precision: str = "fp32") -> ExportedProgram:
-    """Traces a piece's (rewritten) module for any batch up to :data:`MAX_BATCH`.
+def export(
+    module: nn.Module, piece: PieceModule, precision: str = "fp32", max_batch: int = MAX_BATCH
+) -> ExportedProgram:
+    """Traces a piece's (rewritten) module for any batch up to ``max_batch``.
 
     ``int8`` quantizes every nn.Linear but the router: weights per output channel, activations per tensor as they come,
     so that nothing needs calibrating. Convolutions, norms, attention scores and the router stay fp32; the router is a
     few kB, and its rounding would send images to other experts.
     """
-    inputs = tuple(piece.inputs.values())
-    shapes = tuple({0: Dim("batch", min=1, max=MAX_BATCH)} for _ in inputs)
+    # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
+    inputs = tuple(example[:max_batch] for example in piece.inputs.values())
+    shapes = None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torchao's and torch's own deprecations, nothing a user can act on
         program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)

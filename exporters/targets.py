@@ -33,6 +33,7 @@ class Options:
         precision: ``fp32``, ``fp16`` or what else the target offers (its ``PRECISIONS``).
         layout: ``separate`` or what else the target offers (its ``LAYOUTS``).
         separate_router: make the router a piece of its own.
+        max_batch: ExecuTorch's; the largest batch that a piece takes at once.
         minimum_deployment_target: Core ML's, such as ``iOS17``.
         image_input: Core ML's; the trunk takes an image and normalises it itself, instead of a normalised tensor.
         classifier: Core ML's; what returns logits also returns the class label and the probabilities.
@@ -43,6 +44,7 @@ class Options:
     precision: str = "fp32"
     layout: str = "separate"
     separate_router: bool = False
+    max_batch: int = 16
     minimum_deployment_target: str = "iOS17"
     image_input: bool = False
     classifier: bool = False

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.cli.common import command, parser, table
+from mvmoe_deploy.cli.common import command, parser, positive_int, table
 from mvmoe_deploy.errors import ExportError, MvmoeError, VerificationError
 
 EXAMPLES = """\
@@ -45,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--layout", default="separate", help="separate, packed or swappable, see below")
     p.add_argument("--separate-router", action="store_true", help="export the router as a piece of its own")
+    p.add_argument_group("ExecuTorch").add_argument(
+        "--max-batch", type=positive_int, default=16, metavar="N",
+        help="largest batch a piece takes at once; 1 for ExecuTorch's executor_runner, which always runs the largest",
+    )  # fmt: skip
     coreml = p.add_argument_group("Core ML")
     coreml.add_argument("--minimum-deployment-target", default="iOS17", metavar="OS", help="iOS16, iOS17 or iOS18")
     coreml.add_argument("--image-input", action="store_true", help="the trunk takes an image, preprocessing folded in")
@@ -95,6 +99,7 @@ def _arguments(args: argparse.Namespace, target: str) -> dict[str, Any]:
         precision=args.precision or target_module(target).PRECISIONS[0],
         layout=args.layout,
         separate_router=args.separate_router,
+        max_batch=args.max_batch,
         minimum_deployment_target=args.minimum_deployment_target,
         image_input=args.image_input,
         classifier=args.classifier,

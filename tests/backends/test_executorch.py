@@ -33,7 +33,7 @@ def in_subprocess(code: str, *arguments: str) -> list[object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["separate", "packed"])
+@pytest.mark.parametrize("name", ["separate", "packed", "single"])
 @pytest.mark.parametrize("batch", [1, 2, MAX_BATCH, MAX_BATCH + 1, 2 * MAX_BATCH + 3])
 def test_every_piece_agrees_with_torch_at_any_batch(name: str, batch: int) -> None:
     opened = bundle(name)
@@ -44,6 +44,20 @@ def test_every_piece_agrees_with_torch_at_any_batch(name: str, batch: int) -> No
         found = backend.load(opened.piece(piece.role, piece.expert, piece.layer))(*(x.numpy() for x in inputs))
         for actual, expected in zip(found, piece(*inputs), strict=True):
             np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("separate", MAX_BATCH), ("single", 1)])
+def test_graphs_say_the_largest_batch(name: str, largest: int) -> None:
+    """It is what executor_runner runs; see extension/runner_util/inputs.cpp in ExecuTorch."""
+    from executorch.runtime import Runtime
+
+    opened = bundle(name)
+    assert opened.manifest.options["max_batch"] == largest
+    for piece in opened.manifest.pieces:
+        metadata = Runtime.get().load_program(opened.path / piece.graph).metadata("forward")
+        assert [metadata.input_tensor_meta(i).sizes()[0] for i in range(len(piece.inputs))] == [largest] * len(
+            piece.inputs
+        )
 
 
 @pytest.mark.parametrize("name", ["separate", "int8"])

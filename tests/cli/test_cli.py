@@ -242,7 +242,7 @@ def test_bench(bundle_path: Path, dense_path: Path, tmp_path: Path, capsys: pyte
 
 def test_bench_refuses(bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert "only cpu" in fails(capsys, bench.main, bundle_path, "--device", "npu")
+    assert "there are cpu, android and coreml" in fails(capsys, bench.main, bundle_path, "--device", "npu")
     assert "holds no images" in fails(capsys, bench.main, bundle_path, "--images", tmp_path / "empty")
     assert "not a bundle" in fails(capsys, bench.main, tmp_path)
     assert "give it no models" in fails(capsys, bench.main, bundle_path, "--suite", "paper")

@@ -72,12 +72,14 @@ def folder() -> Path:
 
 @functools.cache
 def bundle(name: str) -> Bundle:
-    """An exported, verified bundle: ``separate``, ``packed`` (k = 2), ``int8`` (separate router) or ``foreign``."""
+    """An exported, verified bundle: ``separate``, ``packed`` (k = 2), ``int8`` (separate router), ``foreign`` or
+    ``single`` (batches of one image)."""
     model, options = {
         "separate": (routed_model(), Options()),
         "packed": (routed_model(2), Options(layout="packed")),
         "int8": (routed_model(), Options(precision="int8", separate_router=True)),
         "foreign": (foreign_model(), Options()),
+        "single": (routed_model(), Options(max_batch=1)),
     }[name]
     names = [f"class {index}" for index in range(CLASSES)]
     config = model.config.to_dict() if isinstance(model, MobileVMoE) else {"architecture": "foreign"}
