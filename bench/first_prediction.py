@@ -44,7 +44,7 @@ def graph(path: str, image: str, threads: int, mean: str, std: str) -> list[floa
     loaded = time.monotonic()
     scale = [np.array([float(each) for each in text.split(",")], np.float32) for text in (mean, std)]
     batch = ((pixels / np.float32(255) - scale[0]) / scale[1]).transpose(2, 0, 1)[None]
-    (logits,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(batch)})
+    (logits, *_) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(batch)})
     logits.argmax()
     return [imported, loaded, time.monotonic()]
 
