@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import Manifest, Piece
 from mvmoe_deploy.errors import ExportError
-from mvmoe_deploy.exporters.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, quiet, read_package
+from mvmoe_deploy.exporters.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.exporters.targets import Converted, Job, Options, describe_piece
 from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.quiet import quiet
 
 with quiet():
     import coremltools as ct

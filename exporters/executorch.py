@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-    XNNPACKQuantizer,
-    get_symmetric_quantization_config,
-)
-from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
-from executorch.exir._serialize._named_data_store import NamedDataStore
-from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
-from executorch.exir.dialects.edge._ops import EdgeOpOverload
-from executorch.exir.lowered_backend_module import LoweredBackendModule
-from executorch.exir.passes import MemoryPlanningPass
-from executorch.exir.schema import Program
-from executorch.exir.schema import Tensor as TensorValue
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from mvmoe_deploy.bundle import Piece
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.exporters.targets import Converted, Job, Options, count_parameters, describe_piece
 from mvmoe_deploy.exporters.xnnpack import rewrite
+from mvmoe_deploy.quiet import quiet
+
+with quiet():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+    from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
+    from executorch.exir.dialects.edge._ops import EdgeOpOverload
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.schema import Program
+    from executorch.exir.schema import Tensor as TensorValue
+    from torch.fx.passes.infra.partitioner import Partition
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 PRECISIONS = ("fp32", "int8")
 LAYOUTS = ("separate", "packed")
@@ -128,8 +131,7 @@ def export(
     # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
     inputs = tuple(example[:max_batch] for example in piece.inputs.values())
     shapes = None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torchao's and torch's own deprecations, nothing a user can act on
+    with quiet(), torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         if precision == "int8" and piece.role != "router":
             config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
@@ -146,14 +148,41 @@ def lower(program: ExportedProgram) -> Lowered:
     # Graph text first: lowering changes the program in place.
     tensors, code = _tensors(program), _code(program)
     # With gradients on, constants are marked as needing them, and the bytes would depend on the caller.
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        edge = to_edge_transform_and_lower({METHOD: program}, partitioner=[XnnpackPartitioner()])
+    with quiet(), torch.no_grad():
+        edge = to_edge_transform_and_lower({METHOD: program}, partitioner=[WholePartitioner()])
         delegation = _delegation(edge)
         # Inputs are not planned: the runtime then reads the caller's memory instead of copying it into its own.
         planning = MemoryPlanningPass(alloc_graph_input=False)
         data = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
     return Lowered(bytes(data), tensors, code, delegation)
+
+
+class WholePartitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner, its partitions merged wherever nothing has to run between them.
+
+    Its own merging cuts a graph behind every quantized input that several layers read, as q, k and v do.
+    """
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        partitions = super().generate_partitions(ep)
+        delegated = {node: number for number, partition in enumerate(partitions) for node in partition.nodes}
+        # How often a value has left the delegates and come back; partitions of one count cannot wait for each other.
+        counts: dict[int | torch.fx.Node, int] = {}
+        before: dict[int | torch.fx.Node, int] | None = None
+        while counts != before:
+            before = dict(counts)
+            for node in ep.graph.nodes:
+                key = delegated.get(node, node)
+                for other in node.all_input_nodes:
+                    leaves = other in delegated and node not in delegated
+                    count = counts.get(delegated.get(other, other), 0) + leaves
+                    counts[key] = max(counts.get(key, 0), count)
+        merged: dict[int, Partition] = {}
+        for number, partition in enumerate(partitions):
+            whole = merged.setdefault(counts.get(number, 0), Partition(id=counts.get(number, 0)))
+            for node in partition.nodes:
+                whole.add_node(node)
+        return list(merged.values())
 
 
 def with_weights(lowered: Lowered, program: ExportedProgram) -> Lowered | None:

@@ -8,13 +8,9 @@ is an error, never a pass. Packages come from strangers: every offset, size and 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 import struct
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +22,9 @@ from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.backends.coreml import one_image_at_a_time
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.quiet import quiet
 
 Array = NDArray[Any]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps coremltools from warning about whatever it does not find and from drawing progress bars."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 with quiet():

@@ -52,20 +52,25 @@ class FoldedAttention(nn.Module):
 
 
 class LinearNorm(nn.Module):
-    """LayerNorm over the last dimension, its means written as a linear layer of weights 1/D."""
+    """LayerNorm over the last dimension, its means written as a linear layer of weights 1/D.
+
+    Epsilon is that layer's bias: an operator fewer, of which each takes as long as its tensor takes to be copied.
+    """
 
     mean: Tensor
+    eps: Tensor
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
         width = norm.normalized_shape[0]
         # A buffer and F.linear, not nn.Linear: int8 covers nn.Linear, and a mean must not be rounded to it.
         self.register_buffer("mean", torch.full((1, width), 1 / width))
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.register_buffer("eps", torch.full((1,), norm.eps))
+        self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - F.linear(x, self.mean)
-        return x * torch.rsqrt(F.linear(x * x, self.mean) + self.eps) * self.weight + self.bias
+        return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps)) * self.weight + self.bias
 
 
 def rewrite(piece: PieceModule) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import struct
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -19,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmoe_deploy.backends import LoadedPiece
+from mvmoe_deploy.backends.xnnpack_graph import check_graph
 from mvmoe_deploy.bundle import Bundle, Piece, TensorSpec
 from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.quiet import quiet
 
 FLOAT = 6
 """executorch's number for float32."""
@@ -139,8 +140,9 @@ def check_program(path: Path) -> None:
     Raises:
         BackendError: not a .pte file, or one that is damaged or unsafe; the message says what is wrong.
     """
-    from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-    from executorch.exir._serialize._program import _get_extended_header
+    with quiet():
+        from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+        from executorch.exir._serialize._program import _get_extended_header
 
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -173,6 +175,7 @@ def _problem(program: Any, base: int, data: mmap.mmap) -> str | None:
         digest = weight.key.removeprefix("scale_")
         if weight.segment_index >= len(segments) or sha256(data[segments[weight.segment_index]]).hexdigest() != digest:
             return f"weight {weight.key} is not the one its name says"
+    weights = {weight.key: program.segments[weight.segment_index].size for weight in program.named_data or []}
     if program.mutable_data_segments or program.constant_buffer:
         return "it has state or inline constants, which no export of this project has"
     constants: list[int] = []  # bytes from each constant's offset to the end of their segment
@@ -186,22 +189,11 @@ def _problem(program: Any, base: int, data: mmap.mmap) -> str | None:
             place = delegate.processed
             if delegate.id != "XnnpackBackend" or place.location != SEGMENT or place.index >= len(segments):
                 return f"delegate {delegate.id!r} is not XNNPACK's or refers to a segment that does not exist"
-        arguments = [_count_arguments(data[segments[delegate.processed.index]]) for delegate in plan.delegates]
+        arguments = [check_graph(data[segments[delegate.processed.index]], weights) for delegate in plan.delegates]
         problem = _plan_problem(plan, constants, arguments)
         if problem:
             return f"method {plan.name!r}: {problem}"
     return None
-
-
-def _count_arguments(graph: bytes) -> int:
-    """Number of inputs and outputs of an XNNPACK graph (``XNNGraph`` in its runtime_schema.fbs)."""
-    from flatbuffers.table import Table
-
-    start, size = struct.unpack_from("<II", graph, 10)
-    body = graph[start : start + size]
-    root = Table(body, struct.unpack_from("<I", body)[0])
-    fields = [root.Offset(12), root.Offset(14)]  # input_ids, output_ids
-    return sum(root.VectorLen(field) for field in fields if field)
 
 
 def _plan_problem(plan: Any, constants: list[int], arguments: list[int]) -> str | None:
@@ -305,8 +297,9 @@ def _runtime(threads: int | None) -> Any:
     """
     global _pool_threads
     try:
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
+        with quiet():
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
     except ImportError as error:
         raise BackendError(
             f"the executorch backend cannot be imported ({_reason(error)}): pip install 'mvmoe-deploy[executorch]'"
@@ -315,7 +308,8 @@ def _runtime(threads: int | None) -> Any:
         threads = threads or _pool_threads or 1
         if _pool_threads is None:
             # Only before the first method is loaded: methods keep the pool they were loaded with.
-            portable_lib._unsafe_reset_threadpool(threads)
+            with quiet():
+                portable_lib._unsafe_reset_threadpool(threads)
             _pool_threads = threads
         elif _pool_threads != threads:
             raise BackendError(

@@ -24,6 +24,7 @@ from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
 from mvmoe_deploy.exporters.targets import Job, Options
 from mvmoe_deploy.images import Preprocessing, normalise
+from mvmoe_deploy.quiet import quiet
 
 # Wide enough that its matrices pass coremltools' thresholds for compression
 CONFIG = tiny.moe_config(width=64, experts=2)
@@ -248,7 +249,7 @@ def test_a_classifier_names_the_class_and_gives_probabilities(classifier: Bundle
 def test_the_classifier_is_the_one_coremltools_writes(classifier: Bundle) -> None:
     """Except for the logits, with which coremltools fails."""
     labels = classifier.manifest.class_names
-    with coreml.quiet():
+    with quiet():
         program = torch.export.export(torch.nn.Softmax(-1), (torch.zeros(1, len(labels)),)).run_decompositions({})
         theirs = coreml.ct.convert(
             program,

@@ -25,8 +25,9 @@ from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
 from mvmoe_deploy.exporters.targets import Options
 from mvmoe_deploy.exporters.verify import verify
+from mvmoe_deploy.quiet import quiet
 
-with mil.quiet():
+with quiet():
     import coremltools as ct
     from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, types
@@ -138,7 +139,7 @@ def interpret(cases: dict[Any, tuple[np.ndarray, Callable[[Any], Any]]], target:
         function.set_outputs([output for outputs in built for output in outputs])
     program = MilProgram()
     program.add_function("main", function)
-    with mil.quiet():
+    with quiet():
         ct.convert(
             program,
             convert_to="mlprogram",
