@@ -1,112 +1,185 @@
-"""What the ExecuTorch target's lowering buys, on one thread: ``mvmoe-bench executorch``.
+"""What the ExecuTorch target's lowering buys: ``mvmoe-bench executorch``.
 
-Exports a model and its dense baseline (random weights: speed does not depend on them), and prints two ratios of
-medians, each of candidates run in turn:
+Exports a model and its dense baseline (random weights: speed does not depend on them), and prints ratios of medians,
+each of candidates run in turn:
 
 - routed / dense: an image through trunk, router and the tail it is routed to, against the dense baseline whole;
 - rewritten / naive: the trunk as this project lowers it, against nn.LayerNorm and scaled_dot_product_attention lowered
-  as they are (at a fixed batch of 1, which suits the naive lowering best).
+  as they are (at a fixed batch of 1, which suits the naive lowering best);
+- matrix products / naive: the trunk's convolution and linear layers and nothing else. Both lowerings run these in the
+  same kernels, so that no rewrite can come below it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from executorch.runtime import Runtime
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import mvmoe_deploy
 from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.checkpoint import new_header
+from mvmoe_deploy.cli.common import positive_int, table
 from mvmoe_deploy.exporters.executorch import Lowered, lower
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
-from mvmoe_deploy.exporters.split import split
+from mvmoe_deploy.exporters.split import PieceModule, split
+from mvmoe_deploy.exporters.xnnpack import rewrite
 from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, config_from_name
+from mvmoe_deploy.models.vit import embed
 
 IMAGES = 16
+RATIOS = {
+    "routed / dense": ("routed", "dense"),
+    "rewritten / naive": ("rewritten", "naive"),
+    "matrix products / naive": ("matrix products", "naive"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one JSON object: milliseconds (p50, p90, p99) per candidate, ratios of p50, delegation per piece."""
+    """Prints milliseconds (p50, p90, p99) per candidate, ratios of p50, and delegation per piece."""
     parser = argparse.ArgumentParser(
         "mvmoe-bench executorch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="mvmoe_12x192", help="a scale by name (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=200, help="samples per candidate (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=200, help="samples per candidate (default: %(default)s)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     arguments = parser.parse_args(argv)
     config = config_from_name(arguments.model)
     if not isinstance(config, MobileVMoEConfig):
         parser.error(f"{arguments.model} is dense; name a mvmoe_ model")
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as directory:
-        report = measure(MobileVMoE(config), ViT(config.dense), Path(directory), arguments.rounds)
-    print(json.dumps({"model": arguments.model, "rounds": arguments.rounds, **report}, indent=1))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None, file=sys.stderr) as bar,
+    ):
+        report = measure(
+            MobileVMoE(config),
+            ViT(config.dense),
+            Path(directory),
+            arguments.rounds,
+            arguments.threads,
+            bar.set_description_str,
+        )
+    if arguments.json:
+        about = {"model": arguments.model, "rounds": arguments.rounds, "threads": arguments.threads}
+        print(json.dumps({**about, **report}, indent=1))
+        return
+    print(table([[name, *times.values()] for name, times in report["ms"].items()], ["ms", "p50", "p90", "p99"]))
+    print()
+    print(table([[name, ratio] for name, ratio in report["ratios"].items()], ["ratio of p50", arguments.model]))
+    print(f"{arguments.threads} thread(s), {arguments.rounds} interleaved rounds")
+    for name, delegation in report["delegation"].items():
+        left = ", ".join(f"{count} {operator}" for operator, count in delegation["undelegated"].items()) or "none"
+        print(f"{name}: {delegation['delegated']} operators in {delegation['delegates']} delegates; outside: {left}")
 
 
-def measure(moe: MobileVMoE, dense: ViT, directory: Path, rounds: int) -> dict[str, object]:
+def measure(
+    moe: MobileVMoE,
+    dense: ViT,
+    directory: Path,
+    rounds: int,
+    threads: int = 1,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
     """Exports both models into ``directory`` and times them.
 
     Returns:
-        ``ms`` per candidate, ``routed_to_dense``, ``rewritten_to_naive``, ``delegation`` of the kinds of pieces.
+        ``ms`` per candidate, ``ratios`` by the names of :data:`RATIOS`, ``delegation`` of the kinds of pieces.
     """
     size = moe.config.image_size
-    bundles = {name: _export(model, directory / f"{name}.mvmoe") for name, model in (("moe", moe), ("dense", dense))}
-    runtimes = {name: mvmoe_deploy.load(path, preload="all" if name == "moe" else ()) for name, path in bundles.items()}
+    bundles = {
+        name: _export(model, directory / f"{name}.mvmoe", lambda what, name=name: progress(f"{name}: {what}"))
+        for name, model in (("routed", moe), ("dense", dense))
+    }
+    runtimes = {
+        name: mvmoe_deploy.load(path, preload="all" if name == "routed" else (), threads=threads)
+        for name, path in bundles.items()
+    }
     images = normalise(synthetic_pixels(size, IMAGES), Preprocessing(size))[:, None]
-    whole = interleave(
-        {
-            "moe": lambda i: runtimes["moe"].run(images[i % IMAGES]),
-            "dense": lambda i: runtimes["dense"].run(images[i % IMAGES]),
-        },
-        rounds,
-    )
 
-    naive = _lower_naively(moe)
+    def timed(what: str, candidates: dict[str, Callable[[Any], object]], inputs: Any) -> dict[str, list[float]]:
+        return interleave(
+            {name: lambda i, run=run: run(inputs[i % IMAGES]) for name, run in candidates.items()},
+            rounds,
+            progress=lambda done, total: progress(f"timing {what}: {done} of {total} rounds"),
+        ).samples
+
+    samples = timed("the whole", {name: runtime.run for name, runtime in runtimes.items()}, images)
+    (trunk, *_) = split(moe, size).pieces
+    progress("naive trunk: lowering")
+    naive = _lower_for_one(trunk.module, trunk)
+    progress("matrix products: lowering")
+    products = _lower_for_one(MatrixProducts(rewrite(trunk)), trunk)
     (directory / "naive.pte").write_bytes(naive.data)
-    # both as bare methods: what the backend does around its own is not the lowering's
-    programs = [Runtime.get().load_program(path) for path in (bundles["moe"] / "trunk.pte", directory / "naive.pte")]
-    rewritten_method, naive_method = (program.load_method("forward") for program in programs)
-    tensors = [torch.from_numpy(image) for image in images]
-    trunks = interleave(
-        {
-            "rewritten": lambda i: rewritten_method.execute([tensors[i % IMAGES]]),
-            "naive": lambda i: naive_method.execute([tensors[i % IMAGES]]),
-        },
-        rounds,
-    )
-    samples = {**whole.samples, **trunks.samples}
-    percentiles = {name: np.percentile(values, [50, 90, 99]).tolist() for name, values in samples.items()}
-    medians = {name: values[0] for name, values in percentiles.items()}
+    (directory / "products.pte").write_bytes(products.data)
+    # all as bare methods: what the backend does around its own is not the lowering's
+    files = {
+        "rewritten": bundles["routed"] / "trunk.pte",
+        "naive": directory / "naive.pte",
+        "matrix products": directory / "products.pte",
+    }
+    samples |= timed("trunks", {name: _method(path) for name, path in files.items()}, torch.from_numpy(images))
+    times = {
+        name: dict(zip(("p50", "p90", "p99"), np.percentile(values, [50, 90, 99]).tolist(), strict=True))
+        for name, values in samples.items()
+    }
+    delegation = {name: runtimes[name].bundle.manifest.options["delegation"] for name in runtimes}
     return {
-        "ms": {name: dict(zip(("p50", "p90", "p99"), values, strict=True)) for name, values in percentiles.items()},
-        "routed_to_dense": round(medians["moe"] / medians["dense"], 3),
-        "rewritten_to_naive": round(medians["rewritten"] / medians["naive"], 3),
+        "ms": times,
+        "ratios": {name: round(times[a]['p50'] / times[b]['p50'], 3) for name, (a, b) in RATIOS.items()},
         "delegation": {
             "naive": vars(naive.delegation),
-            "rewritten": runtimes["moe"].bundle.manifest.options["delegation"]["trunk"],
-            "tail": runtimes["moe"].bundle.manifest.options["delegation"]["expert_00"],
-            "dense": runtimes["dense"].bundle.manifest.options["delegation"]["model"],
+            "rewritten": delegation["routed"]["trunk"],
+            "tail": delegation["routed"]["expert_00"],
+            "dense": delegation["dense"]["model"],
         },
     }
 
 
-def _export(model: ViT, path: Path) -> Path:
+class MatrixProducts(nn.Module):
+    """A rewritten trunk's convolution and linear layers, each on as many tokens as in the trunk, and nothing else."""
+
+    def __init__(self, rewritten: nn.Module) -> None:
+        super().__init__()
+        self.trunk = rewritten.trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = embed(images, self.trunk.patch_embed, self.trunk.cls_token, self.trunk.pos_embed)
+        for block in self.trunk.blocks:
+            x = block.attn.proj(block.attn.q(x) + block.attn.k(x) + block.attn.v(x))
+            x = block.mlp.fc2(block.mlp.fc1(x))
+        return x
+
+
+def _method(path: Path) -> Callable[[Tensor], object]:
+    from executorch.runtime import Runtime  # here, so that the backend has set its threads before
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda image: method.execute([image])
+
+
+def _export(model: ViT, path: Path, progress: Callable[[str], None]) -> Path:
     names = [str(index) for index in range(model.config.classes)]
     header = new_header(model.config.to_dict(), names, names, Preprocessing(model.config.image_size))
-    export_model(model, header, "executorch", path)
+    export_model(model, header, "executorch", path, progress=progress)
     return path
 
 
-def _lower_naively(moe: MobileVMoE) -> Lowered:
-    """The trunk without any of :mod:`mvmoe_deploy.exporters.xnnpack`."""
-    piece = split(moe, moe.config.image_size).pieces[0]
+def _lower_for_one(module: nn.Module, piece: PieceModule) -> Lowered:
+    """A module as it is, for one image at a time."""
     inputs = tuple(value[:1] for value in piece.inputs.values())
-    return lower(torch.export.export(piece.module, inputs, strict=False))
+    return lower(torch.export.export(module.eval(), inputs, strict=False))
 
 
 if __name__ == "__main__":

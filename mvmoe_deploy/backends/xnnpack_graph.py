@@ -46,7 +46,7 @@ _NODES: dict[int, tuple[tuple[int, ...], int]] = {
 _FULLY_CONNECTED, _TRANSPOSE, _RESHAPE, _CONVOLUTIONS = 2, 5, 20, (7, 13)
 
 
-class Malformed(ValueError):
+class GraphError(ValueError):
     """A graph that native code must not be given; the message says why."""
 
 
@@ -65,7 +65,7 @@ class _Table:
         vtable = position - _number(data, "<i", position)
         size, self.size = _number(data, "<H", vtable), _number(data, "<H", vtable + 2)
         if size < 4 or size % 2 or self.size < 4 or position + self.size > len(data):
-            raise Malformed("a table reaches beyond the graph")
+            raise GraphError("a table reaches beyond the graph")
         self.fields = [_number(data, "<H", vtable + place) for place in range(4, size, 2)]
 
     def number(self, field: int, kind: str = "<I") -> int:
@@ -77,7 +77,7 @@ class _Table:
         """A field that is a table."""
         place = self._place(field, 4)
         if not place:
-            raise Malformed("a table is missing")
+            raise GraphError("a table is missing")
         return _Table(self.data, place + _number(self.data, "<I", place))
 
     def vector(self, field: int, width: int) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class _Table:
         start = place + _number(self.data, "<I", place)
         count = _number(self.data, "<I", start)
         if start + 4 + count * width > len(self.data):
-            raise Malformed("a list reaches beyond the graph")
+            raise GraphError("a list reaches beyond the graph")
         return start + 4, count
 
     def numbers(self, field: int) -> list[int]:
@@ -100,7 +100,7 @@ class _Table:
         """A vector of tables."""
         start, count = self.vector(field, 4)
         if count > MAX_VALUES:
-            raise Malformed(f"it has more than {MAX_VALUES} nodes or values")
+            raise GraphError(f"it has more than {MAX_VALUES} nodes or values")
         places = range(start, start + 4 * count, 4)
         return [_Table(self.data, place + _number(self.data, "<I", place)) for place in places]
 
@@ -108,13 +108,13 @@ class _Table:
         """A string, which in native code ends at its zero byte."""
         start, count = self.vector(field, 1)
         if start and self.data[start + count : start + count + 1] != b"\0":
-            raise Malformed("a name does not end")
+            raise GraphError("a name does not end")
         return self.data[start : start + count].decode()
 
     def _place(self, field: int, width: int) -> int:
         offset = self.fields[field] if field < len(self.fields) else 0
         if offset and (offset < 4 or offset + width > self.size):
-            raise Malformed("a field lies outside its table")
+            raise GraphError("a field lies outside its table")
         return self.position + offset if offset else 0
 
 
@@ -129,16 +129,16 @@ def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
         weights: bytes of every stored weight by name.
 
     Raises:
-        Malformed: or struct.error, UnicodeDecodeError, IndexError: it is damaged or unsafe.
+        GraphError: or struct.error, UnicodeDecodeError, IndexError: it is damaged or unsafe.
     """
     if blob[4:8] != b"XH00" or _number(blob, "<H", 8) != 30:
-        raise Malformed("no XNNPACK header")
+        raise GraphError("no XNNPACK header")
     start, size = _number(blob, "<I", 10), _number(blob, "<I", 14)
     if start + size > len(blob):
-        raise Malformed("the graph reaches beyond its file")
+        raise GraphError("the graph reaches beyond its file")
     data = blob[start : start + size]
     if data[4:8] not in (b"XN00", b"XN01"):
-        raise Malformed("no XNNPACK graph")
+        raise GraphError("no XNNPACK graph")
     graph = _Table(data, _number(data, "<I", 0))
     graph.text(0)
     inputs, outputs = graph.numbers(4), graph.numbers(5)
@@ -147,19 +147,19 @@ def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
     for node in graph.tables(1):
         _check_node(node, values, known)
     if not known.issuperset(outputs):
-        raise Malformed("an output is not computed")
+        raise GraphError("an output is not computed")
     return len(inputs) + len(outputs)
 
 
 def _constants(graph: _Table, weights: Mapping[str, int]) -> list[int]:
     """Bytes of each constant; the first stands for "none"."""
     if graph.vector(6, 4)[1]:
-        raise Malformed("it has inline constants, which no export of this project has")
+        raise GraphError("it has inline constants, which no export of this project has")
     sizes = []
     for index, constant in enumerate(graph.tables(8)):
         name = constant.text(2)
         if index and (name not in weights or constant.number(0, "<Q") != (1 << 64) - 1):
-            raise Malformed(f"weight {name!r} is not stored")
+            raise GraphError(f"weight {name!r} is not stored")
         sizes.append(weights.get(name, 0))
     return sizes
 
@@ -168,32 +168,32 @@ def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: lis
     """Every value by its identifier."""
     externals = graph.number(3)
     if len({*inputs, *outputs}) != len(inputs) + len(outputs) or externals != len(inputs) + len(outputs):
-        raise Malformed("an input or output is named twice")
+        raise GraphError("an input or output is named twice")
     values: dict[int, _Value] = {}
     taken: set[int] = set()  # places among inputs and outputs
     for entry in graph.tables(2):
         kind, table = entry.number(0, "<B"), entry.table(1)
         if kind not in (1, 2):
-            raise Malformed("a value is of an unknown kind")
+            raise GraphError("a value is of an unknown kind")
         tensor = table.table(0) if kind == 2 else table
         datatype, shape, constant = tensor.number(0, "<h"), tuple(tensor.numbers(2)), tensor.number(3)
         external, flags, number = tensor.number(4), tensor.number(5), tensor.number(6)
         if datatype not in _BITS or tensor.number(1) != len(shape) or len(shape) > MAX_RANK or tensor.number(7, "<h"):
-            raise Malformed(f"value {number} has an unknown type or shape")
+            raise GraphError(f"value {number} has an unknown type or shape")
         size = math.prod(shape) * _BITS[datatype] // 8
         if size > MAX_BYTES or (constant and (constant >= len(constants) or size > constants[constant])):
-            raise Malformed(f"value {number} is larger than what is stored of it")
+            raise GraphError(f"value {number} is larger than what is stored of it")
         wanted = (number in inputs) * EXTERNAL_INPUT + (number in outputs) * EXTERNAL_OUTPUT
         if flags != wanted or (external in taken or external >= externals if wanted else external != NONE):
-            raise Malformed(f"value {number} is an input or output that others do not take it for")
+            raise GraphError(f"value {number} is an input or output that others do not take it for")
         taken.add(external)
         if number in values or (constant and wanted):
-            raise Malformed(f"value {number} is defined twice")
+            raise GraphError(f"value {number} is defined twice")
         if kind == 2:
             _check_quantization(table, shape, constants)
         values[number] = _Value(datatype, shape, bool(constant))
     if not values.keys() >= {*inputs, *outputs}:
-        raise Malformed("an input or output is not defined")
+        raise GraphError("an input or output is not defined")
     return values
 
 
@@ -203,23 +203,23 @@ def _check_quantization(table: _Table, shape: tuple[int, ...], constants: list[i
         count = parameters.number(3) or parameters.vector(0, 4)[1]
         stored, axis = parameters.number(2), parameters.number(1, "<i")
         if not 0 <= axis < len(shape) or shape[axis] != count:
-            raise Malformed("a weight has not one scale per channel")
+            raise GraphError("a weight has not one scale per channel")
         if stored and (stored >= len(constants) or 4 * count > constants[stored]):
-            raise Malformed("scales are longer than what is stored of them")
+            raise GraphError("scales are longer than what is stored of them")
         if not stored and parameters.vector(0, 4)[1] != count:
-            raise Malformed("a weight has not one scale per channel")
+            raise GraphError("a weight has not one scale per channel")
     elif kind == 3:  # per token, as they come
         if not 0 < parameters.number(0, "<i") <= len(shape):
-            raise Malformed("a value is quantized over dimensions it does not have")
+            raise GraphError("a value is quantized over dimensions it does not have")
     elif kind != 2:  # per tensor
-        raise Malformed("a value is quantized in an unknown way")
+        raise GraphError("a value is quantized in an unknown way")
 
 
 def _check_node(entry: _Table, values: Mapping[int, _Value], known: set[int]) -> None:
     """Checks one node and adds its output to the values known after it."""
     kind, node = entry.number(0, "<B"), entry.table(1)
     if kind not in _NODES:
-        raise Malformed("a node is of an unknown kind")
+        raise GraphError("a node is of an unknown kind")
     if entry.number(3):
         entry.table(3).number(0), entry.table(3).number(1)
     fields, output_field = _NODES[kind]
@@ -227,30 +227,30 @@ def _check_node(entry: _Table, values: Mapping[int, _Value], known: set[int]) ->
     if kind in (_FULLY_CONNECTED, *_CONVOLUTIONS, 39) and inputs[2] == NONE:
         inputs.pop()  # no bias
     if output not in values or output in known or not known.issuperset(inputs):
-        raise Malformed("a node reads a value before it is there, or writes one twice")
+        raise GraphError("a node reads a value before it is there, or writes one twice")
     known.add(output)
     first, result = values[inputs[0]].shape, values[output].shape
     if kind == _TRANSPOSE:
         if node.number(0) != len(first) or sorted(node.numbers(1)) != list(range(len(first))):
-            raise Malformed("a transpose is not a permutation")
+            raise GraphError("a transpose is not a permutation")
     elif kind == _RESHAPE:
         if node.number(0) != len(result) or len(node.numbers(1)) != len(result) or node.numbers(1).count(0) > 1:
-            raise Malformed("a reshape is to another shape than its output")
+            raise GraphError("a reshape is to another shape than its output")
     elif kind == _FULLY_CONNECTED:
         weight = values[inputs[1]].shape
         fits = len(weight) == 2 and first[-1:] == weight[1:] and result[-1:] == weight[:1]
         if not fits or any(values[number].shape != weight[:1] for number in inputs[2:]):
-            raise Malformed("a layer's weights do not fit its input or output")
+            raise GraphError("a layer's weights do not fit its input or output")
     elif kind in _CONVOLUTIONS:
         weight = values[inputs[1]].shape
         height, width, channels, per_group, groups = (node.number(field) for field in (4, 5, 10, 11, 12))
         depthwise = (1, height, width, channels * per_group) if kind == 13 else None
         if weight not in ((groups * per_group, height, width, channels), depthwise):
-            raise Malformed("a convolution's weights do not fit its kernel")
+            raise GraphError("a convolution's weights do not fit its kernel")
 
 
 def _number(data: bytes, kind: str, position: int) -> int:
     if position < 0:
-        raise Malformed("an offset points before the graph")
+        raise GraphError("an offset points before the graph")
     (value,) = struct.unpack_from(kind, data, position)
     return int(value)

@@ -31,12 +31,13 @@ def lowered(piece: PieceModule, precision: str = "fp32") -> target.Lowered:
     return target.lower(target.export(xnnpack.rewrite(piece), piece, precision))
 
 
-@pytest.mark.parametrize(("name", "piece"), [("separate", "trunk"), ("packed", "trunk")])
+@pytest.mark.parametrize(("name", "piece"), [("separate", "trunk"), ("packed", "trunk"), ("int8", "trunk")])
 def test_trunk_is_at_most_three_delegates_with_the_class_token_outside(name: str, piece: str) -> None:
     delegation = bundle(name).manifest.options["delegation"][piece]
     assert delegation["delegates"] <= 3
     assert delegation["delegated"] > 20
-    assert set(delegation["undelegated"]) == {"aten.expand_copy.default", "aten.select_copy.int"}
+    # the router, which reads the class token, is a piece of its own in the int8 bundle
+    assert set(delegation["undelegated"]) - {"aten.select_copy.int"} == {"aten.expand_copy.default"}
 
 
 def test_tails_leave_nothing_but_the_class_token_outside() -> None:
