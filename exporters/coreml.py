@@ -156,6 +156,9 @@ def convert(job: Job) -> Converted:
         if options.layout == "packed":
             job.progress("packing all pieces into one package")
             packed = _pack(packages, pieces[0].name, Path(scratch))
+            # Not before: coremltools reads programs to pack them, and does not know their op for classes.
+            for piece in (piece for piece in pieces if _classifies(piece, options)):
+                _add_classifier(packed.model, class_labels(job.manifest), piece.name)
     graphs: dict[str, tuple[str, list[Path], str | None]] = {}
     if options.layout == "packed":
         _describe(packed, None, job)
@@ -192,11 +195,6 @@ def _check(options: Options, manifest: Manifest) -> None:
         raise ExportError(
             "coreml: layout packed is a multifunction package, which needs iOS 18; ask for "
             "--minimum-deployment-target iOS18 or --layout separate"
-        )
-    if options.layout == "packed" and options.classifier:
-        raise ExportError(
-            f"coreml: coremltools {ct.__version__} cannot put classifiers into a multifunction package; "
-            "use --layout separate"
         )
     if options.classifier and not manifest.class_names:
         raise ExportError("coreml: a classifier needs class names, and the checkpoint has none")
@@ -325,9 +323,10 @@ def _classifies(piece: PieceModule, options: Options) -> bool:
     return options.classifier and "logits" in piece.outputs
 
 
-def _add_classifier(model: Model_pb2.Model, labels: list[str]) -> None:
+def _add_classifier(model: Model_pb2.Model, labels: list[str], function: str | None = None) -> None:
     """Replaces the output :data:`SOFTMAX` by the most probable label and a dictionary of probabilities.
 
+    In a model of one function, or in the one that is named.
     ``ct.convert(classifier_config=...)`` does the same, but fails where the model has another output, here the logits.
     """
     string = MIL_pb2.ValueType(tensorType=MIL_pb2.TensorType(dataType=MIL_pb2.STRING))
@@ -345,7 +344,7 @@ def _add_classifier(model: Model_pb2.Model, labels: list[str]) -> None:
     )
     binding = MIL_pb2.Argument.Binding
     dictionary = MIL_pb2.ValueType(dictionaryType=MIL_pb2.DictionaryType(keyType=string, valueType=double))
-    (block,) = model.mlProgram.functions["main"].block_specializations.values()
+    (block,) = model.mlProgram.functions[function or "main"].block_specializations.values()
     block.operations.add(
         type="classify",
         inputs={
@@ -360,7 +359,8 @@ def _add_classifier(model: Model_pb2.Model, labels: list[str]) -> None:
     )
     others = [name for name in block.outputs if name != SOFTMAX]
     block.outputs[:] = [CLASS_LABEL, CLASS_PROBABILITIES, *others]
-    description = model.description
+    descriptions = {each.name: each for each in model.description.functions}
+    description = descriptions[function] if function else model.description
     kept = [feature for feature in description.output if feature.name != SOFTMAX]
     label = Model_pb2.FeatureDescription(name=CLASS_LABEL)
     label.type.stringType.SetInParent()

@@ -43,7 +43,14 @@ _NODES: dict[int, tuple[tuple[int, ...], int]] = {
     38: ((1, 2, 3, 4, 7), 5),
     35: ((3,), 4),  # slice
 }
-_FULLY_CONNECTED, _TRANSPOSE, _RESHAPE, _CONVOLUTIONS = 2, 5, 20, (7, 13)
+_FULLY_CONNECTED, _TRANSPOSE, _DEPTHWISE, _CONVERT, _RESHAPE, _SLICE, _MATRIX_PRODUCT = 2, 5, 13, 18, 20, 35, 37
+_CONVOLUTIONS, _CONCATENATIONS = (7, 13), (32, 33, 34, 38)
+_WEIGHTED = (_FULLY_CONNECTED, *_CONVOLUTIONS, 39)
+_ELEMENTWISE = {kind for kind, fields in _NODES.items() if fields in (_UNARY, _BINARY)} - {19, _MATRIX_PRODUCT} | {
+    25,
+    29,
+}
+"""All but global pooling, which is written like one."""
 
 
 class GraphError(ValueError):
@@ -224,29 +231,84 @@ def _check_node(entry: _Table, values: Mapping[int, _Value], known: set[int]) ->
         entry.table(3).number(0), entry.table(3).number(1)
     fields, output_field = _NODES[kind]
     inputs, output = [node.number(field) for field in fields], node.number(output_field)
-    if kind in (_FULLY_CONNECTED, *_CONVOLUTIONS, 39) and inputs[2] == NONE:
+    if kind in _WEIGHTED and inputs[2] == NONE:
         inputs.pop()  # no bias
     if output not in values or output in known or not known.issuperset(inputs):
         raise GraphError("a node reads a value before it is there, or writes one twice")
     known.add(output)
-    first, result = values[inputs[0]].shape, values[output].shape
-    if kind == _TRANSPOSE:
-        if node.number(0) != len(first) or sorted(node.numbers(1)) != list(range(len(first))):
-            raise GraphError("a transpose is not a permutation")
+    if (
+        kind != _CONVERT
+        and kind not in _WEIGHTED
+        and len({values[number].datatype for number in (*inputs, output)}) > 1
+    ):
+        raise GraphError("a node mixes types")
+    problem = _shape_problem(kind, node, [values[number].shape for number in inputs], values[output].shape)
+    if problem:
+        raise GraphError(problem)
+
+
+def _shape_problem(kind: int, node: _Table, given: list[tuple[int, ...]], result: tuple[int, ...]) -> str | None:
+    """What is wrong with the shapes of a node's inputs and output; they are XNNPACK's to check for pooling and such."""
+    first = given[0]
+    if kind in _ELEMENTWISE:
+        if _broadcast(given) != result:
+            return "an element-wise operation is of other shapes than its output"
+    elif kind == _MATRIX_PRODUCT:
+        second = given[1]
+        if len(first) < 2 or len(second) != len(first) or first[-1] != second[-2]:
+            return "the shapes of a matrix product do not fit"
+        if first[:-2] != second[:-2] or result != (*first[:-1], second[-1]):
+            return "the shapes of a matrix product do not fit"
+    elif kind == _TRANSPOSE:
+        order = node.numbers(1)
+        if node.number(0) != len(first) or sorted(order) != list(range(len(first))):
+            return "a transpose is not a permutation"
+        if result != tuple(first[axis] for axis in order):
+            return "a transpose is of another shape than its output"
     elif kind == _RESHAPE:
-        if node.number(0) != len(result) or len(node.numbers(1)) != len(result) or node.numbers(1).count(0) > 1:
-            raise GraphError("a reshape is to another shape than its output")
+        shape = node.numbers(1)  # 0 stands for whatever is left
+        fits = len(shape) == len(result) and all(a in (0, b) for a, b in zip(shape, result, strict=True))
+        if node.number(0) != len(shape) or not fits or shape.count(0) > 1 or math.prod(first) != math.prod(result):
+            return "a reshape is to another shape than its output"
+    elif kind in _CONCATENATIONS:
+        axis = node.number(0)
+        if any(len(shape) != len(result) for shape in given) or axis >= len(result):
+            return "the shapes of a concatenation do not fit"
+        along = sum(shape[axis] for shape in given)
+        if any((*shape[:axis], along, *shape[axis + 1 :]) != result for shape in given):
+            return "the shapes of a concatenation do not fit"
+    elif kind == _SLICE:
+        offsets, sizes = node.numbers(1), node.numbers(2)
+        if not node.number(0) == len(offsets) == len(sizes) == len(first) == len(result):
+            return "a slice reaches beyond its input"
+        if any(offset + size > extent for offset, size, extent in zip(offsets, sizes, first, strict=True)):
+            return "a slice reaches beyond its input"
     elif kind == _FULLY_CONNECTED:
-        weight = values[inputs[1]].shape
-        fits = len(weight) == 2 and first[-1:] == weight[1:] and result[-1:] == weight[:1]
-        if not fits or any(values[number].shape != weight[:1] for number in inputs[2:]):
-            raise GraphError("a layer's weights do not fit its input or output")
+        weight, *bias = given[1:]
+        if len(weight) != 2 or first[-1:] != weight[1:] or result != (*first[:-1], weight[0]):
+            return "a layer's weights do not fit its input or output"
+        if any(shape != weight[:1] for shape in bias):
+            return "a layer's bias does not fit its weights"
     elif kind in _CONVOLUTIONS:
-        weight = values[inputs[1]].shape
         height, width, channels, per_group, groups = (node.number(field) for field in (4, 5, 10, 11, 12))
-        depthwise = (1, height, width, channels * per_group) if kind == 13 else None
-        if weight not in ((groups * per_group, height, width, channels), depthwise):
-            raise GraphError("a convolution's weights do not fit its kernel")
+        depthwise = (1, height, width, channels * per_group * groups) if kind == _DEPTHWISE else None
+        if given[1] not in ((groups * per_group, height, width, channels), depthwise):
+            return "a convolution's weights do not fit its kernel"
+        if (
+            len(first) != 4
+            or first[3] != groups * channels
+            or any(shape != (groups * per_group,) for shape in given[2:])
+        ):
+            return "a convolution's weights do not fit its input"
+    return None
+
+
+def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    result = tuple(map(max, *padded)) if len(padded) > 1 else padded[0]
+    fits = all(extent in (1, wanted) for shape in padded for extent, wanted in zip(shape, result, strict=True))
+    return result if fits else None
 
 
 def _number(data: bytes, kind: str, position: int) -> int:

@@ -50,11 +50,11 @@ class Graph:
         return next(node.table(1) for node in self.root.tables(1) if node.number(0, "<B") == kind)
 
     def weight(self) -> _Table:
-        """The first constant value."""
+        """The first constant value that is more than a row."""
         return next(
             value.table(1)
             for value in self.root.tables(2)
-            if value.number(0, "<B") == 1 and value.table(1).number(3) and value.table(1).number(1) == 2
+            if value.number(0, "<B") == 1 and value.table(1).number(3) and value.table(1).numbers(2)[0] > 1
         )
 
     def set(self, place: int, value: int) -> None:
@@ -81,9 +81,9 @@ FULLY_CONNECTED, TRANSPOSE, CONVOLUTION, RESHAPE, MATRIX_PRODUCT = 2, 5, 7, 20, 
         (lambda g: g.set_field(g.node(TRANSPOSE), 0, 60_000), "not a permutation"),
         (lambda g: g.set_field(g.node(RESHAPE), 0, 60_000), "another shape than its output"),
         (lambda g: g.set_first(g.weight(), 2, 1 << 20), "larger than what is stored"),
-        (lambda g: g.set_first(g.weight(), 2, 1), "do not fit"),
+        (lambda g: g.set_first(g.weight(), 2, 1), "not fit|other shapes"),
         (lambda g: g.set_field(g.weight(), 3, 9999), "larger than what is stored"),
-        (lambda g: g.set_field(g.weight(), 1, 3), "unknown type or shape"),
+        (lambda g: g.set_field(g.weight(), 1, 5), "unknown type or shape"),
         (lambda g: g.set_field(g.node(CONVOLUTION), 4, 1 << 20), "do not fit its kernel"),
         (lambda g: g.set_first(g.root, 4, 9999), "an input or output"),
         (lambda g: g.set_field(g.root, 3, 1 << 30), "named twice"),

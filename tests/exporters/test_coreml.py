@@ -246,6 +246,22 @@ def test_a_classifier_names_the_class_and_gives_probabilities(classifier: Bundle
     np.testing.assert_allclose(list(result["classLabel_probs"].values()), probabilities, rtol=1e-5)
 
 
+def test_packed_tails_are_classifiers_too(tmp_path: Path) -> None:
+    bundle = export(
+        tmp_path / "b.mvmoe", precision="fp32", layout="packed", minimum_deployment_target="iOS18", classifier=True
+    )
+    package = read_package(bundle.path / "model.mlpackage")
+    trunk, *tails = package.model.description.functions
+    assert not trunk.predictedFeatureName
+    for tail in tails:
+        assert (tail.predictedFeatureName, tail.predictedProbabilitiesName) == ("classLabel", "classLabel_probs")
+        assert [feature.name for feature in tail.output] == ["classLabel", "classLabel_probs", "logits"]
+        tokens = np.random.default_rng(0).standard_normal((1, 17, 64)).astype(np.float32)
+        result = package.program(tail.name)({"tokens": tokens, "gate": np.float32([0.6])})
+        assert result["classLabel"] == f"thing {result['logits'][0].argmax()}"
+        assert sum(result["classLabel_probs"].values()) == pytest.approx(1, rel=1e-5)
+
+
 def test_the_classifier_is_the_one_coremltools_writes(classifier: Bundle) -> None:
     """Except for the logits, with which coremltools fails."""
     labels = classifier.manifest.class_names
@@ -312,10 +328,6 @@ def test_a_packed_package_says_what_each_function_is_for(tmp_path: Path) -> None
     ("options", "message"),
     [
         ({"layout": "packed", "minimum_deployment_target": "iOS17"}, "needs iOS 18"),
-        (
-            {"layout": "packed", "minimum_deployment_target": "iOS18", "classifier": True},
-            "cannot put classifiers into a multifunction package",
-        ),
         ({"minimum_deployment_target": "iOS13"}, "unknown minimum deployment target 'iOS13', expected one of iOS16"),
         ({"precision": "int3"}, "unknown precision 'int3'"),
     ],
