@@ -137,7 +137,7 @@ def measure(
     delegation = {name: runtimes[name].bundle.manifest.options["delegation"] for name in runtimes}
     return {
         "ms": times,
-        "ratios": {name: round(times[a]['p50'] / times[b]['p50'], 3) for name, (a, b) in RATIOS.items()},
+        "ratios": {name: round(times[a]["p50"] / times[b]["p50"], 3) for name, (a, b) in RATIOS.items()},
         "delegation": {
             "naive": vars(naive.delegation),
             "rewritten": delegation["routed"]["trunk"],
