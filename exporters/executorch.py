@@ -125,8 +125,10 @@ def export(
     """Traces a piece's (rewritten) module for any batch up to ``max_batch``.
 
     ``int8`` quantizes every nn.Linear but the router: weights per output channel, activations per tensor as they come,
-    so that nothing needs calibrating. Convolutions, norms, attention scores and the router stay fp32; the router is a
-    few kB, and its rounding would send images to other experts.
+    so that nothing needs calibrating. (With static ranges, for which XNNPACK wants outputs in int8 as well, calibrated
+    on 512 images, the zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions, norms,
+    attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to other
+    experts.
     """
     # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
     inputs = tuple(example[:max_batch] for example in piece.inputs.values())
