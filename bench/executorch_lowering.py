@@ -99,7 +99,7 @@ def measure(
     """
     size = moe.config.image_size
     bundles = {
-        name: _export(model, directory / f"{name}.mvmoe", lambda what, name=name: progress(f"{name}: {what}"))
+        name: _export(model, directory / f"{name}.mvmoe", progress)
         for name, model in (("routed", moe), ("dense", dense))
     }
     runtimes = {
@@ -110,7 +110,7 @@ def measure(
 
     def timed(what: str, candidates: dict[str, Callable[[Any], object]], inputs: Any) -> dict[str, list[float]]:
         return interleave(
-            {name: lambda i, run=run: run(inputs[i % IMAGES]) for name, run in candidates.items()},
+            {name: _on_each_of(inputs, run) for name, run in candidates.items()},
             rounds,
             progress=lambda done, total: progress(f"timing {what}: {done} of {total} rounds"),
         ).samples
@@ -152,7 +152,7 @@ class MatrixProducts(nn.Module):
 
     def __init__(self, rewritten: nn.Module) -> None:
         super().__init__()
-        self.trunk = rewritten.trunk
+        self.trunk: Any = rewritten.trunk
 
     def forward(self, images: Tensor) -> Tensor:
         x = embed(images, self.trunk.patch_embed, self.trunk.cls_token, self.trunk.pos_embed)
@@ -160,6 +160,10 @@ class MatrixProducts(nn.Module):
             x = block.attn.proj(block.attn.q(x) + block.attn.k(x) + block.attn.v(x))
             x = block.mlp.fc2(block.mlp.fc1(x))
         return x
+
+
+def _on_each_of(inputs: Any, run: Callable[[Any], object]) -> Callable[[int], object]:
+    return lambda number: run(inputs[number % len(inputs)])
 
 
 def _method(path: Path) -> Callable[[Tensor], object]:
@@ -172,7 +176,7 @@ def _method(path: Path) -> Callable[[Tensor], object]:
 def _export(model: ViT, path: Path, progress: Callable[[str], None]) -> Path:
     names = [str(index) for index in range(model.config.classes)]
     header = new_header(model.config.to_dict(), names, names, Preprocessing(model.config.image_size))
-    export_model(model, header, "executorch", path, progress=progress)
+    export_model(model, header, "executorch", path, progress=lambda what: progress(f"{path.stem}: {what}"))
     return path
 
 
