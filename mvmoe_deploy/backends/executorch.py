@@ -134,7 +134,7 @@ def check_program(path: Path) -> None:
 
     executorch verifies the flatbuffer and that segments lie in the file, but then trusts indices and shapes: of 400
     files with random bits of the program flipped, 6 ended the process, and of 500 with bits of XNNPACK's graphs
-    flipped, 14 (manifest.json's hashes altered to match). With this check none of 2,500 and none of 1,500 did. That
+    flipped, 14 (manifest.json's hashes altered to match). With this check none of 2,500 and none of 3,000 did. That
     is no proof: a bundle from a stranger is best run in a process of its own.
 
     Raises:

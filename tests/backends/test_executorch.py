@@ -250,7 +250,7 @@ def test_random_bits_flipped_inside_a_delegate_never_end_the_process(tmp_path: P
     starts = [start for start in range(len(content)) if content.startswith(b"XH00", start)]
     generator = np.random.default_rng(0)
     paths = []
-    for number in range(100):
+    for number in range(40):
         start = starts[number % len(starts)] - 4
         size = int.from_bytes(content[start + 14 : start + 18], "little")
         flipped = bytearray(content)
@@ -258,7 +258,7 @@ def test_random_bits_flipped_inside_a_delegate_never_end_the_process(tmp_path: P
         paths.append(altered(original, tmp_path / str(number), {"expert_00.pte": bytes(flipped)}).path)
     outcomes = in_subprocess(LOAD_EACH, *map(str, paths))
     assert len(outcomes) == len(paths)
-    assert sum(outcome != "ran" for outcome in outcomes) > 30
+    assert sum(outcome != "ran" for outcome in outcomes) > 10
 
 
 def test_method_or_shape_other_than_the_manifest_says_is_an_error(tmp_path: Path) -> None:
