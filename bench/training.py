@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bench.latency import interleave
-from mvmoe_deploy.cli.common import parser, positive_int, table
+from mvmoe_deploy.cli.common import command, parser, positive_int, table
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import build, config_from_name
@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     args = build_parser().parse_args(argv)
