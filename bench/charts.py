@@ -213,10 +213,12 @@ def _experts(results: Results) -> Iterable[Chart]:
                 continue
             axes.barh(place + offset, latency.p50.value, 0.26, color=colour, label=label)
             axes.plot(latency.p99.value, place + offset, marker="|", color=INK, markersize=8)
-            axes.annotate(number(latency.p50.value), (0, place + offset), (4, 0), va="center", fontsize=8,
-                          textcoords="offset points", color="white", fontweight="bold")  # fmt: skip
+            end = (max(latency.p50.value, latency.p99.value), place + offset)
+            axes.annotate(
+                f"p50 {number(latency.p50.value)}", end, (7, 0), va="center", fontsize=8, textcoords="offset points"
+            )
     _label_bars(axes, rows, ["" for _ in rows])
-    axes.set_xlim(0, None)
+    axes.set_xlim(0, 1.22 * axes.get_xlim()[1])  # room for the values
     axes.set_xlabel("ms per image: bar p50, mark p99")
     _legend_below(figure, axes)
     caption = "A switch finds its files in the page cache; reading them from storage would come on top."
