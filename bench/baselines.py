@@ -44,12 +44,29 @@ def random_checkpoint(config: ViTConfig, path: Path, seed: int = 0) -> Path:
     """Writes a checkpoint with random weights: FLOPs, bytes, memory and latency need no training."""
     torch.manual_seed(seed)
     model = build(config)
+    if isinstance(model, MobileVMoE):
+        _balance(model)
     names = [f"class {index}" for index in range(config.classes)]
     header = checkpoints.new_header(
         config.to_dict(), names, names, Preprocessing(size=config.image_size), training={"weights": RANDOM}
     )
     checkpoints.save(path, Checkpoint(header, dict(model.state_dict())))
     return path
+
+
+@torch.no_grad()
+def _balance(model: MobileVMoE, images: int = 64) -> None:
+    """Shifts and scales a random router so that its experts share random images, as a trained one's share real ones.
+
+    As initialised it sends them all to the same expert, and a graph of all experts would never touch the others.
+    """
+    size = model.config.image_size
+    tokens = torch.cat([model.trunk(torch.randn(8, 3, size, size)) for _ in range(images // 8)])
+    linear = model.router.linear
+    logits = model.router.logits(tokens)
+    scale = 1 / logits.std(0)
+    linear.weight.mul_(scale[:, None])
+    linear.bias.copy_((linear.bias - logits.mean(0)) * scale)
 
 
 def export_stock(model: ViT, path: Path) -> Path:

@@ -23,6 +23,9 @@ from mvmoe_deploy.bench.fresh import answer, in_fresh_process
 from mvmoe_deploy.bench.results import Memory, MemoryPoint
 
 PREDICTIONS = 100
+IMAGES = 64
+"""Random images shown in turn: so many that every expert of a graph which routes by itself gets some of them."""
+
 ROLLUP = Path("/proc/self/smaps_rollup")
 
 
@@ -66,7 +69,7 @@ def measure_memory(c: Configuration, threads: int = 1, sweep: bool = True) -> Me
 def _measure(request: _Request) -> _Answer:
     c = request.configuration
     import_engine(c.backend)
-    batch = synthetic_batch(c)
+    batches = synthetic_batch(c, IMAGES)
     pixels = np.zeros((c.preprocessing.size, c.preprocessing.size, 3), np.uint8)
     before = _now()
     start_of_peak = _reset_peak()
@@ -76,14 +79,15 @@ def _measure(request: _Request) -> _Answer:
         for count in range(1, c.experts + 1):
             experts = np.array([[(count - 1 + i) % c.experts for i in range(c.k)]])
             for _ in range(3):  # the second run of a graph may still take memory that it keeps
-                model.run(batch, experts)
+                model.run(batches[:1], experts)
             points.append(_point(model, before))
     else:
         points.append(_point(model, before))
         model.predict(pixels)
         for number in range(PREDICTIONS):
             # all experts in turn, so that evicting is part of it
-            model.run(batch, expert_turn(c, number))
+            row = number % IMAGES
+            model.run(batches[row : row + 1], expert_turn(c, number))
         points.append(_point(model, before))
     return _Answer(points, max(0, _status("VmHWM") - start_of_peak))
 

@@ -122,3 +122,15 @@ def test_the_vmoe_beside_a_mobile_vmoe_has_its_shape() -> None:
     assert isinstance(config, models.MobileVMoEConfig)
     vmoe = vmoe_config(config)
     assert (vmoe.dense, vmoe.experts, vmoe.k, vmoe.moe_blocks) == (config.dense, 10, 2, [9, 11])
+
+
+def test_a_random_router_shares_random_images_out(tmp_path: Path) -> None:
+    """Otherwise the graph of all experts would look as if it needed no more memory than one expert."""
+    path = random_checkpoint(tiny.moe_config(), tmp_path / "random.pt")
+    model = models.load_model(load(path))
+    assert isinstance(model, models.MobileVMoE)
+    size = model.config.image_size
+    with torch.no_grad():
+        routed = model.routed(torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(7)))
+    images_of_expert = torch.bincount(routed.chosen[:, 0], minlength=model.config.experts)
+    assert images_of_expert.min() >= 2, images_of_expert
