@@ -28,7 +28,7 @@ from tqdm import tqdm
 import mvmoe_deploy
 from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.checkpoint import new_header
-from mvmoe_deploy.cli.common import positive_int, table
+from mvmoe_deploy.cli.common import command, positive_int, table
 from mvmoe_deploy.exporters.executorch import Lowered, lower
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
 from mvmoe_deploy.exporters.split import PieceModule, split
@@ -45,6 +45,7 @@ RATIOS = {
 }
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Prints milliseconds (p50, p90, p99) per candidate, ratios of p50, and delegation per piece."""
     parser = argparse.ArgumentParser(
@@ -187,4 +188,4 @@ def _lower_for_one(module: nn.Module, piece: PieceModule) -> Lowered:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

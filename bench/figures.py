@@ -30,8 +30,8 @@ from mvmoe_deploy.bench.configuration import Configuration
 from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.bench.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.cli.common import positive_int, table
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.cli.common import command, positive_int, table
+from mvmoe_deploy.errors import BackendError, CheckFailed
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.exporters.targets import Options, target_module
 from mvmoe_deploy.images import preprocess
@@ -314,8 +314,9 @@ def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, fold
     return Figure(**json.loads(done.stdout.splitlines()[-1]))
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
-    """Prints the figures as a table."""
+    """Prints the figures as a table; fails where one misses its bar."""
     parser = argparse.ArgumentParser("mvmoe-bench figures", description=__doc__)
     parser.add_argument("--rounds", type=positive_int, default=1000, help="interleaved samples per latency figure")
     rounds = parser.parse_args(argv).rounds
@@ -327,7 +328,10 @@ def main(argv: list[str] | None = None) -> None:
             rows.append([figure.what, figure.value, figure.bar, met, figure.detail])
     print(table(rows, ["figure", "value", "bar", "met", "detail"]))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {rounds} rounds")
+    missed = sum(row[3] == "NO" for row in rows)
+    if missed:
+        raise CheckFailed(f"{missed} of {len(rows)} figures miss their bar")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -14,7 +14,7 @@ import torch
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.cli.common import positive_int
+from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.targets import MODULES, Options, target_module
@@ -85,6 +85,7 @@ def _row(bundle: Bundle, images: np.ndarray, labels: np.ndarray) -> list[Any]:
     ]
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser("mvmoe-bench parity", description=__doc__)
@@ -102,4 +103,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
