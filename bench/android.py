@@ -26,8 +26,8 @@ import numpy as np
 import mvmoe_deploy
 from mvmoe_deploy.bench.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.noise import MAX_INTERVAL, MAX_VARIATION
-from mvmoe_deploy.bench.render import add_outputs, show, write_outputs
-from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results, Row, write_json
+from mvmoe_deploy.bench.render import add_outputs, publish
+from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
 from mvmoe_deploy.errors import BackendError, ConfigError
@@ -594,10 +594,7 @@ def main(argv: list[str] | None = None) -> None:
         adb, args.runner, args.bundles, args.threads, args.rounds, images, args.timeout,
         lambda items, total: progress_bar(items, total, "runs on the phone"),
     )  # fmt: skip
-    if args.json:
-        write_json(results, args.json)
-    print(show(results))
-    write_outputs(results, args)
+    publish(results, args)
 
 
 if __name__ == "__main__":

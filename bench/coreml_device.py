@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from mvmoe_deploy.bench.render import add_outputs, show, write_outputs
-from mvmoe_deploy.bench.results import Results, write_json
+from mvmoe_deploy.bench.render import add_outputs, publish
+from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.errors import BackendError, ConfigError
@@ -90,10 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     results = measure(args.bundles, args.images, args.threads, args.rounds)
-    if args.json:
-        write_json(results, args.json)
-    print(show(results))
-    write_outputs(results, args)
+    publish(results, args)
 
 
 if __name__ == "__main__":

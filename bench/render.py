@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mvmoe_deploy.bench.results import Results, read_json
+from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.bench.tables import csv_text, markdown, tables, text, write_text
 from mvmoe_deploy.cli.common import command, parser
 
@@ -35,6 +35,14 @@ def write_outputs(results: Results, args: argparse.Namespace) -> None:
     for path, render in renderers:
         if path is not None:
             write_text(render(results), path)
+
+
+def publish(results: Results, args: argparse.Namespace) -> None:
+    """What a run ends with: ``--json`` first, since measuring took minutes, then the tables and the other outputs."""
+    if args.json:
+        write_json(results, args.json)
+    print(show(results))
+    write_outputs(results, args)
 
 
 def show(results: Results) -> str:

@@ -115,8 +115,7 @@ def _measure_here(argv: list[str] | None) -> None:
         raise ConfigError("--suite measures the paper's scales: give it no models")
     if args.scales and not args.suite:
         raise ConfigError("--scales is for --suite paper")
-    from mvmoe_deploy.bench.render import show, write_outputs
-    from mvmoe_deploy.bench.results import write_json
+    from mvmoe_deploy.bench.render import publish
 
     if args.full:
         args.memory_sweep = args.throughput = args.residency = True
@@ -125,10 +124,7 @@ def _measure_here(argv: list[str] | None) -> None:
         args.rounds, args.cold_starts = max(args.rounds, 300), max(args.cold_starts, 10)
     with tempfile.TemporaryDirectory(prefix="mvmoe-bench-") as folder, _progress() as progress:
         results = _measure(args, Path(folder), progress)
-    if args.json:  # first: what took minutes to measure is kept whatever becomes of the rest
-        write_json(results, args.json)
-    print(show(results))
-    write_outputs(results, args)
+    publish(results, args)
     if args.plot:
         from mvmoe_deploy.bench.plots import draw
 
