@@ -418,4 +418,5 @@ def _best(outputs: list[NDArray[Any]], top: int) -> Iterable[tuple[int, float]]:
         return zip(outputs[2][0, :top].tolist(), outputs[1][0, :top].tolist(), strict=True)
     order = np.argsort(-logits, kind="stable")[:top].tolist()
     exponentials = np.exp(logits - logits.max())
-    return [(index, float(exponentials[index] / exponentials.sum())) for index in order]
+    total = exponentials.sum()
+    return [(index, float(exponentials[index] / total)) for index in order]
