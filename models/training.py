@@ -28,6 +28,7 @@ from mvmoe_deploy.models.augmentation import augment
 from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, StackedLinear
+from mvmoe_deploy.models.muon import Muon
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.vit import ViT
 from mvmoe_deploy.models.vmoe import VMoE
@@ -359,28 +360,6 @@ class Trainer:
             torch.save(state, temporary)
 
 
-class _StackMuon(torch.optim.Muon):
-    """torch's Muon, which takes matrices only, over stacks of them as well: each expert's is a matrix of its own."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        # views share the parameter's memory, so that updating them updates it
-        self._matrices = [(_matrices(p.data), p) for p in parameters]
-        views = [view for matrices, _ in self._matrices for view in matrices]
-        super().__init__(views, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for matrices, parameter in self._matrices:
-            grads = [None] * len(matrices) if parameter.grad is None else _matrices(parameter.grad)
-            for view, grad in zip(matrices, grads, strict=True):
-                view.grad = grad
-        super().step(closure)
-
-
-def _matrices(tensor: Tensor) -> list[Tensor]:
-    return list(tensor) if tensor.ndim == 3 else [tensor]
-
-
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, and with ``recipe.optimizer`` ``muon`` that for the matrices between hidden layers; steps of all count."""
     named = list(model.named_parameters())
@@ -393,7 +372,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     others = [parameter for name, parameter in matrices if recipe.optimizer != "muon" or name not in muon]
     groups = [{"params": others, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
     adamw: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
-    return [adamw, _StackMuon(hidden, rate, decay)] if hidden else [adamw]
+    return [adamw, Muon(hidden, rate, decay)] if hidden else [adamw]
 
 
 def _short(value: Any) -> str:

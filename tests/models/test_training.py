@@ -303,6 +303,10 @@ def test_an_update_that_spoils_the_weights_is_not_saved(
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
+def _each_matrix(weight: torch.Tensor) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(m.detach().clone()) for m in (weight if weight.ndim == 3 else [weight])]
+
+
 def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None:
     model = tiny.lively_model(tiny.moe_config()).train()
     alone = copy.deepcopy(model)
@@ -311,21 +315,29 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None
     header = tiny.header_for(tiny.moe_config())
     header.superclasses = None
     trainer = Trainer(model, header, images, images, recipe, tmp_path / "moe.pt")
-    for each in (model, alone):
-        each(tiny.inputs()).square().sum().backward()
-    for optimizer in trainer.optimizers:
-        optimizer.step()
     updated, before = dict(model.named_parameters()), dict(alone.named_parameters())
     names = [name for name in updated if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name]
     assert any(updated[name].ndim == 3 for name in names)
+    matrices = {name: _each_matrix(before[name]) for name in names}
+    reference = torch.optim.Muon(
+        [m for stack in matrices.values() for m in stack], 0.01, recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(3):  # so that momentum counts
+        torch.manual_seed(step)
+        for name in updated:
+            updated[name].grad = torch.randn_like(updated[name])
+        for name in names:
+            for matrix, grad in zip(matrices[name], _each_matrix(updated[name].grad), strict=True):
+                matrix.grad = grad
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+        reference.step()
     for name in names:
-        stack = updated[name].ndim == 3
-        for index in range(len(updated[name]) if stack else 1):
-            matrix = torch.nn.Parameter((before[name][index] if stack else before[name]).detach().clone())
-            matrix.grad = before[name].grad[index] if stack else before[name].grad
-            torch.optim.Muon([matrix], 0.01, recipe.weight_decay, adjust_lr_fn="match_rms_adamw").step()
-            now = updated[name][index] if stack else updated[name]
-            assert torch.equal(now, matrix), (name, index)
+        for index, (now, was, want) in enumerate(
+            zip(_each_matrix(updated[name]), _each_matrix(before[name]), matrices[name], strict=True)
+        ):
+            wrong = ((now - want).norm() / (want - was).norm()).item()
+            assert wrong < 0.02, (name, index, wrong)  # torch's own is in bfloat16
     others = sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"])
     assert others + sum(updated[name].numel() for name in names) == sum(p.numel() for p in model.parameters())
 
