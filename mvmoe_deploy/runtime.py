@@ -164,6 +164,8 @@ class Runtime:
         self._lock = threading.Lock()
         routing = bundle.manifest.routing
         self._routing = routing
+        self._one_expert = routing is not None and routing.k == 1
+        self._fused_router = routing is not None and routing.router == "fused"
         if routing is None:
             self._fixed = [bundle.piece("model")]
         else:
@@ -233,14 +235,21 @@ class Runtime:
         started = perf_counter()
         batch = preprocess(image, manifest.preprocessing)[None]
         timings = {"preprocess": 1e3 * (perf_counter() - started)}
-        outputs, routed = self._run(pieces, batch, None, timings)
+        experts: list[int] = []
+        gates: list[float] = []
+        if self._one_expert:
+            outputs, _, expert, gate = self._run_image(pieces, batch, timings)
+            experts, gates = [expert], [gate]
+        else:
+            outputs, routed = self._run(pieces, batch, None, timings)
+            if routed is not None:
+                experts, gates = routed.experts[0].tolist(), routed.gates[0].tolist()
         best = [
             Score(manifest.class_names[index], manifest.class_ids[index], probability)
             for index, probability in _best(outputs, max(1, top))
         ]
-        if routed is None:
-            return Prediction(best, None, None, None, [], [], timings)
-        experts, gates = routed.experts[0].tolist(), routed.gates[0].tolist()
+        if not experts:
+            return Prediction(best, None, None, None, experts, gates, timings)
         return Prediction(best, experts[0], manifest.experts[experts[0]].name, gates[0], experts, gates, timings)
 
     def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, RoutedBatch | None]:
@@ -271,7 +280,12 @@ class Runtime:
             experts = self._check_experts(experts, len(batch))
         if not len(batch):
             return np.zeros((0, len(self.bundle.manifest.class_names)), np.float32), self._empty_routing()
-        outputs, routed = self._run(pieces, np.ascontiguousarray(batch), experts, {})
+        batch = np.ascontiguousarray(batch)
+        if len(batch) == 1 and self._one_expert and experts is None:
+            outputs, probabilities, expert, _ = self._run_image(pieces, batch, {})
+            chosen = slice(expert, expert + 1)
+            return outputs[0], RoutedBatch(probabilities, self._numbers[chosen], probabilities[:, chosen])
+        outputs, routed = self._run(pieces, batch, experts, {})
         return outputs[0], routed
 
     def stats(self) -> Stats:
@@ -287,6 +301,33 @@ class Runtime:
             ledger.hits, ledger.misses, ledger.evictions, ledger.resident, ledger.resident_bytes, fixed, unfreed
         )
 
+    def _run_image(
+        self, pieces: dict[str, LoadedPiece], batch: Floats, timings: dict[str, float]
+    ) -> tuple[list[NDArray[Any]], Floats, int, float]:
+        """One image and one expert: the tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate.
+
+        Few steps, and few numpy calls: after a model's run their code is out of the processor's cache, and what takes
+        a microsecond otherwise takes ten.
+        """
+        started = perf_counter()
+        tokens, probabilities = self._run_trunk(pieces, batch)
+        row = probabilities[0].tolist()
+        gate = max(row)
+        expert = row.index(gate)  # numpy's argmax costs three times as much here
+        ready = perf_counter()
+        timings["trunk"], timings["load"], timings["tail"] = 1e3 * (ready - started), 0.0, 0.0
+        outputs = self._use(expert, 0, (tokens, probabilities[:, expert]), timings, ready)
+        return outputs, probabilities, expert, gate
+
+    def _run_trunk(self, pieces: dict[str, LoadedPiece], batch: Floats) -> tuple[Floats, Floats]:
+        """Tokens ``[B, N, D]`` and the router's probabilities ``[B, E]``."""
+        if self._fused_router:
+            tokens, probabilities = pieces["trunk"](batch)
+        else:
+            (tokens,) = pieces["trunk"](batch)
+            (probabilities,) = pieces["router"](tokens)
+        return tokens, probabilities
+
     def _run(
         self,
         pieces: dict[str, LoadedPiece],
@@ -294,30 +335,14 @@ class Runtime:
         forced: NDArray[np.int64] | None,
         timings: dict[str, float],
     ) -> tuple[list[NDArray[Any]], RoutedBatch | None]:
-        """The outputs of the last piece, logits first (of a batch that was grouped, the logits alone), and routes.
-
-        Few steps, and few numpy calls: after a model's run their code is out of the processor's cache, and what takes
-        a microsecond otherwise takes ten.
-        """
+        """The outputs of the last piece, logits first (of a batch that was grouped, the logits alone), and routes."""
         started = perf_counter()
         routing = self._routing
         if routing is None:
             outputs = pieces["model"](batch)
             timings["model"] = 1e3 * (perf_counter() - started)
             return outputs, None
-        if routing.router == "fused":
-            tokens, probabilities = pieces["trunk"](batch)
-        else:
-            (tokens,) = pieces["trunk"](batch)
-            (probabilities,) = pieces["router"](tokens)
-        if len(batch) == 1 and routing.k == 1 and forced is None:
-            row = probabilities[0].tolist()
-            expert = row.index(max(row))  # numpy's argmax costs three times as much here
-            gate = probabilities[:, expert]
-            ready = perf_counter()
-            timings["trunk"], timings["load"], timings["tail"] = 1e3 * (ready - started), 0.0, 0.0
-            outputs = self._use(expert, 0, (tokens, gate), timings, ready)
-            return outputs, RoutedBatch(probabilities, self._numbers[expert : expert + 1], gate[None])
+        tokens, probabilities = self._run_trunk(pieces, batch)
         experts = top_k(probabilities, routing.k) if forced is None else forced
         gates = probabilities[np.arange(len(batch))[:, None], experts]
         timings["trunk"], timings["load"], timings["tail"] = 1e3 * (perf_counter() - started), 0.0, 0.0
