@@ -30,7 +30,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
-from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_model
+from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_checkpoint
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
 
 TARGETS = {"onnxruntime": "onnx", "executorch": "executorch", "coreml": "coreml"}
@@ -203,8 +203,7 @@ def _trained(header: Header) -> bool:
 def _baseline(
     baseline: str, checkpoint: Path, folder: Path, backends: Sequence[str], group: str, progress: Progress
 ) -> list[Configuration]:
-    loaded = checkpoints.load(checkpoint)
-    model, header = load_model(loaded, str(checkpoint)), loaded.header
+    model, header = load_checkpoint(checkpoint)
     assert isinstance(model, MobileVMoE)
     config = model.config
     if baseline == "all-experts":
@@ -228,7 +227,7 @@ def _baseline(
         path = folder / "random-vmoe.pt"
         if not path.exists():
             random_checkpoint(shape, path)
-        vmoe = load_model(checkpoints.load(path))
+        vmoe, _ = load_checkpoint(path)
         assert isinstance(vmoe, VMoE)
         rows = [_exported(VMoEGraph(vmoe), header, shape.to_dict(), "vmoe", group, folder, progress)]
         return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if "torch" in backends else [])]
@@ -240,7 +239,7 @@ def _baseline(
             _of_backend(path, b, folder, "dense" if len(backends) == 1 else f"dense {b}", group, progress)
             for b in backends
         ]
-    dense = load_model(checkpoints.load(path))
+    dense, _ = load_checkpoint(path)
     return [_stock(dense, header, folder, group, progress)]
 
 

@@ -172,12 +172,11 @@ class TorchModel:
     def __init__(self, c: Configuration, threads: int) -> None:
         import torch
 
-        from mvmoe_deploy import checkpoint as checkpoints
-        from mvmoe_deploy.models import load_model
+        from mvmoe_deploy.models import load_checkpoint
 
         torch.set_num_threads(threads)
         self._torch: Any = torch
-        self._model: Any = load_model(checkpoints.load(c.path), c.path)
+        self._model: Any = load_checkpoint(c.path)[0]
         self._preprocessing = c.preprocessing
         self._routed = bool(c.experts)
 

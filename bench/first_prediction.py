@@ -54,18 +54,16 @@ def checkpoint(path: str, image: str, threads: int) -> list[float]:
     import numpy as np
     import torch
 
-    from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy.images import preprocess
-    from mvmoe_deploy.models import load_model
+    from mvmoe_deploy.models import load_checkpoint
 
     torch.set_num_threads(threads)
     pixels = np.load(image)[0]
     imported = time.monotonic()
-    loaded_checkpoint = checkpoints.load(path)
-    model = load_model(loaded_checkpoint)
+    model, header = load_checkpoint(path)
     loaded = time.monotonic()
     with torch.inference_mode():
-        model(torch.from_numpy(preprocess(pixels, loaded_checkpoint.header.preprocessing)[None])).argmax().item()
+        model(torch.from_numpy(preprocess(pixels, header.preprocessing)[None])).argmax().item()
     return [imported, loaded, time.monotonic()]
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.targets import MODULES, Options, target_module
-from mvmoe_deploy.models import ZOO, load_model
+from mvmoe_deploy.models import ZOO, load_checkpoint
 from mvmoe_deploy.models.data import normaliser, read_images
 from mvmoe_deploy.runtime import Runtime
 
@@ -42,9 +41,7 @@ def measure(checkpoint: Path, data: Path, count: int) -> list[list[Any]]:
         data: labelled images; the validation split is used.
         count: how many of them, evenly spaced.
     """
-    loaded = checkpoints.load(checkpoint)
-    header = loaded.header
-    model = load_model(loaded, str(checkpoint))
+    model, header = load_checkpoint(checkpoint)
     val = read_images(data, "val", header.preprocessing, header.class_ids)
     rows_used = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels))).astype(int)
     normalise = normaliser(header.preprocessing, torch.device("cpu"))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import mvmoe_deploy
 from mvmoe_deploy import bundle as bundles
-from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, Expert, Manifest, Source
 from mvmoe_deploy.checkpoint import Header
@@ -25,7 +24,7 @@ from mvmoe_deploy.exporters.targets import Job, Options, target_module
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
-from mvmoe_deploy.models import config_from_dict, load_model
+from mvmoe_deploy.models import config_from_dict, load_checkpoint
 from mvmoe_deploy.models.data import image_files
 from mvmoe_deploy.models.flops import piece_flops
 
@@ -81,8 +80,8 @@ def read_checkpoint(path: str | Path) -> tuple[nn.Module, Header, Source]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    loaded = checkpoints.load(path)
-    return load_model(loaded, str(path)), loaded.header, Source(Path(path).name, bundles.sha256(Path(path)))
+    model, header = load_checkpoint(path)
+    return model, header, Source(Path(path).name, bundles.sha256(Path(path)))
 
 
 def export_model(

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mvmoe_deploy.checkpoint import Checkpoint
+from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, MobileVMoEConfig
 from mvmoe_deploy.models.vit import ViT, ViTConfig, check_state_dict, load_timm_state_dict
@@ -27,6 +28,7 @@ __all__ = [
     "config_from_dict",
     "config_from_name",
     "from_dense",
+    "load_checkpoint",
     "load_model",
     "load_timm_state_dict",
 ]
@@ -118,6 +120,16 @@ def from_dense(dense: ViT, config: ViTConfig) -> ViT:
         # expand adds the leading expert dimension to stacked MLP weights and is the identity on all others
         weights[name].copy_(tensor.expand_as(weights[name]))
     return model
+
+
+def load_checkpoint(path: str | Path) -> tuple[ViT, Header]:
+    """The model of a checkpoint file, in evaluation mode, and the file's header.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its weights do not fit its config.
+    """
+    checkpoint = checkpoints.load(path)
+    return load_model(checkpoint, str(path)), checkpoint.header
 
 
 def load_model(checkpoint: Checkpoint, where: str = "checkpoint") -> ViT:

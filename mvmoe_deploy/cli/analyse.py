@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
     import torch
 
-    from mvmoe_deploy import checkpoint as checkpoints
-    from mvmoe_deploy.models import MobileVMoE, load_model
+    from mvmoe_deploy.models import MobileVMoE, load_checkpoint
     from mvmoe_deploy.models.analysis import analyse_images, analyse_tokens
     from mvmoe_deploy.models.evaluation import ImageRouting, TokenRouting, predict
 
@@ -69,9 +68,7 @@ def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
         raise DataError(f"--backend {args.backend}: {args.model} is a checkpoint, which PyTorch runs")
     if args.threads:
         torch.set_num_threads(args.threads)
-    checkpoint = checkpoints.load(args.model)
-    header = checkpoint.header
-    model = load_model(checkpoint, str(args.model))
+    model, header = load_checkpoint(args.model)
     images = _images(args, header.preprocessing, header.class_ids)
     predictions = predict(model, images, header.preprocessing, progress=_bar("classifying"))
     if isinstance(predictions.routing, TokenRouting):

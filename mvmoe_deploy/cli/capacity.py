@@ -41,14 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from tqdm import tqdm
 
-    from mvmoe_deploy import checkpoint as checkpoints
-    from mvmoe_deploy.models import VMoE, load_model
+    from mvmoe_deploy.models import VMoE, load_checkpoint
     from mvmoe_deploy.models.capacity import capacity_curve
     from mvmoe_deploy.models.pictures import draw_capacity
 
-    checkpoint = checkpoints.load(args.checkpoint)
-    header = checkpoint.header
-    model = load_model(checkpoint, str(args.checkpoint))
+    model, header = load_checkpoint(args.checkpoint)
     if not isinstance(model, VMoE):
         raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
     factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})

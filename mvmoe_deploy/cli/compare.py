@@ -42,21 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from mvmoe_deploy import checkpoint as checkpoints
-    from mvmoe_deploy.models import load_model
+    from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.comparison import compare, recipe_differences
     from mvmoe_deploy.models.evaluation import predict
 
-    loaded = [(path, checkpoints.load(path)) for path in args.checkpoints]
-    class_ids = loaded[0][1].header.class_ids
-    for path, checkpoint in loaded:
-        if checkpoint.header.class_ids != class_ids:
+    loaded = [load_checkpoint(path) for path in args.checkpoints]
+    class_ids = loaded[0][1].class_ids
+    for path, (_, header) in zip(args.checkpoints, loaded, strict=True):
+        if header.class_ids != class_ids:
             raise DataError(f"{path}: knows other classes than {args.checkpoints[0]}; they cannot be compared")
     read: dict[Preprocessing, ImageSet] = {}
     candidates = []
-    for name, (path, checkpoint) in zip(_names(args.checkpoints), loaded, strict=True):
-        model = load_model(checkpoint, str(path))
-        preprocessing = checkpoint.header.preprocessing
+    for name, (model, header) in zip(_names(args.checkpoints), loaded, strict=True):
+        preprocessing = header.preprocessing
         if preprocessing not in read:
             read[preprocessing] = read_split(args.data, args.split, preprocessing, class_ids)
         predictions = predict(
@@ -65,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             preprocessing,
             progress=lambda items, total, name=name: progress_bar(items, total, name),  # type: ignore[misc]
         )
-        candidates.append((name, checkpoint.header, model, predictions))
+        candidates.append((name, header, model, predictions))
     rows = compare(candidates)
     images = len(candidates[0][3].labels)
     differing = recipe_differences(rows)

@@ -30,13 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from mvmoe_deploy import checkpoint as checkpoints
-    from mvmoe_deploy.models import VMoE, load_model
+    from mvmoe_deploy.models import VMoE, load_checkpoint
     from mvmoe_deploy.models.evaluation import evaluate
 
-    checkpoint = checkpoints.load(args.checkpoint)
-    header = checkpoint.header
-    model = load_model(checkpoint, str(args.checkpoint))
+    model, header = load_checkpoint(args.checkpoint)
     if args.capacity_factor is not None or args.order is not None:
         if not isinstance(model, VMoE):
             raise DataError(f"{args.checkpoint}: has no capacity; --capacity-factor and --order are for a V-MoE")

@@ -37,9 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy.files import atomic_file
-    from mvmoe_deploy.models import ViT, load_model
+    from mvmoe_deploy.models import ViT, load_checkpoint
     from mvmoe_deploy.models.pictures import draw_confusion
     from mvmoe_deploy.models.superclasses import confusion, group, suggest_names
 
@@ -47,11 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     for path in (args.out, plot):
         if path.exists() and not args.force:
             raise DataError(f"{path}: exists already; --force replaces it")
-    checkpoint = checkpoints.load(args.checkpoint)
-    model = load_model(checkpoint, str(args.checkpoint))
+    model, header = load_checkpoint(args.checkpoint)
     if type(model) is not ViT:
         raise DataError(f"{args.checkpoint}: is already routed; super-classes come from a dense model")
-    header = checkpoint.header
     held_out = args.hold_out if args.hold_out is not None else header.training.get("held_out_per_class", 0)
     if not held_out:
         raise DataError(
