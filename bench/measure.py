@@ -17,7 +17,7 @@ from mvmoe_deploy.bench.accuracy import Labelled, labels_for, measure_accuracy, 
 from mvmoe_deploy.bench.bootstrap import median_estimate, ratio_estimate
 from mvmoe_deploy.bench.coldstart import measure_cold_start
 from mvmoe_deploy.bench.configuration import Configuration, Floats, Opened, expert_turn, open_configuration
-from mvmoe_deploy.bench.energy import measure_energy
+from mvmoe_deploy.bench.energy import measure_energy, open_meter
 from mvmoe_deploy.bench.latency import Timed, interleave
 from mvmoe_deploy.bench.machine import machine
 from mvmoe_deploy.bench.memory import PREDICTIONS, measure_memory
@@ -189,7 +189,7 @@ def _measure(configurations: Sequence[Configuration], shown: _Shown, plan: Plan,
         if plan.throughput:
             throughput = _throughput(configurations, models, shown, progress)
         progress("energy", 0, 1)
-        energy = measure_energy(predictors)
+        energy = measure_energy(predictors, open_meter())
         accuracy: dict[str, Accuracy] = {}
         for c in configurations:
             labelled = shown.labelled(c.preprocessing)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +166,66 @@ def test_energy_comes_from_counters_or_not_at_all(tmp_path: Path, monkeypatch: p
         folder.mkdir()
         (folder / "energy_uj").write_text("900\n")
         (folder / "max_energy_range_uj").write_text("1000\n")
-    readings = iter([900, *[value for start in range(0, 3) for value in (900, 400)]])
-    monkeypatch.setattr(energy, "_read", lambda c, name: 1000 if name == "max_energy_range_uj" else next(readings))
-    next(readings)
-    found = energy.measure_energy({"a": lambda number: None}, chunks=3, folder=tmp_path, chunk_seconds=0)
+    readings = iter([900, 400] * 3)
+    meter = energy.Rapl.open(tmp_path)
+    assert meter is not None and meter.counters == [package]  # a part's energy is in its package's
+    monkeypatch.setattr(meter, "_read", lambda c, name: 1000 if name == "max_energy_range_uj" else next(readings))
+    found = energy.measure_energy({"a": lambda number: None}, meter, chunks=3, chunk_seconds=0)
     assert found is not None
     assert found["a"].value == 0.5  # millijoules: from 900 over the counter's end at 1000 to 400
-    assert energy.packages(tmp_path) == [package]  # a part's energy is in its package's
     (package / "energy_uj").write_text("no")
-    assert energy.measure_energy({"a": lambda number: None}, folder=tmp_path) is None
-    assert energy.measure_energy({"a": lambda number: None}, folder=tmp_path / "none") is None
+    assert energy.Rapl.open(tmp_path) is None
+    assert energy.Rapl.open(tmp_path / "none") is None
+    assert energy.measure_energy({"a": lambda number: None}, None) is None
+
+
+POWERMETRICS = """\
+#!{python}
+import plistlib, sys, time
+assert sys.argv[1:] == ["--samplers", "cpu_power", "--format", "plist", "--buffer-size", "0", "--sample-rate", "50"]
+if {refuse}:
+    sys.exit("powermetrics must be invoked as the superuser")
+last, number = time.monotonic(), 0
+while True:
+    time.sleep(0.05)
+    now = time.monotonic()
+    used = 2000 * (now - last)  # two watts in all
+    processor = {{"cpu_energy": 0.5 * used, "gpu_energy": 0.3 * used, "ane_energy": 0.2 * used, "clusters": []}}
+    text = plistlib.dumps({{"elapsed_ns": round(1e9 * (now - last)), "processor": processor}})
+    sys.stdout.buffer.write((b"\\0" if number else b"") + text)
+    sys.stdout.flush()
+    last, number = now, number + 1
+"""
+
+
+def test_energy_from_powermetrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "powermetrics"
+    command.write_text(POWERMETRICS.format(python=sys.executable, refuse=False))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)  # else it would ask sudo
+    meter = energy.Powermetrics.open()
+    assert meter is not None
+    taken: dict[str, list[float]] = {"short": [], "long": []}
+
+    def sleeping(name: str, seconds: float) -> Callable[[int], None]:
+        def sleep(_: int) -> None:
+            started = time.monotonic()
+            time.sleep(seconds)
+            taken[name].append(time.monotonic() - started)
+
+        return sleep
+
+    candidates = {"short": sleeping("short", 0.02), "long": sleeping("long", 0.06)}
+    found = energy.measure_energy(candidates, meter, chunks=3, chunk_seconds=0.3)
+    assert found is not None
+    for name, seconds in taken.items():
+        assert found[name].value == pytest.approx(2000 * np.mean(seconds), rel=0.2), name  # two watts
+    assert meter._process.poll() is not None
+    command.write_text(POWERMETRICS.format(python=sys.executable, refuse=True))
+    assert energy.Powermetrics.open() is None
+    command.unlink()
+    assert energy.Powermetrics.open() is None
 
 
 def test_a_whole_run_reads_back(
