@@ -105,7 +105,7 @@ def target_module(target: str) -> ModuleType:
         return import_module(MODULES[target])
     except ModuleNotFoundError as error:
         raise ExportError(
-            f"target {target} needs the package {error.name}: pip install 'mvmoe-deploy[{target}]'"
+            f"target {target} needs the package {(error.name or '').partition('.')[0]}: pip install 'mvmoe-deploy[{target}]'"
         ) from None
 
 

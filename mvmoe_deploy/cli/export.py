@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             if not args.json:
                 print(describe(bundle))
         except MvmoeError as error:  # one target's failure does not hide the others' results
-            print(f"{target}: {error}", file=sys.stderr)
+            print(f"{target}: {str(error).removeprefix(f'{target}: ')}", file=sys.stderr)
             failed.append(error)
     if args.json:
         print(json.dumps(done, indent=1))
