@@ -104,8 +104,9 @@ def target_module(target: str) -> ModuleType:
     try:
         return import_module(MODULES[target])
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise ExportError(
-            f"target {target} needs the package {(error.name or '').partition('.')[0]}: pip install 'mvmoe-deploy[{target}]'"
+            f"target {target} needs the package {package}: pip install 'mvmoe-deploy[{target}]'"
         ) from None
 
 

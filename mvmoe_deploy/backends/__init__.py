@@ -64,7 +64,8 @@ def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 
     try:
         module = import_module(MODULES[name])
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
         raise BackendError(
-            f"backend {name} needs the package {(error.name or '').partition('.')[0]}: pip install 'mvmoe-deploy[{bundle.manifest.target}]'"
+            f"backend {name} needs the package {package}: pip install 'mvmoe-deploy[{bundle.manifest.target}]'"
         ) from None
     return module.open_backend(bundle, threads)
