@@ -1,8 +1,9 @@
-"""Random crops, mirror images and colours of training batches."""
+"""Random crops, mirror images and colours of training images."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,55 +17,83 @@ LOG_ASPECT = math.log(4 / 3)
 """Resampled crops are at most this much wider or taller than square, as everywhere since Inception."""
 
 
-def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class View:
+    """What is drawn at random for each of n images; it depends on no batch, so that a view can be had again.
+
+    Attributes:
+        mirrored: boolean ``[n]``.
+        shift: of padded crops, rows and columns, int64 ``[n, 2]``; None where crops are resampled.
+        window: of resampled crops, width, height and centre (x, y) in ``grid_sample``'s coordinates, in which an image
+            spans -1 to 1, ``[n, 4]``; None where crops are padded.
+        colours: factors of contrast, brightness and saturation ``[n, 3]``; None where colours stay.
+    """
+
+    mirrored: Tensor
+    shift: Tensor | None
+    window: Tensor | None
+    colours: Tensor | None
+
+    def of(self, rows: Tensor) -> View:
+        """The same for some of the images."""
+        return View(*(None if part is None else part[rows] for part in vars(self).values()))
+
+
+def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
+    """Draws a view of ``count`` images."""
+
+    def uniform(low: float, high: float, columns: int = 1) -> Tensor:
+        return torch.empty(count, columns).uniform_(low, high, generator=generator)
+
+    mirrored = torch.rand(count, generator=generator) < (0.5 if recipe.flip else 0.0)
+    colours = uniform(1 - recipe.jitter, 1 + recipe.jitter, 3) if recipe.jitter else None
+    if not recipe.min_crop:
+        shift = torch.randint(0, 2 * recipe.crop_padding + 1, (count, 2), generator=generator)
+        return View(mirrored, shift, None, colours)
+    area, aspect = uniform(recipe.min_crop, 1), uniform(-LOG_ASPECT, LOG_ASPECT).exp()
+    size = torch.cat([area * aspect, area / aspect], 1).sqrt().clamp(max=1)
+    return View(mirrored, None, torch.cat([size, uniform(-1, 1, 2) * (1 - size)], 1), colours)
+
+
+def augment(images: Tensor, view: View, recipe: Recipe) -> Tensor:
     """Augments a uint8 batch ``[B, 3, S, S]``; the same shape comes back.
 
     It stays uint8, or is float32 in 0…255 where crops are resampled or colours change.
     """
-    mirrored = torch.zeros(len(images), dtype=torch.bool)
-    if recipe.flip:
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
-    if recipe.min_crop:
-        images = _resampled_crops(images, mirrored, recipe.min_crop, generator)
+    if view.window is not None:
+        images = _resampled_crops(images, view.mirrored, view.window)
     else:
-        images = _padded_crops(images, mirrored, recipe.crop_padding, generator)
-    return _other_colours(images.float(), recipe.jitter, generator) if recipe.jitter else images
+        assert view.shift is not None
+        images = _padded_crops(images, view.mirrored, view.shift, recipe.crop_padding)
+    return images if view.colours is None else _other_colours(images.float(), view.colours)
 
 
-def _padded_crops(images: Tensor, mirrored: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+def _padded_crops(images: Tensor, mirrored: Tensor, shift: Tensor, pad: int) -> Tensor:
     batch, _, size, _ = images.shape
     device = images.device
     rows = torch.arange(size, device=device).repeat(batch, 1)
     columns = torch.where(mirrored.to(device)[:, None], size - 1 - rows, rows)
     if pad:
         images = F.pad(images, [pad] * 4)
-        shift = torch.randint(0, 2 * pad + 1, (2, batch, 1), generator=generator).to(device)
-        rows, columns = rows + shift[0], columns + shift[1]
+        shift = shift.to(device)
+        rows, columns = rows + shift[:, :1], columns + shift[:, 1:]
     everything = torch.arange(batch, device=device)[:, None, None, None]
     channels = torch.arange(3, device=device)[None, :, None, None]
     return images[everything, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _resampled_crops(images: Tensor, mirrored: Tensor, min_crop: float, generator: torch.Generator) -> Tensor:
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(len(images)).uniform_(low, high, generator=generator)
-
-    area, aspect = uniform(min_crop, 1), uniform(-LOG_ASPECT, LOG_ASPECT).exp()
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    # in grid_sample's coordinates an image spans -1 to 1
-    window = torch.zeros(len(images), 2, 3)
-    window[:, 0, 0], window[:, 1, 1] = torch.where(mirrored, -width, width), height
-    window[:, 0, 2], window[:, 1, 2] = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    grid = F.affine_grid(window.to(images.device), list(images.shape), align_corners=False)
+def _resampled_crops(images: Tensor, mirrored: Tensor, window: Tensor) -> Tensor:
+    width, height, x, y = window.unbind(1)
+    matrices = torch.zeros(len(images), 2, 3)
+    matrices[:, 0, 0], matrices[:, 1, 1] = torch.where(mirrored, -width, width), height
+    matrices[:, 0, 2], matrices[:, 1, 2] = x, y
+    grid = F.affine_grid(matrices.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def _other_colours(images: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
-    def factor() -> Tensor:
-        share = torch.empty(len(images), 1, 1, 1).uniform_(1 - jitter, 1 + jitter, generator=generator)
-        return share.to(images.device)
-
+def _other_colours(images: Tensor, factors: Tensor) -> Tensor:
+    contrast, brightness, saturation = factors.to(images.device)[:, :, None, None, None].unbind(1)
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * factor() + mean * factor()  # contrast, brightness
+    images = (images - mean) * contrast + mean * brightness
     grey = images.mean(1, keepdim=True)
-    return (grey + (images - grey) * factor()).clamp(0, 255)  # saturation
+    return (grey + (images - grey) * saturation).clamp(0, 255)

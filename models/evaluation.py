@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE
-from mvmoe_deploy.models.vit import ViT
 from mvmoe_deploy.models.vmoe import VMoE
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
@@ -92,7 +91,7 @@ class Evaluation:
 
 @torch.no_grad()
 def predict(
-    model: ViT,
+    model: nn.Module,
     images: ImageSet,
     preprocessing: Preprocessing,
     batch: int = 500,
@@ -206,7 +205,7 @@ def summarise(predictions: Predictions, superclasses: Superclasses | None = None
 
 
 def evaluate(
-    model: ViT,
+    model: nn.Module,
     images: ImageSet,
     preprocessing: Preprocessing,
     superclasses: Superclasses | None = None,

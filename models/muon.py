@@ -20,7 +20,8 @@ class Muon(torch.optim.Optimizer):
     orthogonalises all matrices of one shape at once, in float32, which made it fifteen times faster on a CPU.
 
     Args:
-        parameters: matrices ``[out, in]`` or stacks of them ``[E, out, in]``, each expert's a matrix of its own.
+        parameters: matrices ``[out, in]``, stacks of them ``[E, out, in]``, each expert's a matrix of its own, or
+            convolutions ``[out, in, h, w]``, which are matrices ``[out, in · h · w]``.
         lr: learning rate.
         weight_decay: decoupled, as AdamW's.
         momentum: of the gradients' running mean; Nesterov's look-ahead uses it again.
@@ -43,7 +44,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 mean = state["momentum"].lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(mean, momentum)
-                alike[parameter.shape[-2:]].append((parameter, update.reshape(-1, *parameter.shape[-2:])))
+                matrices = update.flatten(1)[None] if update.ndim == 4 else update.view(-1, *update.shape[-2:])
+                alike[matrices.shape[1:]].append((parameter, matrices))
             for shape, updates in alike.items():
                 orthogonal = orthogonalised(torch.cat([update for _, update in updates]))
                 parts = orthogonal.split([len(update) for _, update in updates])

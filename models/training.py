@@ -24,13 +24,13 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
-from mvmoe_deploy.models.augmentation import augment
+from mvmoe_deploy.models.augmentation import augment, draw
 from mvmoe_deploy.models.data import ImageSet, normaliser
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, StackedLinear
 from mvmoe_deploy.models.muon import Muon
 from mvmoe_deploy.models.routing import auxiliary_loss
-from mvmoe_deploy.models.vit import ViT
+from mvmoe_deploy.models.teacher import Teacher
 from mvmoe_deploy.models.vmoe import VMoE
 
 ROUTERS = ("super-class", "random", "end-to-end")
@@ -57,7 +57,9 @@ class Recipe:
             cropping with padding (Inception's crops, arXiv 1409.4842); 0 is off.
         jitter: brightness, contrast and saturation change by up to this share; 0 is off.
         flip: mirror half of the images.
+        views: how many different augmentations of each image there are; epochs take turns. 0: no end of them.
         mixup: alpha of mixup's Beta distribution; 0 switches it off.
+        teacher_weight: share of the target that is the teacher's answer instead of the label, where there is a teacher.
         router: what Mobile V-MoE's router learns: ``super-class``, ``random`` (super-classes drawn at random) or
             ``end-to-end``.
         router_weight: weight of the router loss in ``L = L_class + 0.3 · L_router``.
@@ -80,7 +82,9 @@ class Recipe:
     min_crop: float = 0.0
     jitter: float = 0.0
     flip: bool = True
+    views: int = 0
     mixup: float = 0.0
+    teacher_weight: float = 0.0
     router: str = "super-class"
     router_weight: float = 0.3
     auxiliary_weight: float = 0.01
@@ -90,14 +94,16 @@ class Recipe:
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        at_least = {"epochs": 1, "batch": 1, "warmup_epochs": 0, "weight_decay": 0, "crop_padding": 0, "mixup": 0,
-                    "router_weight": 0, "auxiliary_weight": 0, "seed": 0}  # fmt: skip
+        at_least = {"epochs": 1, "batch": 1, "warmup_epochs": 0, "weight_decay": 0, "crop_padding": 0, "views": 0,
+                    "mixup": 0, "router_weight": 0, "auxiliary_weight": 0, "seed": 0}  # fmt: skip
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least {least}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be above 0")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ConfigError(f"recipe: teacher_weight is {self.teacher_weight}, must be between 0 and 1")
         for name in ("label_smoothing", "min_crop", "jitter", "expert_pull"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least 0 and below 1")
@@ -117,14 +123,17 @@ class Trainer:
 
     def __init__(
         self,
-        model: ViT,
+        model: nn.Module,
         header: Header,
         train: ImageSet,
         val: ImageSet,
         recipe: Recipe,
         out: Path,
         device: str = "cpu",
+        teacher: Teacher | None = None,
     ) -> None:
+        if (teacher is None) != (recipe.teacher_weight == 0):
+            raise DataError("a teacher needs a share of the target: give --teacher and --teacher-weight, or neither")
         wrong_router = (header.superclasses is None) != (recipe.router == "end-to-end")
         if isinstance(model, MobileVMoE) and model.config.experts > 1 and wrong_router:
             raise DataError(
@@ -141,6 +150,7 @@ class Trainer:
         self.recipe = recipe
         self.out = out
         self.device = torch.device(device)
+        self.teacher = teacher
         self.state_path = out.with_name(out.name + ".state")
         self.log_path = out.with_name(out.name + ".jsonl")
         self.epoch = 0
@@ -148,7 +158,11 @@ class Trainer:
         self.steps_per_epoch = max(1, len(train.labels) // recipe.batch)
         self.optimizers = optimizers(model, recipe)
         superclasses = header.superclasses
-        self.superclass_of = torch.tensor(superclasses.of_class, device=device) if superclasses else None
+        self.members = (  # [C, E], 1 where a class is in a super-class
+            F.one_hot(torch.tensor(superclasses.of_class, device=device), len(superclasses.names)).float()
+            if superclasses
+            else None
+        )
         self.images_sha256 = train.sha256()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -157,6 +171,7 @@ class Trainer:
             "model": self.header.model,
             **dataclasses.asdict(self.recipe),
             "checkpoint to start from": self.header.training.get("started_from", {}).get("sha256"),
+            "teacher": self.header.training.get("teacher", {}).get("sha256"),
             "set of training images": f"{len(self.train_set.labels)} images, sha256 {self.images_sha256}",
             "classes": self.header.class_ids,
             "superclasses": self.header.superclasses.of_class if self.header.superclasses else None,
@@ -244,7 +259,26 @@ class Trainer:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.train_set.labels), generator=generator)
         torch.manual_seed(recipe.seed * 1_000_003 + self.epoch)  # likewise routers' noise, which has no generator
+        index = self.epoch % recipe.views if recipe.views else self.epoch
+        drawn = torch.Generator().manual_seed(recipe.seed * 1_000_003 + 500_000 + index)
+        view = draw(len(self.train_set.labels), recipe, drawn)
         normalise = normaliser(self.header.preprocessing, self.device)
+
+        def images(rows: Tensor) -> Tensor:
+            pixels = self.train_set.pixels[rows].to(self.device, non_blocking=True)
+            return normalise(augment(pixels, view.of(rows), recipe))
+
+        answers: Tensor | None = None
+        if self.teacher is not None:
+            parts = torch.arange(len(self.train_set.labels)).split(recipe.batch)
+
+            def batches() -> Iterator[Tensor]:
+                asked: Iterator[Tensor] = iter(parts)
+                if progress is not None:
+                    asked = progress(asked, len(parts), f"teacher, view {index + 1}")
+                return map(images, asked)
+
+            answers = self.teacher.answers(index if recipe.views else None, batches)
         steps: Iterator = iter(range(self.steps_per_epoch))
         if progress is not None:
             steps = progress(steps, self.steps_per_epoch, f"epoch {self.epoch + 1}/{recipe.epochs}")
@@ -252,20 +286,20 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for step in steps:
             rows = order[step * recipe.batch : (step + 1) * recipe.batch]
-            images = self.train_set.pixels[rows].to(self.device, non_blocking=True)
-            labels = self.train_set.labels[rows].to(self.device, non_blocking=True)
-            x = normalise(augment(images, recipe, generator))
-            other, share = labels, 1.0
+            x = images(rows)
+            target = F.one_hot(self.train_set.labels[rows].to(self.device), len(self.header.class_ids)).float()
+            if answers is not None:
+                target = target.lerp(answers[rows].to(self.device).float(), recipe.teacher_weight)
             if recipe.mixup:
                 share = float(torch._sample_dirichlet(torch.tensor([recipe.mixup] * 2), generator=generator)[0])
                 partner = torch.randperm(len(rows), generator=generator).to(self.device)
-                x, other = share * x + (1 - share) * x[partner], labels[partner]
+                x, target = x[partner].lerp(x, share), target[partner].lerp(target, share)
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = self._loss(x, labels, other, share)
+                loss = self._loss(x, target)
             self.model.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
@@ -290,33 +324,34 @@ class Trainer:
                 for stack in (module.weight, module.bias):
                     stack.lerp_(stack.mean(0, keepdim=True).expand_as(stack), share)
 
-    def _loss(self, x: Tensor, labels: Tensor, other: Tensor, share: float) -> Tensor:
-        """``L = L_class + 0.3 · L_router`` (section 3.2), both mixed where mixup mixed the images.
+    def _loss(self, x: Tensor, target: Tensor) -> Tensor:
+        """``L = L_class + 0.3 · L_router`` (section 3.2), the router's target being that of its classes in sum.
 
         End to end it is ``L = L_class + 0.01 · L_auxiliary`` (V-MoE, appendix A).
+
+        Args:
+            x: the model's input ``[B, 3, S, S]``.
+            target: probabilities ``[B, C]``: the label's, or what a teacher or mixup made of it.
         """
 
-        def mixed(logits: Tensor, a: Tensor, b: Tensor, smoothing: float) -> Tensor:
-            logits = logits.float()
-            loss = share * F.cross_entropy(logits, a, label_smoothing=smoothing)
-            return loss if share == 1.0 else loss + (1 - share) * F.cross_entropy(logits, b, label_smoothing=smoothing)
+        def class_loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), target, label_smoothing=self.recipe.label_smoothing)
 
-        smoothing = self.recipe.label_smoothing
         if isinstance(self.model, VMoE):
             token_routed = self.model.routed(x)
-            loss = mixed(token_routed.logits, labels, other, smoothing)
-            return loss + self.recipe.auxiliary_weight * token_routed.auxiliary_loss()
+            return class_loss(token_routed.logits) + self.recipe.auxiliary_weight * token_routed.auxiliary_loss()
         if not isinstance(self.model, MobileVMoE):
-            return mixed(self.model(x), labels, other, smoothing)
+            return class_loss(self.model(x))
         end_to_end = self.recipe.router == "end-to-end"
         routed = self.model.routed(x, noisy=end_to_end)
-        loss = mixed(routed.logits, labels, other, smoothing)
+        loss = class_loss(routed.logits)
         if end_to_end:
             auxiliary = auxiliary_loss(routed.router_logits.float(), routed.noisy_logits.float(), self.model.k)
             return loss + self.recipe.auxiliary_weight * auxiliary
-        if self.superclass_of is not None:
-            a, b = self.superclass_of[labels], self.superclass_of[other]
-            loss = loss + self.recipe.router_weight * mixed(routed.router_logits, a, b, 0.0)
+        if self.members is not None:
+            loss = loss + self.recipe.router_weight * F.cross_entropy(
+                routed.router_logits.float(), target @ self.members
+            )
         return loss
 
     def _learning_rate(self, step: int) -> float:

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with train/ and val/ (CLASS/*.JPEG inside), or train.zip and val.zip; classes.tsv names classes",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.pt or .safetensors)")
-    p.add_argument("--model", default="mvmoe_6x64", help="vit_DEPTHxWIDTH, mvmoe_… or vmoe_…")
+    p.add_argument("--model", default="mvmoe_6x64", help="vit_DEPTHxWIDTH, mvmoe_…, vmoe_… or resnet_BLOCKSxWIDTH")
     p.add_argument("--image-size", type=positive_int, default=32, help="side of the model's input, in pixels")
     p.add_argument("--patch", type=positive_int, default=8, help="side of a patch, in pixels")
     p.add_argument("--heads", type=positive_int, help="attention heads (default: the paper's for this scale)")
@@ -73,6 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     vmoe.add_argument("--capacity-factor", type=float, help="places of all experts for each choice (default: 1.05)")
     vmoe.add_argument("--order", choices=["vanilla", "bpr"], help="who gets the places (default: vanilla)")
     recipe = p.add_argument_group("recipe")
+    recipe.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="CKPT",
+        help="a trained model whose answers are learnt; --views of them are kept in memory",
+    )
     for name, flag, help_text in RECIPE_FLAGS:
         default = getattr(_recipe_defaults(), name)
         recipe.add_argument(flag, dest=name, type=type(default), default=default, help=help_text)
@@ -100,7 +106,9 @@ RECIPE_FLAGS = [
     ("crop_padding", "--crop-padding", "pixels of padding before the random crop"),
     ("min_crop", "--min-crop", "crop a random part of at least this share of each image instead; 0 is off"),
     ("jitter", "--jitter", "change brightness, contrast and saturation by up to this share; 0 is off"),
+    ("views", "--views", "different augmentations of each image, which epochs take in turn; 0 is no end of them"),
     ("mixup", "--mixup", "alpha of mixup; 0 is off"),
+    ("teacher_weight", "--teacher-weight", "share of the target that is the teacher's answer instead of the label"),
     ("router_weight", "--router-weight", "weight of the router loss"),
     ("auxiliary_weight", "--auxiliary-weight", "weight of the auxiliary losses, of routers trained end to end"),
     ("expert_pull", "--expert-pull", "pull experts towards their mean at each step by this share; 0 is off"),
@@ -127,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     import torch
+    from torch import nn
 
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy import models
@@ -135,7 +144,9 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.data import read_class_names, read_superclasses
     from mvmoe_deploy.models.superclasses import random_groups
+    from mvmoe_deploy.models.teacher import ResNet, ResNetConfig, Teacher, load_teacher, resnet_config_from_name
     from mvmoe_deploy.models.training import Recipe, Trainer
+    from mvmoe_deploy.models.vit import ViTConfig
 
     if args.out.suffix not in (".pt", ".safetensors"):
         raise DataError(f"--out {args.out}: a checkpoint's name ends in .pt or .safetensors")
@@ -202,10 +213,16 @@ def train(argv: list[str] | None = None) -> None:
             "capacity_factor": args.capacity_factor,
             "order": args.order,
         }
-    config = models.config_from_name(args.model, **shape)
     torch.manual_seed(recipe.seed)
     training: dict[str, Any] = {"data": args.data.name, "held_out_per_class": args.hold_out}
-    model = models.build(config)
+    model: nn.Module
+    config: ViTConfig | ResNetConfig
+    if args.model.startswith("resnet"):
+        config = resnet_config_from_name(args.model, args.image_size, len(class_ids))
+        model = ResNet(config)
+    else:
+        config = models.config_from_name(args.model, **shape)
+        model = models.build(config)
     if args.init:
         start = checkpoints.load(args.init)
         if start.header.class_ids != class_ids:
@@ -213,7 +230,7 @@ def train(argv: list[str] | None = None) -> None:
         source = models.load_model(start, str(args.init))
         if source.config == config:
             model.load_state_dict(source.state_dict())
-        elif type(source) is models.ViT and type(model) is not models.ViT:
+        elif type(source) is models.ViT and isinstance(config, ViTConfig) and type(model) is not models.ViT:
             model = models.from_dense(source, config)
         else:
             raise DataError(f"{args.init}: is a {source.config}, cannot start a {config} from it")
@@ -222,11 +239,27 @@ def train(argv: list[str] | None = None) -> None:
             "sha256": sha256(args.init),
             "training": start.header.training,
         }
+    teacher = None
+    if args.teacher:
+        teaching, of_teacher = load_teacher(args.teacher)
+        if of_teacher.class_ids != class_ids:
+            raise DataError(f"{args.teacher}: was trained on other classes than {args.data}")
+        if of_teacher.preprocessing != preprocessing:
+            raise DataError(
+                f"{args.teacher}: takes images as {of_teacher.preprocessing}, this model as {preprocessing}; "
+                "both see the same view of an image"
+            )
+        teacher = Teacher(teaching.to(device), recipe.precision)
+        training["teacher"] = {
+            "file": args.teacher.name,
+            "sha256": sha256(args.teacher),
+            "training": of_teacher.training,
+        }
     images = read("train", class_ids, args.hold_out)
     header = checkpoints.new_header(
         config.to_dict(), class_ids, read_class_names(args.data, class_ids), preprocessing, superclasses, training
     )
-    trainer = Trainer(model, header, images, val, recipe, args.out, device)
+    trainer = Trainer(model, header, images, val, recipe, args.out, device, teacher)
     if skipped := images.skipped + val.skipped:
         print(f"left out {len(skipped)} unreadable images, first: {skipped[0]}")
     if args.resume and trainer.resume():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from mvmoe_deploy.models.augmentation import augment
+from mvmoe_deploy.models import augmentation
 from mvmoe_deploy.models.training import Recipe
 
 
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    return augmentation.augment(images, augmentation.draw(len(images), recipe, generator), recipe)
 
 
 def test_augmentation_keeps_shape_and_takes_a_crop_of_each_image() -> None:
@@ -68,3 +73,13 @@ def test_colours_change_within_bounds() -> None:
     ratio = spread / before
     assert ratio.min() < 0.8 and ratio.max() > 1.2  # saturation and contrast do change
     assert changed.min() >= 0 and changed.max() <= 255
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(min_crop=0.3, jitter=0.3)], ids=["padded", "resampled"])
+def test_a_view_of_an_image_does_not_depend_on_its_batch(recipe: Recipe) -> None:
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    view = augmentation.draw(len(images), recipe, generator())
+    whole = augmentation.augment(images, view, recipe)
+    rows = torch.tensor([7, 3, 19, 0])
+    assert torch.equal(augmentation.augment(images[rows], view.of(rows), recipe), whole[rows])
+    assert len({tuple(image.flatten().tolist()) for image in whole}) == 20

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from mvmoe_deploy import checkpoint as checkpoints
@@ -366,7 +367,12 @@ def test_pulled_experts_stay_as_close_to_their_mean_as_asked(data: Path, tmp_pat
         (["--experts", "3"], "there are 4 super-classes but 3 experts"),
         (["--moe-layers", "3"], "moe_layers is 3, but depth is only 2"),
         (["--patch", "3"], "image_size 8 is not a multiple of patch_size 3"),
-        (["--model", "resnet18"], "unknown model 'resnet18'"),
+        (["--model", "resnet18"], "unknown model 'resnet18': expected resnet_BLOCKSxWIDTH"),
+        (["--model", "alexnet"], "unknown model 'alexnet'"),
+        (["--views", "-1"], "views is -1, must be at least 0"),
+        (["--teacher-weight", "1.5"], "teacher_weight is 1.5, must be between 0 and 1"),
+        (["--teacher-weight", "0.5"], "give --teacher and --teacher-weight, or neither"),
+        (["--teacher", "none.pt", "--teacher-weight", "1"], "none.pt: no such file"),
         (["--device", "abacus"], "--device abacus: torch cannot use it"),
         (["--hold-out", "12"], "would leave none to train on"),
         (["--out", "model.bin"], "a checkpoint's name ends in .pt or .safetensors"),
@@ -652,7 +658,7 @@ def test_the_auxiliary_losses_are_added_with_their_weight(config: models.ViTConf
         recipe = Recipe(auxiliary_weight=weight, router="end-to-end")
         trainer = Trainer(model, header, images, images, recipe, tmp_path / "moe.pt")
         torch.manual_seed(0)
-        return float(trainer._loss(tiny.inputs(), labels, labels, 1.0).detach())
+        return float(trainer._loss(tiny.inputs(), F.one_hot(labels, tiny.CLASSES).float()).detach())
 
     torch.manual_seed(0)
     if isinstance(model, models.VMoE):
