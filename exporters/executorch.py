@@ -152,11 +152,11 @@ def lower(program: ExportedProgram) -> Lowered:
     # With gradients on, constants are marked as needing them, and the bytes would depend on the caller.
     with quiet(), torch.no_grad():
         edge = to_edge_transform_and_lower({METHOD: program}, partitioner=[WholePartitioner()])
-        delegation = _delegation(edge)
+        delegated = delegation(edge)
         # Inputs are not planned: the runtime then reads the caller's memory instead of copying it into its own.
         planning = MemoryPlanningPass(alloc_graph_input=False)
         data = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
-    return Lowered(bytes(data), tensors, code, delegation)
+    return Lowered(bytes(data), tensors, code, delegated)
 
 
 class WholePartitioner(XnnpackPartitioner):
@@ -296,7 +296,8 @@ def _shape(node: torch.fx.Node) -> torch.Size:
     return node.meta["val"].shape
 
 
-def _delegation(edge: EdgeProgramManager) -> Delegation:
+def delegation(edge: EdgeProgramManager) -> Delegation:
+    """How much of a lowered program XNNPACK runs."""
     module = edge.exported_program(METHOD).graph_module
     delegates = delegated = 0
     undelegated: Counter[str] = Counter()

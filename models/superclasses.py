@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.data import ImageSet, normaliser
-from mvmoe_deploy.models.vit import ViT
 
 
 @torch.no_grad()
-def confusion(model: ViT, images: ImageSet, preprocessing: Preprocessing, batch: int = 500) -> NDArray[np.float64]:
+def confusion(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, batch: int = 500
+) -> NDArray[np.float64]:
     """Soft confusion matrix ``[C, C]``: row c is the mean softmax over the images of class c.
 
     Softmax instead of counted errors, because a class has few held-out images and most class pairs are never

@@ -17,7 +17,7 @@ example:
 def build_parser() -> argparse.ArgumentParser:
     p = parser("Group classes into super-classes by what a dense model confuses.", EXAMPLES)
     p.prog = "mvmoe-train superclasses"
-    p.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained dense model")
+    p.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained dense model, or a teacher")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data it was trained on")
     p.add_argument("--experts", type=positive_int, default=10, help="number of super-classes")
     p.add_argument("--out", type=Path, required=True, metavar="TSV", help="class id, super-class, class name per line")
@@ -38,16 +38,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from mvmoe_deploy.files import atomic_file
-    from mvmoe_deploy.models import ViT, load_checkpoint
+    from mvmoe_deploy.models import MobileVMoE, VMoE
     from mvmoe_deploy.models.pictures import draw_confusion
     from mvmoe_deploy.models.superclasses import confusion, group, suggest_names
+    from mvmoe_deploy.models.teacher import load_teacher
 
     plot = args.plot or args.out.with_suffix(".png")
     for path in (args.out, plot):
         if path.exists() and not args.force:
             raise DataError(f"{path}: exists already; --force replaces it")
-    model, header = load_checkpoint(args.checkpoint)
-    if type(model) is not ViT:
+    model, header = load_teacher(args.checkpoint)  # a dense baseline, or what taught it and confuses less
+    if isinstance(model, MobileVMoE | VMoE):
         raise DataError(f"{args.checkpoint}: is already routed; super-classes come from a dense model")
     held_out = args.hold_out if args.hold_out is not None else header.training.get("held_out_per_class", 0)
     if not held_out:

@@ -154,6 +154,13 @@ def test_each_view_is_asked_about_once() -> None:
     assert asked == [0, 1, None, None]
 
 
+def test_super_classes_from_what_a_teacher_confuses(data: Path, teacher: Path, tmp_path: Path) -> None:
+    tsv = tmp_path / "groups.tsv"
+    argv = ["superclasses", "--checkpoint", str(teacher), "--data", str(data), "--experts", "3", "--out", str(tsv)]
+    assert train.main([*argv, "--hold-out", "4"]) == 0
+    assert len({line.split("\t")[1] for line in tsv.read_text().splitlines()}) == 3
+
+
 def test_a_deployable_model_can_teach(data: Path, teacher: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.pt"
     assert train.main(student(data, teacher, small, "--epochs", "1")) == 0
