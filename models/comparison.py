@@ -88,7 +88,7 @@ class Row:
         difference: to the first model; None for that.
         paper_points: the same difference in figure 3e, between models of these routings.
         training_images: images seen in training, those of the models it started from included; None if not recorded.
-        recipe: how it was trained; empty if not recorded.
+        recipe: how it was trained, and the sha256 of what taught it; empty if not recorded.
         needs: on a device.
     """
 
@@ -126,7 +126,7 @@ def compare(candidates: Sequence[tuple[str, Header, ViT, Predictions]]) -> list[
                 None if first else paired_difference(predictions.right, base.right),
                 None if first else PAPER[routing] - PAPER[rows[0].routing],
                 training_images(header.training),
-                header.training.get("recipe", {}),
+                _recipe(header.training),
                 needs(model, predictions),
             )
         )
@@ -184,6 +184,11 @@ def training_images(training: dict[str, Any]) -> int | None:
         return epochs * images
     before = training_images(training["started_from"].get("training", {}))
     return None if before is None else before + epochs * images
+
+
+def _recipe(training: dict[str, Any]) -> dict[str, Any]:
+    teacher = {"teacher": training["teacher"].get("sha256")} if "teacher" in training else {}
+    return training.get("recipe", {}) | teacher
 
 
 def needs(model: ViT, predictions: Predictions) -> Needs:

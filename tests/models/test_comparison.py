@@ -175,6 +175,10 @@ def test_equal_recipes_have_no_differences() -> None:
     assert recipe_differences([rows[0], changed]) == {"schedule": {"a": {"warm": [1, 2]}}}
     unrecorded = dataclasses.replace(rows[1], recipe={})
     assert recipe_differences([rows[0], unrecorded]) == {}
+    taught = tiny.header_for(config)
+    taught.training = header.training | {"teacher": {"sha256": "5e"}}
+    rows = compare([("a", header, model, predictions), ("b", taught, model, predictions)])
+    assert recipe_differences(rows) == {"teacher": {"b": "5e"}}
 
 
 def test_models_of_other_classes_are_refused(
