@@ -249,7 +249,8 @@ def train(argv: list[str] | None = None) -> None:
                 f"{args.teacher}: takes images as {of_teacher.preprocessing}, this model as {preprocessing}; "
                 "both see the same view of an image"
             )
-        teacher = Teacher(teaching.to(device), recipe.precision)
+        # it answers as it was trained, whatever its student is trained in
+        teacher = Teacher(teaching.to(device), of_teacher.training.get("recipe", {}).get("precision", "fp32"))
         training["teacher"] = {
             "file": args.teacher.name,
             "sha256": sha256(args.teacher),
