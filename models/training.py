@@ -64,6 +64,8 @@ class Recipe:
             ``end-to-end``.
         router_weight: weight of the router loss in ``L = L_class + 0.3 · L_router``.
         auxiliary_weight: weight of importance and load loss together, half of each, of an end-to-end trained router.
+        expert_rate: learning rate of the experts' matrices as a share of the others'. An expert sees a tenth of a
+            batch, and its gradient is noisier for it.
         expert_pull: share of the way that each step at full learning rate takes every expert towards the mean of its
             layer's experts. An expert sees a tenth of the images and overfits them; 0 is off.
         clip: largest gradient norm.
@@ -88,6 +90,7 @@ class Recipe:
     router: str = "super-class"
     router_weight: float = 0.3
     auxiliary_weight: float = 0.01
+    expert_rate: float = 1.0
     expert_pull: float = 0.0
     clip: float = 1.0
     seed: int = 0
@@ -99,7 +102,7 @@ class Recipe:
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least {least}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "expert_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be above 0")
         if not 0 <= self.teacher_weight <= 1:
@@ -297,7 +300,7 @@ class Trainer:
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["share"]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = self._loss(x, target)
             self.model.zero_grad(set_to_none=True)
@@ -403,10 +406,25 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     rate, decay = recipe.learning_rate, recipe.weight_decay
     # Muon is for the matrices between hidden layers: not for the patch embedding, routers or the head.
     muon = {name for name, _ in matrices if name.startswith("blocks.") and "router" not in name}
-    hidden = [parameter for name, parameter in matrices if recipe.optimizer == "muon" and name in muon]
-    others = [parameter for name, parameter in matrices if recipe.optimizer != "muon" or name not in muon]
-    groups = [{"params": others, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    stacks = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StackedLinear)}
+
+    def groups(by_muon: bool) -> list[dict[str, Any]]:
+        """Of matrices: the experts', and the others."""
+        both: list[dict[str, Any]] = []
+        for experts in (False, True):
+            chosen = [
+                parameter
+                for name, parameter in matrices
+                if (recipe.optimizer == "muon" and name in muon) == by_muon and (name in stacks) == experts
+            ]
+            if chosen:
+                both.append({"params": chosen, "weight_decay": decay, "share": recipe.expert_rate if experts else 1.0})
+        return both
+
+    hidden = groups(True)
+    adamw: torch.optim.Optimizer = torch.optim.AdamW(
+        [*groups(False), {"params": plain, "weight_decay": 0.0, "share": 1.0}], lr=rate, fused=True
+    )
     return [adamw, Muon(hidden, rate, decay)] if hidden else [adamw]
 
 

@@ -354,6 +354,24 @@ def test_pulled_experts_stay_as_close_to_their_mean_as_asked(data: Path, tmp_pat
     assert alike < pulled / 2 < free / 4
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_learn_at_a_rate_of_their_own(data: Path, tmp_path: Path, optimizer: str) -> None:
+    moved = {}
+    for rate in ("1", "0.1", "1e-9"):
+        out = tmp_path / f"{rate}.pt"
+        assert train.main(moe(data, out, 2, "--expert-rate", rate, "--optimizer", optimizer)) == 0
+        torch.manual_seed(0)
+        start = models.build(models.config_from_dict(checkpoints.load(out).header.model)).state_dict()
+        now = weights(out)
+        moved[rate] = [
+            float((now[name] - start[name]).abs().mean())
+            for name in ("blocks.1.mlp.fc1.weight", "blocks.0.mlp.fc1.weight")
+        ]
+    assert moved["1e-9"][0] < 1e-8
+    assert moved["0.1"][0] < moved["1"][0] / 5
+    assert all(others > moved["1"][1] / 2 for _, others in moved.values())
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
