@@ -34,11 +34,9 @@ from mvmoe_deploy.cli.common import command, positive_int, table
 from mvmoe_deploy.exporters.executorch import (
     MAX_BATCH,
     Lowered,
-    XnnpackPartitioner,
     delegation,
     export,
     lower,
-    to_edge_transform_and_lower,
 )
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
 from mvmoe_deploy.exporters.split import PieceModule, split
@@ -196,6 +194,9 @@ def _export(model: ViT, path: Path, progress: Callable[[str], None]) -> Path:
 
 def lower_naively(piece: PieceModule, max_batch: int) -> Lowered:
     """A piece's module as it is, by the calls that ExecuTorch's guide to XNNPACK gives."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
     inputs = tuple(value[:max_batch] for value in piece.inputs.values())
     shapes = None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
     with quiet(), torch.no_grad():

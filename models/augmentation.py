@@ -36,7 +36,10 @@ class View:
 
     def of(self, rows: Tensor) -> View:
         """The same for some of the images."""
-        return View(*(None if part is None else part[rows] for part in vars(self).values()))
+        shift, window, colours = (
+            None if part is None else part[rows] for part in (self.shift, self.window, self.colours)
+        )
+        return View(self.mirrored[rows], shift, window, colours)
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:

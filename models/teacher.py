@@ -22,6 +22,7 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError
+from mvmoe_deploy.models.vit import check_state_dict
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def load_teacher(path: str | Path) -> tuple[nn.Module, Header]:
             raise ConfigError(f"blocks is {shape.blocks}, but there are only {len(checkpoint.weights)} weights")
         with torch.device("meta"):
             model = ResNet(shape)
-        models.check_state_dict(model, checkpoint.weights, "weights")
+        check_state_dict(model, checkpoint.weights, "weights")
     except (ConfigError, TypeError) as error:  # TypeError: an unknown field
         raise CheckpointError(f"{path}: {error}") from None
     model.load_state_dict(checkpoint.weights, assign=True)
