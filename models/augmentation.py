@@ -27,19 +27,24 @@ class View:
         window: of resampled crops, width, height and centre (x, y) in ``grid_sample``'s coordinates, in which an image
             spans -1 to 1, ``[n, 4]``; None where crops are padded.
         colours: factors of contrast, brightness and saturation ``[n, 3]``; None where colours stay.
+        partner: the image that each is mixed with, int64 ``[n]``; None without mixup.
+        share: of the image itself in the mixture ``[n]``; None without mixup.
     """
 
     mirrored: Tensor
     shift: Tensor | None
     window: Tensor | None
     colours: Tensor | None
+    partner: Tensor | None = None
+    share: Tensor | None = None
 
     def of(self, rows: Tensor) -> View:
         """The same for some of the images."""
-        shift, window, colours = (
-            None if part is None else part[rows] for part in (self.shift, self.window, self.colours)
+        shift, window, colours, partner, share = (
+            None if part is None else part[rows]
+            for part in (self.shift, self.window, self.colours, self.partner, self.share)
         )
-        return View(self.mirrored[rows], shift, window, colours)
+        return View(self.mirrored[rows], shift, window, colours, partner, share)
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
@@ -50,16 +55,21 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
 
     mirrored = torch.rand(count, generator=generator) < (0.5 if recipe.flip else 0.0)
     colours = uniform(1 - recipe.jitter, 1 + recipe.jitter, 3) if recipe.jitter else None
-    if not recipe.min_crop:
+    shift = window = partner = share = None
+    if recipe.min_crop:
+        area, aspect = uniform(recipe.min_crop, 1), uniform(-LOG_ASPECT, LOG_ASPECT).exp()
+        size = torch.cat([area * aspect, area / aspect], 1).sqrt().clamp(max=1)
+        window = torch.cat([size, uniform(-1, 1, 2) * (1 - size)], 1)
+    else:
         shift = torch.randint(0, 2 * recipe.crop_padding + 1, (count, 2), generator=generator)
-        return View(mirrored, shift, None, colours)
-    area, aspect = uniform(recipe.min_crop, 1), uniform(-LOG_ASPECT, LOG_ASPECT).exp()
-    size = torch.cat([area * aspect, area / aspect], 1).sqrt().clamp(max=1)
-    return View(mirrored, None, torch.cat([size, uniform(-1, 1, 2) * (1 - size)], 1), colours)
+    if recipe.mixup:
+        partner = torch.randperm(count, generator=generator)
+        share = torch._sample_dirichlet(torch.full((count, 2), recipe.mixup), generator=generator)[:, 0]
+    return View(mirrored, shift, window, colours, partner, share)
 
 
 def augment(images: Tensor, view: View, recipe: Recipe) -> Tensor:
-    """Augments a uint8 batch ``[B, 3, S, S]``; the same shape comes back.
+    """Augments a uint8 batch ``[B, 3, S, S]``, but for mixing it; the same shape comes back.
 
     It stays uint8, or is float32 in 0…255 where crops are resampled or colours change.
     """

@@ -58,7 +58,8 @@ class Recipe:
         jitter: brightness, contrast and saturation change by up to this share; 0 is off.
         flip: mirror half of the images.
         views: how many different augmentations of each image there are; epochs take turns. 0: no end of them.
-        mixup: alpha of mixup's Beta distribution; 0 switches it off.
+        mixup: alpha of mixup's Beta distribution, which each image's share in the mixture with another is drawn from; a
+            teacher is asked about the mixture. 0 switches it off.
         teacher_weight: share of the target that is the teacher's answer instead of the label, where there is a teacher.
         router: what Mobile V-MoE's router learns: ``super-class``, ``random`` (super-classes drawn at random) or
             ``end-to-end``.
@@ -267,9 +268,22 @@ class Trainer:
         view = draw(len(self.train_set.labels), recipe, drawn)
         normalise = normaliser(self.header.preprocessing, self.device)
 
-        def images(rows: Tensor) -> Tensor:
+        def augmented(rows: Tensor) -> Tensor:
             pixels = self.train_set.pixels[rows].to(self.device, non_blocking=True)
             return normalise(augment(pixels, view.of(rows), recipe))
+
+        def images(rows: Tensor) -> Tensor:
+            x = augmented(rows)
+            if view.partner is None or view.share is None:
+                return x
+            return augmented(view.partner[rows]).lerp(x, view.share[rows, None, None, None].to(self.device))
+
+        def labels(rows: Tensor) -> Tensor:
+            target = F.one_hot(self.train_set.labels[rows], len(self.header.class_ids)).float()
+            if view.partner is not None and view.share is not None:
+                other = F.one_hot(self.train_set.labels[view.partner[rows]], target.shape[1]).float()
+                target = other.lerp(target, view.share[rows, None])
+            return target.to(self.device, non_blocking=True)
 
         answers: Tensor | None = None
         if self.teacher is not None:
@@ -290,13 +304,9 @@ class Trainer:
         for step in steps:
             rows = order[step * recipe.batch : (step + 1) * recipe.batch]
             x = images(rows)
-            target = F.one_hot(self.train_set.labels[rows].to(self.device), len(self.header.class_ids)).float()
+            target = labels(rows)
             if answers is not None:
                 target = target.lerp(answers[rows].to(self.device).float(), recipe.teacher_weight)
-            if recipe.mixup:
-                share = float(torch._sample_dirichlet(torch.tensor([recipe.mixup] * 2), generator=generator)[0])
-                partner = torch.randperm(len(rows), generator=generator).to(self.device)
-                x, target = x[partner].lerp(x, share), target[partner].lerp(target, share)
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:

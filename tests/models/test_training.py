@@ -33,6 +33,7 @@ from mvmoe_deploy.models.data import ImageSet, _empty, read_images
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.superclasses import random_groups
+from mvmoe_deploy.models.teacher import Teacher
 from mvmoe_deploy.models.training import Recipe, Trainer
 
 CLASSES, EXPERTS = 8, 4
@@ -765,3 +766,57 @@ def test_super_classes_and_an_end_to_end_router_exclude_each_other(
     assert "with --experts and without --superclasses" in fails(capsys, *argv)
     with pytest.raises(ConfigError, match="router is 'psychic', must be one of super-class, random, end-to-end"):
         Recipe(router="psychic")
+
+
+class Asked(torch.nn.Module):
+    """A teacher that remembers what it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.clone())
+        return torch.zeros(len(x), tiny.CLASSES)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_mixup_mixes_images_and_labels_alike_and_a_teacher_sees_the_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: bool
+) -> None:
+    """Images are of one value, 40 times their label, so that a mixture's value tells its target's mean."""
+    config = tiny.dense_config(image_size=8, patch_size=4)
+    labels = torch.arange(24) % tiny.CLASSES
+    pixels = (40 * labels).to(torch.uint8)[:, None, None, None].expand(24, 3, 8, 8).contiguous()
+    images = ImageSet(pixels, labels, [str(index) for index in range(tiny.CLASSES)], [])
+    weight = 0.5 if teacher else 0.0
+    recipe = Recipe(batch=8, crop_padding=0, flip=False, mixup=1.0, views=1, teacher_weight=weight)
+    asked = Asked()
+    trainer = Trainer(
+        models.build(config), tiny.header_for(config), images, images, recipe, tmp_path / "x.pt",
+        teacher=Teacher(asked) if teacher else None,
+    )  # fmt: skip
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    real = Trainer._loss
+
+    def spy(self: Trainer, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append((x.clone(), target.clone()))
+        return real(self, x, target)
+
+    monkeypatch.setattr(Trainer, "_loss", spy)
+    trainer.train_epoch()
+    trainer.epoch = 1
+    trainer.train_epoch()
+    x, target = (torch.cat(parts) for parts in zip(*seen[:3], strict=True))
+    scale = trainer.header.preprocessing
+    values = (x[:, 0, 0, 0] - float(scale.bias[0])) / float(scale.scale[0])
+    if teacher:
+        target = (target - weight / tiny.CLASSES) / (1 - weight)
+        assert len(torch.cat(asked.seen)) == 24  # one view, asked about once
+        assert torch.equal(torch.cat(asked.seen).flatten(1).sort(0).values, x.flatten(1).sort(0).values)
+    assert torch.allclose(target.sum(1), torch.ones(24), atol=1e-3)
+    assert torch.allclose(values, 40 * (target * torch.arange(tiny.CLASSES)).sum(1), atol=0.1)
+    assert ((target > 0.05).sum(1) == 2).any()
+    again = torch.cat([batch for batch, _ in seen[3:]])  # the same view in another order
+    assert not torch.equal(again, x)
+    assert torch.equal(again.flatten(1).sort(0).values, x.flatten(1).sort(0).values)
