@@ -2,9 +2,10 @@
 
 XNNPACK's delegate has no LayerNorm, and scaled_dot_product_attention lowers to 4-D matmuls and a safe softmax whose
 comparisons it leaves outside. Either cuts a transformer into dozens of delegates, with a copy at every seam and
-everything between on unoptimised kernels (the naive trunk of mvmoe_12x192 takes 52 delegates and a quarter as long
-again). Of the naive trunk's time, matrix products alone are two thirds, which no rewrite saves: on one thread of a
-processor with AVX-512 there is little left to gain.
+everything between on unoptimised kernels (the naive trunk of mvmoe_12x192 takes 103 delegates and a third as long
+again). Of the naive trunk's time, matrix products alone are three fifths, which no rewrite saves; norms, softmax and
+GELU take 8, 4 and 3 % of the rewritten one. Folding the norms' weights into the linear layers behind them would gain
+1 %; attention head by head, which needs no transposition, would lose 3 %.
 """
 
 from __future__ import annotations
