@@ -24,20 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from tqdm import tqdm
 
 import mvmoe_deploy
 from mvmoe_deploy.bench.latency import interleave
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.cli.common import command, positive_int, table
-from mvmoe_deploy.exporters.executorch import (
-    MAX_BATCH,
-    Lowered,
-    delegation,
-    export,
-    lower,
-)
+from mvmoe_deploy.exporters.executorch import MAX_BATCH, Lowered, delegation, examples, export, lower
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
 from mvmoe_deploy.exporters.split import PieceModule, split
 from mvmoe_deploy.exporters.xnnpack import rewrite
@@ -197,8 +190,7 @@ def lower_naively(piece: PieceModule, max_batch: int) -> Lowered:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    inputs = tuple(value[:max_batch] for value in piece.inputs.values())
-    shapes = None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
+    inputs, shapes = examples(piece, max_batch)
     with quiet(), torch.no_grad():
         program = torch.export.export(piece.module.eval(), inputs, dynamic_shapes=shapes, strict=False)
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])

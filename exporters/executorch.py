@@ -130,9 +130,7 @@ def export(
     attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to other
     experts.
     """
-    # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
-    inputs = tuple(example[:max_batch] for example in piece.inputs.values())
-    shapes = None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
+    inputs, shapes = examples(piece, max_batch)
     with quiet(), torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         if precision == "int8" and piece.role != "router":
@@ -143,6 +141,13 @@ def export(
             program = torch.export.export(convert_pt2e(prepared), inputs, dynamic_shapes=shapes, strict=False)
     _simplify(program)
     return program
+
+
+def examples(piece: PieceModule, max_batch: int) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...] | None]:
+    """Inputs to trace a piece with, and their dynamic shapes for any batch up to ``max_batch``."""
+    # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
+    inputs = tuple(example[:max_batch] for example in piece.inputs.values())
+    return inputs, None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
 
 
 def lower(program: ExportedProgram) -> Lowered:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
@@ -31,7 +33,10 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_timm_state_dict",
+    "with_weights",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 ARCHITECTURES: dict[str, tuple[type[ViTConfig], type[ViT]]] = {
     "vit": (ViTConfig, ViT),
@@ -147,10 +152,19 @@ def load_model(checkpoint: Checkpoint, where: str = "checkpoint") -> ViT:
         # Cheap, and before the first build: a config far larger than its weights would take minutes to build.
         if config.depth > len(checkpoint.weights):
             raise ConfigError(f"depth is {config.depth}, but there are only {len(checkpoint.weights)} weights")
-        with torch.device("meta"):
-            model = build(config)  # shapes without memory: a config cannot make us allocate what the file lacks
-        check_state_dict(model, checkpoint.weights, "weights")
+        return with_weights(lambda: build(config), checkpoint.weights)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    model.load_state_dict(checkpoint.weights, assign=True)
+
+
+def with_weights(make: Callable[[], Model], weights: dict[str, Tensor]) -> Model:
+    """The model that ``make`` gives with these weights, in evaluation mode.
+
+    Raises:
+        ConfigError: weights are missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        model = make()  # shapes without memory: a config cannot make us allocate what the file lacks
+    check_state_dict(model, weights, "weights")
+    model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -39,12 +39,11 @@ class View:
     share: Tensor | None = None
 
     def of(self, rows: Tensor) -> View:
-        """The same for some of the images."""
-        shift, window, colours, partner, share = (
-            None if part is None else part[rows]
-            for part in (self.shift, self.window, self.colours, self.partner, self.share)
+        """The same for some of the images, but for their mixtures, which are with any of the n."""
+        shift, window, colours = (
+            None if part is None else part[rows] for part in (self.shift, self.window, self.colours)
         )
-        return View(self.mirrored[rows], shift, window, colours, partner, share)
+        return View(self.mirrored[rows], shift, window, colours)
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:

@@ -22,7 +22,6 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError
-from mvmoe_deploy.models.vit import check_state_dict
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,7 @@ def load_teacher(path: str | Path) -> tuple[nn.Module, Header]:
         shape = ResNetConfig(**config)
         if shape.blocks > len(checkpoint.weights):
             raise ConfigError(f"blocks is {shape.blocks}, but there are only {len(checkpoint.weights)} weights")
-        with torch.device("meta"):
-            model = ResNet(shape)
-        check_state_dict(model, checkpoint.weights, "weights")
+        model = models.with_weights(lambda: ResNet(shape), checkpoint.weights)
     except (ConfigError, TypeError) as error:  # TypeError: an unknown field
         raise CheckpointError(f"{path}: {error}") from None
-    model.load_state_dict(checkpoint.weights, assign=True)
-    return model.to(memory_format=torch.channels_last).eval(), checkpoint.header  # type: ignore[call-overload]
+    return model.to(memory_format=torch.channels_last), checkpoint.header  # type: ignore[call-overload]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -414,27 +415,17 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [(name, parameter) for name, parameter in named if name.endswith("weight") and "norm" not in name]
     plain = [parameter for name, parameter in named if not (name.endswith("weight") and "norm" not in name)]
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    # Muon is for the matrices between hidden layers: not for the patch embedding, routers or the head.
-    muon = {name for name, _ in matrices if name.startswith("blocks.") and "router" not in name}
     stacks = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StackedLinear)}
-
-    def groups(by_muon: bool) -> list[dict[str, Any]]:
-        """Of matrices: the experts', and the others."""
-        both: list[dict[str, Any]] = []
-        for experts in (False, True):
-            chosen = [
-                parameter
-                for name, parameter in matrices
-                if (recipe.optimizer == "muon" and name in muon) == by_muon and (name in stacks) == experts
-            ]
-            if chosen:
-                both.append({"params": chosen, "weight_decay": decay, "share": recipe.expert_rate if experts else 1.0})
-        return both
-
-    hidden = groups(True)
-    adamw: torch.optim.Optimizer = torch.optim.AdamW(
-        [*groups(False), {"params": plain, "weight_decay": 0.0, "share": 1.0}], lr=rate, fused=True
-    )
+    grouped: defaultdict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in matrices:
+        # Muon is for the matrices between hidden layers: not for the patch embedding, routers or the head.
+        muon = recipe.optimizer == "muon" and name.startswith("blocks.") and "router" not in name
+        grouped[muon, recipe.expert_rate if name in stacks else 1.0].append(parameter)
+    hidden: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0, "share": 1.0}]
+    for (muon, share), parameters in grouped.items():
+        (hidden if muon else others).append({"params": parameters, "weight_decay": decay, "share": share})
+    adamw: torch.optim.Optimizer = torch.optim.AdamW(others, lr=rate, fused=True)
     return [adamw, Muon(hidden, rate, decay)] if hidden else [adamw]
 
 

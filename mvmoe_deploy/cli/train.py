@@ -141,7 +141,7 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy import checkpoint as checkpoints
     from mvmoe_deploy import models
     from mvmoe_deploy.bundle import sha256
-    from mvmoe_deploy.checkpoint import Superclasses
+    from mvmoe_deploy.checkpoint import Header, Superclasses
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.data import read_class_names, read_superclasses
     from mvmoe_deploy.models.superclasses import random_groups
@@ -183,6 +183,12 @@ def train(argv: list[str] | None = None) -> None:
             memory_limit=int(args.memory_limit * 1e9),
             hold_out=hold_out,
         )
+
+    def origin(path: Path, header: Header) -> dict[str, Any]:
+        """What the new checkpoint records of one that it comes from, which must know the same classes."""
+        if header.class_ids != class_ids:
+            raise DataError(f"{path}: was trained on other classes than {args.data}")
+        return {"file": path.name, "sha256": sha256(path), "training": header.training}
 
     val = read("val")
     class_ids = val.class_ids
@@ -226,8 +232,7 @@ def train(argv: list[str] | None = None) -> None:
         model = models.build(config)
     if args.init:
         start = checkpoints.load(args.init)
-        if start.header.class_ids != class_ids:
-            raise DataError(f"{args.init}: was trained on other classes than {args.data}")
+        training["started_from"] = origin(args.init, start.header)
         source = models.load_model(start, str(args.init))
         if source.config == config:
             model.load_state_dict(source.state_dict())
@@ -235,16 +240,10 @@ def train(argv: list[str] | None = None) -> None:
             model = models.from_dense(source, config)
         else:
             raise DataError(f"{args.init}: is a {source.config}, cannot start a {config} from it")
-        training["started_from"] = {
-            "file": args.init.name,
-            "sha256": sha256(args.init),
-            "training": start.header.training,
-        }
     teacher = None
     if args.teacher:
         teaching, of_teacher = load_teacher(args.teacher)
-        if of_teacher.class_ids != class_ids:
-            raise DataError(f"{args.teacher}: was trained on other classes than {args.data}")
+        training["teacher"] = origin(args.teacher, of_teacher)
         if of_teacher.preprocessing != preprocessing:
             raise DataError(
                 f"{args.teacher}: takes images as {of_teacher.preprocessing}, this model as {preprocessing}; "
@@ -252,11 +251,6 @@ def train(argv: list[str] | None = None) -> None:
             )
         # it answers as it was trained, whatever its student is trained in
         teacher = Teacher(teaching.to(device), of_teacher.training.get("recipe", {}).get("precision", "fp32"))
-        training["teacher"] = {
-            "file": args.teacher.name,
-            "sha256": sha256(args.teacher),
-            "training": of_teacher.training,
-        }
     images = read("train", class_ids, args.hold_out)
     header = checkpoints.new_header(
         config.to_dict(), class_ids, read_class_names(args.data, class_ids), preprocessing, superclasses, training
