@@ -9,19 +9,22 @@ where it is much larger than what it teaches.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.errors import CheckpointError, ConfigError
+from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
+from mvmoe_deploy.files import atomic_file
 
 
 @dataclass(frozen=True)
@@ -111,31 +114,60 @@ class Teacher:
     Args:
         model: any that gives logits; it is put into evaluation mode.
         precision: ``fp32`` or ``bf16`` (autocast).
+        folder: where answers are kept for other runs too, a file per view; None keeps them in memory.
     """
 
-    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+    def __init__(self, model: nn.Module, precision: str = "fp32", folder: Path | None = None) -> None:
         self.model = model.eval()
         self.precision = precision
-        self._answers: dict[int, Tensor] = {}
+        self.folder = folder
+        self._answers: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def answers(self, view: int | None, batches: Callable[[], Iterator[Tensor]]) -> Tensor:
+    def answers(self, view: str | None, shape: tuple[int, int], batches: Callable[[], Iterable[Tensor]]) -> Tensor:
         """Its probabilities for every training image in a view, float16 ``[n, C]``, in the images' order.
 
         Args:
-            view: index of the view; None for one that does not come again.
+            view: a name of the view that no other view has; None for one that does not come again.
+            shape: ``(n, C)``.
             batches: gives the view's images, in order, as the model's input ``[B, 3, S, S]``; asked once per view.
+
+        Raises:
+            DataError: a file of kept answers is damaged.
         """
-        if view in self._answers:
-            return self._answers[view]
+        if view is None:
+            return self._asked(batches())
+        if view not in self._answers:
+            file = self.folder / f"{view}.safetensors" if self.folder else None
+            if file is None or not file.exists():
+                answers = self._asked(batches())
+                if file is not None:
+                    with atomic_file(file) as temporary:
+                        save_file({"answers": answers}, temporary)
+            if file is not None:
+                answers = _kept(file, shape)
+            self._answers[view] = answers
+        return self._answers[view]
+
+    @torch.no_grad()
+    def _asked(self, batches: Iterable[Tensor]) -> Tensor:
         parts = []
-        for x in batches():
+        for x in batches:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 parts.append(self.model(x).float().softmax(-1).half().cpu())
-        answers = torch.cat(parts)
-        if view is not None:
-            self._answers[view] = answers
-        return answers
+        return torch.cat(parts)
+
+
+def _kept(file: Path, shape: tuple[int, int]) -> Tensor:
+    """Answers of an earlier run, mapped into memory: several runs share one copy."""
+    try:
+        answers = load_file(file)["answers"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise DataError(f"{file}: damaged ({error}); remove it, and the teacher is asked again") from None
+    if answers.shape != shape or answers.dtype != torch.float16:
+        raise DataError(
+            f"{file}: holds {answers.dtype} {list(answers.shape)} instead of float16 {list(shape)}; remove it"
+        )
+    return answers
 
 
 def load_teacher(path: str | Path) -> tuple[nn.Module, Header]:

@@ -7,9 +7,11 @@ teach it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,8 +27,8 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
-from mvmoe_deploy.models.augmentation import augment, draw
-from mvmoe_deploy.models.data import ImageSet, normaliser
+from mvmoe_deploy.models.augmentation import Shown, draw
+from mvmoe_deploy.models.data import ImageSet
 from mvmoe_deploy.models.evaluation import evaluate
 from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, StackedLinear
 from mvmoe_deploy.models.muon import Muon
@@ -38,6 +40,9 @@ ROUTERS = ("super-class", "random", "end-to-end")
 """What Mobile V-MoE's router can be trained on (its figure 3e)."""
 
 OPTIMIZERS = ("adamw", "muon")
+
+SHOWN = ("crop_padding", "min_crop", "jitter", "flip", "mixup", "seed")
+"""What of a recipe decides what a view shows."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,9 @@ class Trainer:
             else None
         )
         self.images_sha256 = train.sha256()
+        shown = {name: getattr(recipe, name) for name in SHOWN}
+        answered = [header.training.get("teacher", {}).get("sha256"), self.images_sha256, str(header.preprocessing)]
+        self.views_id = hashlib.sha256(json.dumps([shown, *answered]).encode()).hexdigest()[:16]
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a resume: model config, recipe, images, and the checkpoint that was started from."""
@@ -223,6 +231,8 @@ class Trainer:
             DataError: the loss became NaN or infinite; the last good checkpoint is kept.
         """
         checkpoint = self._checkpoint()
+        if self.teacher is not None and self.teacher.folder is not None:
+            self.ask_teacher(progress)
         while self.epoch < self.recipe.epochs:
             started = time.perf_counter()
             loss = self.train_epoch(progress)
@@ -265,38 +275,8 @@ class Trainer:
         order = torch.randperm(len(self.train_set.labels), generator=generator)
         torch.manual_seed(recipe.seed * 1_000_003 + self.epoch)  # likewise routers' noise, which has no generator
         index = self.epoch % recipe.views if recipe.views else self.epoch
-        drawn = torch.Generator().manual_seed(recipe.seed * 1_000_003 + 500_000 + index)
-        view = draw(len(self.train_set.labels), recipe, drawn)
-        normalise = normaliser(self.header.preprocessing, self.device)
-
-        def augmented(rows: Tensor) -> Tensor:
-            pixels = self.train_set.pixels[rows].to(self.device, non_blocking=True)
-            return normalise(augment(pixels, view.of(rows), recipe))
-
-        def images(rows: Tensor) -> Tensor:
-            x = augmented(rows)
-            if view.partner is None or view.share is None:
-                return x
-            return augmented(view.partner[rows]).lerp(x, view.share[rows, None, None, None].to(self.device))
-
-        def labels(rows: Tensor) -> Tensor:
-            target = F.one_hot(self.train_set.labels[rows], len(self.header.class_ids)).float()
-            if view.partner is not None and view.share is not None:
-                other = F.one_hot(self.train_set.labels[view.partner[rows]], target.shape[1]).float()
-                target = other.lerp(target, view.share[rows, None])
-            return target.to(self.device, non_blocking=True)
-
-        answers: Tensor | None = None
-        if self.teacher is not None:
-            parts = torch.arange(len(self.train_set.labels)).split(recipe.batch)
-
-            def batches() -> Iterator[Tensor]:
-                asked: Iterator[Tensor] = iter(parts)
-                if progress is not None:
-                    asked = progress(asked, len(parts), f"teacher, view {index + 1}")
-                return map(images, asked)
-
-            answers = self.teacher.answers(index if recipe.views else None, batches)
+        shown = self._shown(index)
+        answers = None if self.teacher is None else self._answers(index, shown, progress)
         steps: Iterator = iter(range(self.steps_per_epoch))
         if progress is not None:
             steps = progress(steps, self.steps_per_epoch, f"epoch {self.epoch + 1}/{recipe.epochs}")
@@ -304,8 +284,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for step in steps:
             rows = order[step * recipe.batch : (step + 1) * recipe.batch]
-            x = images(rows)
-            target = labels(rows)
+            x = shown.inputs(rows)
+            target = shown.targets(rows)
             if answers is not None:
                 target = target.lerp(answers[rows].to(self.device).float(), recipe.teacher_weight)
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
@@ -330,6 +310,34 @@ class Trainer:
             if recipe.expert_pull:
                 self._pull_experts(recipe.expert_pull * rate / recipe.learning_rate)
         return float(total) / self.steps_per_epoch
+
+    def ask_teacher(self, progress: Callable[[Iterator, int, str], Iterator] | None = None) -> None:
+        """Asks the teacher about every view whose answers are not kept yet.
+
+        Views are taken in another order by each process, so that runs that begin side by side share the asking.
+        """
+        for index in random.SystemRandom().sample(range(self.recipe.views), self.recipe.views):
+            self._answers(index, self._shown(index), progress)
+
+    def _shown(self, index: int) -> Shown:
+        drawn = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + 500_000 + index)
+        view = draw(len(self.train_set.labels), self.recipe, drawn)
+        return Shown(self.train_set, view, self.recipe, self.header.preprocessing, self.device)
+
+    def _answers(
+        self, index: int, shown: Shown, progress: Callable[[Iterator, int, str], Iterator] | None = None
+    ) -> Tensor:
+        assert self.teacher is not None
+        parts = torch.arange(len(shown)).split(self.recipe.batch)
+
+        def batches() -> Iterator[Tensor]:
+            asked: Iterator[Tensor] = iter(parts)
+            if progress is not None:
+                asked = progress(asked, len(parts), f"teacher, view {index + 1}")
+            return map(shown.inputs, asked)
+
+        view = f"{self.views_id}-{index:04d}" if self.recipe.views else None
+        return self.teacher.answers(view, (len(shown), len(self.header.class_ids)), batches)
 
     @torch.no_grad()
     def _pull_experts(self, share: float) -> None:

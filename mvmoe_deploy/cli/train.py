@@ -79,6 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="a trained model whose answers are learnt; --views of them are kept in memory",
     )
+    recipe.add_argument(
+        "--answers",
+        type=Path,
+        metavar="DIR",
+        help="keep the teacher's answers there instead; runs with the same images, views and teacher share them",
+    )
     for name, flag, help_text in RECIPE_FLAGS:
         default = getattr(_recipe_defaults(), name)
         recipe.add_argument(flag, dest=name, type=type(default), default=default, help=help_text)
@@ -231,15 +237,16 @@ def train(argv: list[str] | None = None) -> None:
         config = models.config_from_name(args.model, **shape)
         model = models.build(config)
     if args.init:
-        start = checkpoints.load(args.init)
-        training["started_from"] = origin(args.init, start.header)
-        source = models.load_model(start, str(args.init))
+        source, of_source = load_teacher(args.init)
+        training["started_from"] = origin(args.init, of_source)
         if source.config == config:
             model.load_state_dict(source.state_dict())
         elif type(source) is models.ViT and isinstance(config, ViTConfig) and type(model) is not models.ViT:
             model = models.from_dense(source, config)
         else:
             raise DataError(f"{args.init}: is a {source.config}, cannot start a {config} from it")
+    if args.answers and not (args.teacher and recipe.views):
+        raise DataError("--answers keeps what a --teacher says of a number of --views: give both")
     teacher = None
     if args.teacher:
         teaching, of_teacher = load_teacher(args.teacher)
@@ -250,7 +257,8 @@ def train(argv: list[str] | None = None) -> None:
                 "both see the same view of an image"
             )
         # it answers as it was trained, whatever its student is trained in
-        teacher = Teacher(teaching.to(device), of_teacher.training.get("recipe", {}).get("precision", "fp32"))
+        precision = of_teacher.training.get("recipe", {}).get("precision", "fp32")
+        teacher = Teacher(teaching.to(device), precision, args.answers)
     images = read("train", class_ids, args.hold_out)
     header = checkpoints.new_header(
         config.to_dict(), class_ids, read_class_names(args.data, class_ids), preprocessing, superclasses, training

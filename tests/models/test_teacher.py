@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
@@ -134,24 +135,70 @@ def test_the_target_is_label_and_answer_in_the_asked_shares_and_the_router_s_is_
     assert losses[1] == pytest.approx(float((classes + 0.3 * router).detach()), rel=1e-5)
 
 
-def test_each_view_is_asked_about_once() -> None:
+@pytest.mark.parametrize("keep_in_files", [False, True])
+def test_each_view_is_asked_about_once(keep_in_files: bool, tmp_path: Path) -> None:
     asked = []
 
-    def batches(view: int | None) -> Iterator[torch.Tensor]:
+    def batches(view: str) -> Iterator[torch.Tensor]:
         asked.append(view)
-        yield from torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(view or 0))
+        yield from torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(len(view)))
 
-    config = ResNetConfig(image_size=16, width=8, blocks=1, classes=5)
-    teacher = Teacher(ResNet(config))
-    first = teacher.answers(0, lambda: batches(0))
+    model = ResNet(ResNetConfig(image_size=16, width=8, blocks=1, classes=5))
+    folder = tmp_path / "answers" if keep_in_files else None
+    teacher = Teacher(model, folder=folder)
+    first = teacher.answers("a", (12, 5), lambda: batches("a"))
     assert (first.shape, first.dtype) == ((12, 5), torch.float16)
     assert torch.allclose(first.float().sum(1), torch.ones(12), atol=1e-2)
-    other = teacher.answers(1, lambda: batches(1))
+    other = teacher.answers("bb", (12, 5), lambda: batches("bb"))
     assert not torch.equal(first, other)
-    assert torch.equal(teacher.answers(0, lambda: batches(0)), first)
+    assert torch.equal(teacher.answers("a", (12, 5), lambda: batches("a")), first)
     for _ in range(2):
-        teacher.answers(None, lambda: batches(None))
-    assert asked == [0, 1, None, None]
+        teacher.answers(None, (12, 5), lambda: batches("none"))
+    assert asked == ["a", "bb", "none", "none"]
+    if folder:  # another run need not ask
+        assert torch.equal(Teacher(model, folder=folder).answers("bb", (12, 5), lambda: batches("bb")), other)
+        assert asked == ["a", "bb", "none", "none"]
+        assert {file.name for file in folder.iterdir()} == {"a.safetensors", "bb.safetensors"}
+
+
+def test_kept_answers_teach_the_same_and_only_the_same(data: Path, teacher: Path, tmp_path: Path) -> None:
+    def trained(name: str, *more: str) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        assert train.main(student(data, teacher, out, "--epochs", "3", "--views", "2", *more)) == 0
+        return checkpoints.load(out).weights
+
+    kept = tmp_path / "answers"
+    expected = trained("memory.pt")
+    for name in ("first.pt", "second.pt"):
+        weights = trained(name, "--answers", str(kept))
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+        assert len(list(kept.iterdir())) == 2
+    trained("other.pt", "--answers", str(kept), "--seed", "1")  # shows other views
+    assert len(list(kept.iterdir())) == 4
+
+
+def test_damaged_answers_are_named(
+    data: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, argv = tmp_path / "answers", ["--epochs", "1", "--views", "1", "--answers", str(tmp_path / "answers")]
+    assert train.main(student(data, teacher, tmp_path / "a.pt", *argv)) == 0
+    (file,) = kept.iterdir()
+    whole = file.read_bytes()
+    other = {"answers": torch.zeros(3, 3, dtype=torch.float16)}
+    for damaged in (whole[:-1], b"", save({"other": torch.zeros(1)}), save(other)):
+        file.write_bytes(damaged)
+        capsys.readouterr()
+        assert train.main(student(data, teacher, tmp_path / "b.pt", *argv, "--force")) == 2
+        assert str(file) in capsys.readouterr().err
+
+
+def test_a_teacher_goes_on_from_itself(data: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "on.pt"
+    argv = ["--data", str(data), "--model", "resnet_1x8", *RUN, "--lr", "1e-9", "--epochs", "1", "--out", str(out)]
+    assert train.main([*argv, "--from", str(teacher)]) == 0
+    before, after = checkpoints.load(teacher).weights, checkpoints.load(out)
+    assert torch.allclose(after.weights["head.weight"], before["head.weight"], atol=1e-6)
+    assert after.header.training["started_from"]["file"] == teacher.name
 
 
 def test_super_classes_from_what_a_teacher_confuses(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -209,4 +256,4 @@ def test_what_does_not_fit_is_refused(
     capsys.readouterr()
     assert export.main([str(teacher), "--target", "onnx", "--out", str(tmp_path / "t.mvmoe")]) == 2
     assert "architecture 'resnet' is none of vit" in capsys.readouterr().err
-    assert "architecture 'resnet' is none of vit" in fails(capsys, student(data, teacher, out, "--from", str(teacher)))
+    assert "is a ResNetConfig" in fails(capsys, student(data, teacher, out, "--from", str(teacher)))
