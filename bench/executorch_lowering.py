@@ -157,7 +157,7 @@ class MatrixProducts(nn.Module):
 
     def __init__(self, rewritten: nn.Module) -> None:
         super().__init__()
-        self.trunk: Any = rewritten.trunk
+        self.trunk: Any = rewritten.trunk[0]  # type: ignore[index]
 
     def forward(self, images: Tensor) -> Tensor:
         x = embed(images, self.trunk.patch_embed, self.trunk.cls_token, self.trunk.pos_embed)

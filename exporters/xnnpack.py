@@ -2,15 +2,16 @@
 
 XNNPACK's delegate has no LayerNorm, and scaled_dot_product_attention lowers to 4-D matmuls and a safe softmax whose
 comparisons it leaves outside. Either cuts a transformer into dozens of delegates, with a copy at every seam and
-everything between on unoptimised kernels (the naive trunk of mvmoe_12x192 takes 103 delegates and a third as long
-again). Of the naive trunk's time, matrix products alone are three fifths, which no rewrite saves; norms, softmax and
-GELU take 8, 4 and 3 % of the rewritten one. Folding the norms' weights into the linear layers behind them would gain
-1 %; attention head by head, which needs no transposition, would lose 3 %.
+everything between on unoptimised kernels (the naive trunk of mvmoe_12x192 takes 103 delegates and two fifths as long
+again). Of the naive trunk's time, matrix products alone are three fifths, which no rewrite saves; the rest is passes
+over a tensor, each as long as a copy of it, so the rewrite is about having fewer of them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.split import PieceModule
-from mvmoe_deploy.models.vit import Attention
+from mvmoe_deploy.models.mobile_vmoe import Tail, Trunk
+from mvmoe_deploy.models.vit import Attention, ViT
 
 TOLERANCE = 1e-5
 """Largest difference between a rewritten piece and the original, as a share of the output's largest magnitude (or of
@@ -40,18 +42,21 @@ class FoldedAttention(nn.Module):
         self.proj = attention.proj
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
-        q = self._fold(self.q(x if n is None else x[:, :n]))
-        k, v = self._fold(self.k(x)), self._fold(self.v(x))
-        x = torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
+        q = self._fold(self.q(x if n is None else x[:, :n]), (0, 2, 1, 3))
+        k, v = self._fold(self.k(x), (0, 2, 3, 1)), self._fold(self.v(x), (0, 2, 1, 3))
+        x = torch.bmm(F.softmax(torch.bmm(q, k), -1), v)
         _, tokens, per_head = x.shape
         x = x.view(-1, self.heads, tokens, per_head).transpose(1, 2).contiguous()
         return self.proj(x.view(-1, tokens, self.heads * per_head))
 
-    def _fold(self, x: Tensor) -> Tensor:
-        """``[B, N, D]`` → ``[B·h, N, D/h]``; a reshape with one -1 is the only one XNNPACK takes at any batch."""
+    def _fold(self, x: Tensor, order: tuple[int, int, int, int]) -> Tensor:
+        """``[B, N, D]`` → ``[B·h, N, D/h]``, or its transpose, which keys are multiplied as, in the same single pass.
+
+        A reshape with one -1 is the only one XNNPACK takes at any batch.
+        """
         _, tokens, width = x.shape
-        x = x.view(-1, tokens, self.heads, width // self.heads).transpose(1, 2).contiguous()
-        return x.view(-1, tokens, width // self.heads)
+        x = x.view(-1, tokens, self.heads, width // self.heads).permute(order).contiguous()
+        return x.view(-1, *x.shape[2:])
 
 
 class LinearNorm(nn.Module):
@@ -76,6 +81,75 @@ class LinearNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps)) * self.weight + self.bias
 
 
+class Reflection(nn.Module):
+    """Tokens in an orthonormal basis whose first axis is the direction of their mean, and back: ``[B, N, D]``.
+
+    It is Householder's reflection that exchanges that direction and the first axis. A transformer's residual stream
+    can be kept in this basis at no cost, since the layers that write and read it take the reflection into their
+    weights; LayerNorm's centring then means to leave the first coordinate out (:class:`ReflectedNorm`).
+    """
+
+    row: Tensor
+    column: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        axis = torch.full((width,), width**-0.5, dtype=torch.float64)
+        axis[0] -= 1
+        scaled = -2 * axis / (axis @ axis).clamp(min=1e-9)  # of width 1 the mean is the first axis already
+        self.matrix = torch.eye(width, dtype=torch.float64) + torch.outer(axis, scaled)  # its own inverse
+        self.register_buffer("row", scaled.float()[None])
+        self.register_buffer("column", axis.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(x, self.row) * self.column
+
+    def write(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Makes a layer that adds to the residual stream add to the reflected one."""
+        _set(layer, self.matrix @ layer.weight.double().flatten(1), self.matrix @ _double(layer.bias))
+
+    def read(self, norm: nn.LayerNorm, layer: nn.Linear) -> ReflectedNorm:
+        """Makes a layer that reads a norm of the stream read that of the reflected one, which is returned.
+
+        It takes in the norm's weight and bias as well.
+        """
+        weight = layer.weight.double()
+        reflected = (weight * norm.weight.double()) @ self.matrix
+        reflected[:, 0] = 0  # the mean
+        _set(layer, reflected, _double(layer.bias) + weight @ norm.bias.double())
+        return ReflectedNorm(norm)
+
+
+class ReflectedNorm(nn.Module):
+    """LayerNorm of reflected tokens, but for its weight and bias and for the first coordinate, which nobody reads."""
+
+    mean: Tensor
+    eps: Tensor
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        (width,) = norm.normalized_shape
+        # buffers and F.linear, as in LinearNorm
+        mean = torch.full((1, width), 1 / width)
+        mean[0, 0] = 0
+        self.register_buffer("mean", mean)
+        self.register_buffer("eps", torch.full((1,), norm.eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.mean, self.eps))
+
+
+class ReflectedTail(nn.Module):
+    """A tail whose blocks run on reflected tokens."""
+
+    def __init__(self, tail: Tail, reflection: Reflection) -> None:
+        super().__init__()
+        self.tail, self.reflection = tail, reflection
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return self.tail(self.reflection(x), gate)
+
+
 def rewrite(piece: PieceModule) -> nn.Module:
     """The piece's module with every Attention and LayerNorm replaced; any other layer stays as it is.
 
@@ -85,7 +159,8 @@ def rewrite(piece: PieceModule) -> nn.Module:
         ExportError: the rewritten module does not compute the same (see :data:`TOLERANCE`).
     """
     shared = {id(tensor): tensor for tensor in [*piece.module.parameters(), *piece.module.buffers()]}
-    module = _replace(copy.deepcopy(piece.module, shared)).eval()
+    module = _replaced(copy.deepcopy(piece.module, shared), _reflected)
+    module = _replaced(module, _supported).eval()
     rewritten = PieceModule(piece.role, module, piece.inputs, piece.outputs, piece.expert, piece.layer)
     _compare(piece, rewritten)
     return module
@@ -103,14 +178,55 @@ def _compare(piece: PieceModule, rewritten: PieceModule) -> None:
             )
 
 
-def _replace(module: nn.Module) -> nn.Module:
-    if isinstance(module, Attention):
-        return FoldedAttention(module)
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1 and module.bias is not None:
-        return LinearNorm(module)
+def _replaced(module: nn.Module, by: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """The module with every layer, itself included, that ``by`` has a replacement for replaced."""
+    replacement = by(module)
+    if replacement is not None:
+        return replacement
     for name, child in module.named_children():
-        setattr(module, name, _replace(child))
+        setattr(module, name, _replaced(child, by))
     return module
+
+
+def _supported(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, Attention):
+        return FoldedAttention(layer)
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and layer.bias is not None:
+        return LinearNorm(layer)
+    return None
+
+
+def _reflected(module: nn.Module) -> nn.Module | None:
+    """The same with the residual stream reflected; layers change in place, their old parameters do not."""
+    if not isinstance(module, ViT | Trunk | Tail):
+        return None
+    blocks: Any = module.blocks  # Block or GatedBlock, whose layers have the same names
+    reflection = Reflection(blocks[0].attn.proj.out_features if len(blocks) else module.cls_token.shape[-1])
+    if not isinstance(module, Tail):
+        reflection.write(module.patch_embed.proj)
+        for name in ("cls_token", "pos_embed"):
+            reflected = getattr(module, name).double() @ reflection.matrix
+            setattr(module, name, nn.Parameter(reflected.float(), requires_grad=False))
+    for block in blocks:
+        block.norm1 = reflection.read(block.norm1, block.attn.qkv)
+        block.norm2 = reflection.read(block.norm2, block.mlp.fc1)
+        reflection.write(block.attn.proj)
+        reflection.write(block.mlp.fc2)
+    if not isinstance(module, Trunk):
+        module.norm = reflection.read(module.norm, module.head)  # type: ignore[assignment]
+    if isinstance(module, Trunk):
+        return nn.Sequential(module, reflection)
+    return ReflectedTail(module, reflection) if isinstance(module, Tail) else module
+
+
+def _set(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    layer.weight = nn.Parameter(weight.view(layer.weight.shape).float(), requires_grad=False)
+    layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+
+
+def _double(bias: Tensor | None) -> Tensor:
+    assert bias is not None  # every layer of these models has one
+    return bias.double()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

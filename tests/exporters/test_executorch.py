@@ -54,6 +54,20 @@ def test_naive_lowering_leaves_norms_outside() -> None:
     assert naive.delegation == target.Delegation(0, 0, {"aten.native_layer_norm.default": 1})
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 192])
+def test_reflection_is_its_own_inverse_and_has_the_mean_first(width: int) -> None:
+    reflection = xnnpack.Reflection(width)
+    x = torch.randn(2, 5, width) + 3
+    reflected = reflection(x)
+    error = 1e-6 * float(reflected.abs().max())
+    torch.testing.assert_close(reflection(reflected), x, atol=error, rtol=0)
+    torch.testing.assert_close(reflected, (x.double() @ reflection.matrix).float(), atol=error, rtol=0)
+    torch.testing.assert_close(reflected[..., 0], x.mean(-1) * width**0.5, atol=error, rtol=0)
+    norm = nn.LayerNorm(width, elementwise_affine=False)
+    seen = xnnpack.ReflectedNorm(norm)(reflected) * (torch.arange(width) > 0)
+    torch.testing.assert_close((seen.double() @ reflection.matrix).float(), norm(x), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_rewrite_computes_the_same_and_leaves_the_original_alone(k: int) -> None:
     for piece in pieces(k).pieces:
@@ -61,6 +75,8 @@ def test_rewrite_computes_the_same_and_leaves_the_original_alone(k: int) -> None
         module = xnnpack.rewrite(piece)
         kinds = {type(layer) for layer in module.modules()}
         assert not kinds & {Attention, nn.LayerNorm}
+        # what reads whole tokens does so in the basis that makes norms cheap
+        assert (xnnpack.ReflectedNorm in kinds) == (piece.role in ("model", "trunk", "tail"))
         result = module(*piece.inputs.values())
         for found, expected in zip(
             result if isinstance(result, tuple) else [result], piece(*piece.inputs.values()), strict=True
