@@ -94,7 +94,7 @@ def convert(job: Job) -> Converted:
         first: Lowered | None = None
         for piece in family:
             job.progress(f"{piece.name}: lowering")
-            module = rewrite(piece)
+            module = rewrite(piece, reflect=job.options.precision == "fp32")
             try:
                 exported = export(module, piece, job.options.precision, job.options.max_batch)
                 lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)

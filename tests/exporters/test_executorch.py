@@ -68,15 +68,16 @@ def test_reflection_is_its_own_inverse_and_has_the_mean_first(width: int) -> Non
     torch.testing.assert_close((seen.double() @ reflection.matrix).float(), norm(x), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("reflect", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
-def test_rewrite_computes_the_same_and_leaves_the_original_alone(k: int) -> None:
+def test_rewrite_computes_the_same_and_leaves_the_original_alone(k: int, reflect: bool) -> None:
     for piece in pieces(k).pieces:
         before = {name: value.clone() for name, value in piece.module.state_dict().items()}
-        module = xnnpack.rewrite(piece)
+        module = xnnpack.rewrite(piece, reflect)
         kinds = {type(layer) for layer in module.modules()}
         assert not kinds & {Attention, nn.LayerNorm}
         # what reads whole tokens does so in the basis that makes norms cheap
-        assert (xnnpack.ReflectedNorm in kinds) == (piece.role in ("model", "trunk", "tail"))
+        assert (xnnpack.ReflectedNorm in kinds) == (reflect and piece.role in ("model", "trunk", "tail"))
         result = module(*piece.inputs.values())
         for found, expected in zip(
             result if isinstance(result, tuple) else [result], piece(*piece.inputs.values()), strict=True
