@@ -26,6 +26,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: decoupled, as AdamW's.
         momentum: of the gradients' running mean; Nesterov's look-ahead uses it again.
+        own: share of its update that each matrix of a stack has for itself, the rest being the update that their mean
+            gradient gives. An expert's own gradient is of few images and noisy; an orthogonalised update is as long
+            as any other for all that. 0 keeps experts the same, 1 (the default) lets each learn alone.
     """
 
     def __init__(
@@ -34,14 +37,15 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
+        own: float = 1.0,
     ):
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "own": own})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
-            rate, momentum = group["lr"], group["momentum"]
+            rate, momentum, own = group["lr"], group["momentum"], group["own"]
             alike: defaultdict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -52,11 +56,15 @@ class Muon(torch.optim.Optimizer):
                 mean = state["momentum"].lerp_(parameter.grad, 1 - momentum)
                 update = parameter.grad.lerp(mean, momentum)
                 matrices = update.flatten(1)[None] if update.ndim == 4 else update.view(-1, *update.shape[-2:])
+                if update.ndim == 3 and own < 1:
+                    matrices = torch.cat([matrices.mean(0, keepdim=True), matrices])
                 alike[matrices.shape[1:]].append((parameter, matrices))
             for shape, updates in alike.items():
                 orthogonal = orthogonalised(torch.cat([update for _, update in updates]))
                 parts = orthogonal.split([len(update) for _, update in updates])
                 for (parameter, _), part in zip(updates, parts, strict=True):
+                    if parameter.ndim == 3 and own < 1:
+                        part = part[:1].lerp(part[1:], own)
                     parameter.mul_(1 - rate * group["weight_decay"])
                     parameter.add_(part.reshape(parameter.shape), alpha=-rate * 0.2 * math.sqrt(max(shape)))
 

@@ -71,8 +71,9 @@ class Recipe:
             ``end-to-end``.
         router_weight: weight of the router loss in ``L = L_class + 0.3 · L_router``.
         auxiliary_weight: weight of importance and load loss together, half of each, of an end-to-end trained router.
-        expert_rate: learning rate of the experts' matrices as a share of the others'. An expert sees a tenth of a
-            batch, and its gradient is noisier for it.
+        expert_rate: how fast experts learn each for itself, at most 1, which is on its own altogether. An expert sees
+            a tenth of a batch, and its gradient is noisier for it. With Muon the rest of its update is what all
+            experts' images teach in common (:class:`Muon`, ``own``); with AdamW it is its learning rate's share.
         expert_pull: share of the way that each step at full learning rate takes every expert towards the mean of its
             layer's experts. An expert sees a tenth of the images and overfits them; 0 is off.
         clip: largest gradient norm.
@@ -109,11 +110,12 @@ class Recipe:
         for name, least in at_least.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least {least}")
-        for name in ("learning_rate", "expert_rate", "clip"):
+        for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be above 0")
-        if not 0 <= self.teacher_weight <= 1:
-            raise ConfigError(f"recipe: teacher_weight is {self.teacher_weight}, must be between 0 and 1")
+        for name in ("teacher_weight", "expert_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be between 0 and 1")
         for name in ("label_smoothing", "min_crop", "jitter", "expert_pull"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)}, must be at least 0 and below 1")
@@ -424,17 +426,21 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     plain = [parameter for name, parameter in named if not (name.endswith("weight") and "norm" not in name)]
     rate, decay = recipe.learning_rate, recipe.weight_decay
     stacks = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StackedLinear)}
-    grouped: defaultdict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    hidden: list[nn.Parameter] = []
+    grouped: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in matrices:
         # Muon is for the matrices between hidden layers: not for the patch embedding, routers or the head.
-        muon = recipe.optimizer == "muon" and name.startswith("blocks.") and "router" not in name
-        grouped[muon, recipe.expert_rate if name in stacks else 1.0].append(parameter)
-    hidden: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0, "share": 1.0}]
-    for (muon, share), parameters in grouped.items():
-        (hidden if muon else others).append({"params": parameters, "weight_decay": decay, "share": share})
-    adamw: torch.optim.Optimizer = torch.optim.AdamW(others, lr=rate, fused=True)
-    return [adamw, Muon(hidden, rate, decay)] if hidden else [adamw]
+        if recipe.optimizer == "muon" and name.startswith("blocks.") and "router" not in name:
+            hidden.append(parameter)
+        else:
+            grouped[recipe.expert_rate if name in stacks else 1.0].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0, "share": 1.0}]
+    for share, parameters in grouped.items():
+        groups.append({"params": parameters, "weight_decay": decay, "share": share})
+    adamw: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    if not hidden:
+        return [adamw]
+    return [adamw, Muon([{"params": hidden, "share": 1.0}], rate, decay, own=recipe.expert_rate)]
 
 
 def _short(value: Any) -> str:

@@ -117,7 +117,7 @@ RECIPE_FLAGS = [
     ("teacher_weight", "--teacher-weight", "share of the target that is the teacher's answer instead of the label"),
     ("router_weight", "--router-weight", "weight of the router loss"),
     ("auxiliary_weight", "--auxiliary-weight", "weight of the auxiliary losses, of routers trained end to end"),
-    ("expert_rate", "--expert-rate", "learning rate of the experts' matrices, as a share of the others'"),
+    ("expert_rate", "--expert-rate", "how fast experts learn each for itself; muon: and 1 minus it, in common"),
     ("expert_pull", "--expert-pull", "pull experts towards their mean at each step by this share; 0 is off"),
     ("clip", "--clip", "largest gradient norm"),
     ("seed", "--seed", "of weights, order and augmentation"),

@@ -31,6 +31,7 @@ from mvmoe_deploy.errors import ConfigError, DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.data import ImageSet, _empty, read_images
 from mvmoe_deploy.models.evaluation import evaluate
+from mvmoe_deploy.models.muon import Muon
 from mvmoe_deploy.models.routing import auxiliary_loss
 from mvmoe_deploy.models.superclasses import random_groups
 from mvmoe_deploy.models.teacher import Teacher
@@ -356,21 +357,38 @@ def test_pulled_experts_stay_as_close_to_their_mean_as_asked(data: Path, tmp_pat
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_experts_learn_at_a_rate_of_their_own(data: Path, tmp_path: Path, optimizer: str) -> None:
-    moved = {}
-    for rate in ("1", "0.1", "1e-9"):
+def test_experts_learn_each_for_itself_as_fast_as_asked(data: Path, tmp_path: Path, optimizer: str) -> None:
+    apart, together = {}, {}
+    for rate in ("1", "0.1", "0"):
         out = tmp_path / f"{rate}.pt"
         assert train.main(moe(data, out, 2, "--expert-rate", rate, "--optimizer", optimizer)) == 0
         torch.manual_seed(0)
         start = models.build(models.config_from_dict(checkpoints.load(out).header.model)).state_dict()
-        now = weights(out)
-        moved[rate] = [
-            float((now[name] - start[name]).abs().mean())
-            for name in ("blocks.1.mlp.fc1.weight", "blocks.0.mlp.fc1.weight")
-        ]
-    assert moved["1e-9"][0] < 1e-8
-    assert moved["0.1"][0] < moved["1"][0] / 5
-    assert all(others > moved["1"][1] / 2 for _, others in moved.values())
+        moved = {name: now - start[name] for name, now in weights(out).items()}
+        assert moved["blocks.0.mlp.fc1.weight"].abs().mean() > 1e-4
+        experts = moved["blocks.1.mlp.fc1.weight"]
+        apart[rate], together[rate] = float((experts - experts.mean(0)).norm()), float(experts.mean(0).norm())
+    # AdamW's weight decay goes with its rate; Muon's takes as much of what experts began with, whatever theirs is
+    assert apart["0"] < apart["0.1"] / (2 if optimizer == "muon" else 1e6)
+    assert apart["0.1"] < apart["1"] / 5
+    assert together["0"] > together["1"] / 2 if optimizer == "muon" else together["0"] == 0
+
+
+def test_what_muon_does_not_leave_to_each_expert_is_learnt_in_common() -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(4, 6, 3), torch.randn(4, 6, 3)
+    mean = gradient.mean(0, keepdim=True).expand(4, 6, 3)
+
+    def step(gradient: torch.Tensor, own: float) -> torch.Tensor:
+        experts, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(6, 3))
+        experts.grad, other.grad = gradient.clone(), torch.ones(6, 3)  # of one shape, orthogonalised together
+        Muon([experts, other], 0.1, 0.0, own=own).step()
+        return experts.detach() - start
+
+    alone, common = step(gradient, 1), step(mean, 1)
+    assert (alone - common).norm() > 0.5 * common.norm()
+    torch.testing.assert_close(step(gradient, 0), common)
+    torch.testing.assert_close(step(gradient, 0.3), 0.3 * alone + 0.7 * common)
 
 
 @pytest.mark.parametrize(
@@ -389,6 +407,7 @@ def test_experts_learn_at_a_rate_of_their_own(data: Path, tmp_path: Path, optimi
         (["--model", "resnet18"], "unknown model 'resnet18': expected resnet_BLOCKSxWIDTH"),
         (["--model", "alexnet"], "unknown model 'alexnet'"),
         (["--views", "-1"], "views is -1, must be at least 0"),
+        (["--expert-rate", "1.5"], "expert_rate is 1.5, must be between 0 and 1"),
         (["--teacher-weight", "1.5"], "teacher_weight is 1.5, must be between 0 and 1"),
         (["--teacher-weight", "0.5"], "give --teacher and --teacher-weight, or neither"),
         (["--teacher", "none.pt", "--teacher-weight", "1"], "none.pt: no such file"),
