@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
     def run(argv: list[str] | None = None) -> int:
         try:
             main(argv)
+            sys.stdout.flush()
             return 0
         except CheckFailed as error:
             print(f"error: {error}", file=sys.stderr)
@@ -39,6 +41,9 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
         except MvmoeError as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT
+        except BrokenPipeError:  # whoever reads the output, such as head, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+            return 128 + 13  # as a shell says of a program that SIGPIPE ended
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             print(f"error: {where}{error.strerror or error}", file=sys.stderr)

@@ -272,6 +272,15 @@ def test_commands_as_processes(bundle_path: Path, photo: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: none.jpg: no such file\n")
 
 
+def test_a_reader_that_has_read_enough_is_no_error(bundle_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as head does; at once, so that it is certain
+    argv = [sys.executable, "-m", "mvmoe_deploy.cli.inspect", str(bundle_path), "--json"]
+    result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_running_needs_no_toolchain(bundle_path: Path, photo: Path, tmp_path: Path) -> None:
     """On a device: torch, onnx and the rest are not there."""
     for name in ("torch", "onnx", "onnxscript", "executorch", "coremltools", "safetensors", "sklearn", "scipy"):
