@@ -209,7 +209,9 @@ def _reflected(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, ViT | Trunk | Tail):
         return None
     blocks: Any = module.blocks  # Block or GatedBlock, whose layers have the same names
-    reflection = Reflection(blocks[0].attn.proj.out_features if len(blocks) else module.cls_token.shape[-1])
+    # a trunk may have no blocks, a tail has no class token
+    width = module.cls_token.shape[-1] if isinstance(module, ViT | Trunk) else blocks[0].attn.proj.out_features
+    reflection = Reflection(width)
     if not isinstance(module, Tail):
         reflection.write(module.patch_embed.proj)
         for name in ("cls_token", "pos_embed"):
