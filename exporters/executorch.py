@@ -126,9 +126,9 @@ def export(
 
     ``int8`` quantizes every nn.Linear but the router: weights per output channel, activations per tensor as they come,
     so that nothing needs calibrating. (With static ranges, for which XNNPACK wants outputs in int8 as well, calibrated
-    on 512 images, the zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions, norms,
-    attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to other
-    experts.
+    on 512 images, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions,
+    norms, attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to
+    other experts.
     """
     inputs, shapes = examples(piece, max_batch)
     with quiet(), torch.no_grad():

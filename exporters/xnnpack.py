@@ -158,8 +158,8 @@ def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:
     Args:
         piece: what is to be rewritten.
         reflect: whether norms may go into the layers that read them (:class:`Reflection`). It makes a trunk of
-            mvmoe_12x192 a twentieth faster, and its layers harder to quantize: in int8 the zoo's dense model then gives
-            31 of 1,000 images another class instead of 21.
+            mvmoe_12x192 a twentieth faster, and its layers harder to quantize: in int8 the first zoo's dense model
+            then gave 31 of 1,000 images another class instead of 21.
 
     Raises:
         ExportError: the rewritten module does not compute the same (see :data:`TOLERANCE`).
@@ -209,9 +209,8 @@ def _reflected(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, ViT | Trunk | Tail):
         return None
     blocks: Any = module.blocks  # Block or GatedBlock, whose layers have the same names
-    # a trunk may have no blocks, a tail has no class token
-    width = module.cls_token.shape[-1] if isinstance(module, ViT | Trunk) else blocks[0].attn.proj.out_features
-    reflection = Reflection(width)
+    # a trunk has no final norm and a tail no class token
+    reflection = Reflection(module.norm.normalized_shape[0] if isinstance(module, Tail) else module.cls_token.shape[-1])
     if not isinstance(module, Tail):
         reflection.write(module.patch_embed.proj)
         for name in ("cls_token", "pos_embed"):
