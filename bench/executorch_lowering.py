@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import mvmoe_deploy
-from mvmoe_deploy.bench.latency import interleave
+from mvmoe_deploy.bench.executorch_timing import Request
+from mvmoe_deploy.bench.fresh import in_fresh_process
+from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.cli.common import command, positive_int, table
 from mvmoe_deploy.exporters.executorch import MAX_BATCH, Lowered, delegation, examples, export, lower
@@ -106,22 +107,7 @@ def measure(
         name: _export(model, directory / f"{name}.mvmoe", progress)
         for name, model in (("routed", moe), ("dense", dense))
     }
-    runtimes = {
-        name: mvmoe_deploy.load(path, preload="all" if name == "routed" else (), threads=threads)
-        for name, path in bundles.items()
-    }
-    images = normalise(synthetic_pixels(size, IMAGES), Preprocessing(size))[:, None]
-
-    def timed(what: str, candidates: dict[str, Callable[[Any], object]], inputs: Any) -> dict[str, list[float]]:
-        return interleave(
-            {name: _on_each_of(inputs, run) for name, run in candidates.items()},
-            rounds,
-            progress=lambda done, total: progress(f"timing {what}: {done} of {total} rounds"),
-        ).samples
-
-    samples = timed("the whole", {name: runtime.run for name, runtime in runtimes.items()}, images)
     (trunk, *_) = split(moe, size).pieces
-    # all as bare methods: what the backend does around its own is not the lowering's
     files = {"rewritten": bundles["routed"] / "trunk.pte"}
     lowered: dict[str, Lowered] = {}
     for name, lowering in {
@@ -134,12 +120,22 @@ def measure(
         lowered[name] = lowering()
         files[name] = directory / f"{name}.pte"
         files[name].write_bytes(lowered[name].data)
-    samples |= timed("trunks", {name: _method(path) for name, path in files.items()}, torch.from_numpy(images))
+    images = directory / "images.npy"
+    np.save(images, normalise(synthetic_pixels(size, IMAGES), Preprocessing(size))[:, None])
+    progress(f"timing: {rounds} rounds")
+    request = Request(
+        {name: str(path) for name, path in bundles.items()},
+        {name: str(path) for name, path in files.items()},
+        str(images),
+        rounds,
+        threads,
+    )
+    samples = in_fresh_process("executorch_timing", request, dict[str, list[float]], "timing")
     times = {
         name: dict(zip(("p50", "p90", "p99"), np.percentile(values, [50, 90, 99]).tolist(), strict=True))
         for name, values in samples.items()
     }
-    delegated = {name: runtimes[name].bundle.manifest.options["delegation"] for name in runtimes}
+    delegated = {name: open_bundle(path).manifest.options["delegation"] for name, path in bundles.items()}
     return {
         "ms": times,
         "ratios": {name: round(times[a]["p50"] / times[b]["p50"], 3) for name, (a, b) in RATIOS.items()},
@@ -165,17 +161,6 @@ class MatrixProducts(nn.Module):
             x = block.attn.proj(block.attn.q(x) + block.attn.k(x) + block.attn.v(x))
             x = block.mlp.fc2(block.mlp.fc1(x))
         return x
-
-
-def _on_each_of(inputs: Any, run: Callable[[Any], object]) -> Callable[[int], object]:
-    return lambda number: run(inputs[number % len(inputs)])
-
-
-def _method(path: Path) -> Callable[[Tensor], object]:
-    from executorch.runtime import Runtime  # here, so that the backend has set its threads before
-
-    method = Runtime.get().load_program(path).load_method("forward")
-    return lambda image: method.execute([image])
 
 
 def _export(model: ViT, path: Path, progress: Callable[[str], None]) -> Path:

@@ -1,0 +1,66 @@
+"""Times what :mod:`mvmoe_deploy.bench.executorch_lowering` exported, in a process that has exported nothing.
+
+An app's process has no exporter in it. In the one that did the exporting, what torch.export left in memory makes every
+step between two pieces slower: routed / dense was 1.07 there and 1.04 here, of the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import mvmoe_deploy
+from mvmoe_deploy.bench.fresh import answer
+from mvmoe_deploy.bench.latency import interleave
+
+
+class Request(msgspec.Struct):
+    """What to time.
+
+    Attributes:
+        bundles: by name, paths of bundles to run whole.
+        methods: by name, paths of .pte files whose method takes an image; run bare, since what the backend does around
+            its own is not the lowering's.
+        images: path of a .npy file, float32 ``[n, 1, 3, S, S]``.
+        rounds: samples per candidate.
+        threads: CPU threads.
+    """
+
+    bundles: dict[str, str]
+    methods: dict[str, str]
+    images: str
+    rounds: int
+    threads: int
+
+
+def measure(request: Request) -> dict[str, list[float]]:
+    """Milliseconds by name, bundles in turn and then methods in turn."""
+    images = np.load(request.images)
+    runtimes = {
+        name: mvmoe_deploy.load(path, preload="all" if name == "routed" else (), threads=request.threads)
+        for name, path in request.bundles.items()
+    }
+    whole = {name: _on_each_of(images, runtime.run) for name, runtime in runtimes.items()}
+    import torch  # after the backend has set its threads, as executorch
+
+    tensors = torch.from_numpy(images)
+    methods = {name: _on_each_of(tensors, _method(path)) for name, path in request.methods.items()}
+    return interleave(whole, request.rounds).samples | interleave(methods, request.rounds).samples
+
+
+def _on_each_of(inputs: Any, run: Callable[[Any], object]) -> Callable[[int], object]:
+    return lambda number: run(inputs[number % len(inputs)])
+
+
+def _method(path: str) -> Callable[[Any], object]:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda image: method.execute([image])
+
+
+if __name__ == "__main__":
+    answer(Request, measure)
