@@ -1,7 +1,7 @@
 """Times what :mod:`mvmoe_deploy.bench.executorch_lowering` exported, in a process that has exported nothing.
 
 An app's process has no exporter in it. In the one that did the exporting, what torch.export left in memory makes every
-step between two pieces slower: routed / dense was 1.07 there and 1.04 here, of the same files.
+step between two pieces slower: routed / dense was 1.07 there and is about 1.04 here, of the same files.
 """
 
 from __future__ import annotations
