@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mvmoe_deploy.bench.executorch_timing import Request
-from mvmoe_deploy.bench.fresh import in_fresh_process
+from mvmoe_deploy.bench.executorch_timing import measure_exports
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.cli.common import command, positive_int, table
@@ -123,14 +122,7 @@ def measure(
     images = directory / "images.npy"
     np.save(images, normalise(synthetic_pixels(size, IMAGES), Preprocessing(size))[:, None])
     progress(f"timing: {rounds} rounds")
-    request = Request(
-        {name: str(path) for name, path in bundles.items()},
-        {name: str(path) for name, path in files.items()},
-        str(images),
-        rounds,
-        threads,
-    )
-    samples = in_fresh_process("executorch_timing", request, dict[str, list[float]], "timing")
+    samples = measure_exports(bundles, files, images, rounds, threads)
     times = {
         name: dict(zip(("p50", "p90", "p99"), np.percentile(values, [50, 90, 99]).tolist(), strict=True))
         for name, values in samples.items()

@@ -14,7 +14,7 @@ from mvmoe_deploy import models
 from mvmoe_deploy.bench.executorch_lowering import RATIOS, measure
 
 
-def test_every_candidate_is_timed_outside_the_process_that_exported(tmp_path: Path) -> None:
+def test_every_candidate_is_timed(tmp_path: Path) -> None:
     moe = tiny.lively(models.MobileVMoE(tiny.moe_config(experts=2)))
     assert isinstance(moe, models.MobileVMoE)
     steps: list[str] = []
