@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
-from mvmoe_deploy.exporters.targets import Converted, Job, describe_piece
-from mvmoe_deploy.models.vit import Attention
+from mvmoe_deploy.models.architectures.vit import Attention
 
 PRECISIONS = ("fp32", "fp16")
 LAYOUTS = ("separate", "swappable")

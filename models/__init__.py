@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError
-from mvmoe_deploy.models.mobile_vmoe import MobileVMoE, MobileVMoEConfig
-from mvmoe_deploy.models.vit import ViT, ViTConfig, check_state_dict, load_timm_state_dict
-from mvmoe_deploy.models.vmoe import VMoE, VMoEConfig
+from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE, MobileVMoEConfig
+from mvmoe_deploy.models.architectures.vit import ViT, ViTConfig, check_state_dict, load_timm_state_dict
+from mvmoe_deploy.models.architectures.vmoe import VMoE, VMoEConfig
 
 __all__ = [
     "SCALES",

@@ -13,9 +13,9 @@ result nobody reads needs fewer.
 
 from __future__ import annotations
 
-from mvmoe_deploy.models.mobile_vmoe import MobileVMoEConfig
-from mvmoe_deploy.models.vit import ViTConfig
-from mvmoe_deploy.models.vmoe import VMoEConfig
+from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoEConfig
+from mvmoe_deploy.models.architectures.vit import ViTConfig
+from mvmoe_deploy.models.architectures.vmoe import VMoEConfig
 
 
 def embed_flops(c: ViTConfig) -> int:
@@ -140,7 +140,7 @@ def active_parameters(c: ViTConfig) -> int:
     """Weights used for one image: all but those of the experts not chosen.
 
     Of a V-MoE, the weights that may be: each of an image's N tokens chooses k experts of its own, so up to N·k of the E
-    in every MoE layer. How many are is measured (:meth:`mvmoe_deploy.models.vmoe.TokenRouted.used`).
+    in every MoE layer. How many are is measured (:meth:`mvmoe_deploy.models.architectures.vmoe.TokenRouted.used`).
     """
     if isinstance(c, VMoEConfig):
         untouched = max(0, c.experts - c.tokens * c.k)

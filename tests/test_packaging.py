@@ -45,7 +45,7 @@ def test_wheel_and_sdist_hold_every_module(built: Path) -> None:
     assert not any(name.startswith(("models/", "bench/", "exporters/", "tests/")) for name in names)
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "README.md", "models/vit.py", "mvmoe_deploy/py.typed"} <= shipped
+    assert {"pyproject.toml", "LICENSE", "README.md", "models/architectures/vit.py", "mvmoe_deploy/py.typed"} <= shipped
 
 
 def test_the_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_the_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> 
     dependencies = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
     (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     code = (
-        "import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.html, mvmoe_deploy.models as m;"
-        "from mvmoe_deploy.bench.suite import choose_scales; assert len(choose_scales(None)) == 12;"
+        "import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.html, mvmoe_deploy.models as m;"
+        "from mvmoe_deploy.bench.candidates.suite import choose_scales; assert len(choose_scales(None)) == 12;"
         "print(mvmoe_deploy.__file__); print(m.__file__); print(len(m.SCALES))"
     )
     done = run(python, "-I", "-c", code, cwd=tmp_path)

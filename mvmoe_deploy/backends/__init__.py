@@ -41,7 +41,7 @@ MODULES = {
     "onnxruntime": "mvmoe_deploy.backends.onnxruntime",
     "executorch": "mvmoe_deploy.backends.executorch",
     "coreml": "mvmoe_deploy.backends.coreml",
-    "reference": "mvmoe_deploy.exporters.mil",  # interprets Core ML bundles where Core ML does not run
+    "reference": "mvmoe_deploy.backends.mil",  # interprets Core ML bundles where Core ML does not run
 }
 DEFAULT = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coreml"}
 """The backend that runs a target's bundles."""

@@ -14,8 +14,8 @@ from mvmoe_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
-    from mvmoe_deploy.models.analysis import ImageAnalysis, TokenAnalysis
-    from mvmoe_deploy.models.data import ImageSet
+    from mvmoe_deploy.models.study.analysis import ImageAnalysis, TokenAnalysis
+    from mvmoe_deploy.models.train.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     result = _of_bundle(args) if args.model.is_dir() else _of_checkpoint(args)
     if args.plot:
-        from mvmoe_deploy.models.pictures import draw_routing
+        from mvmoe_deploy.models.study.pictures import draw_routing
 
         draw_routing(result, args.plot, args.model.name)
     if args.json:
@@ -61,8 +61,8 @@ def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
     import torch
 
     from mvmoe_deploy.models import MobileVMoE, load_checkpoint
-    from mvmoe_deploy.models.analysis import analyse_images, analyse_tokens
-    from mvmoe_deploy.models.evaluation import ImageRouting, TokenRouting, predict
+    from mvmoe_deploy.models.study.analysis import analyse_images, analyse_tokens
+    from mvmoe_deploy.models.study.evaluation import ImageRouting, TokenRouting, predict
 
     if args.backend:
         raise DataError(f"--backend {args.backend}: {args.model} is a checkpoint, which PyTorch runs")
@@ -86,8 +86,8 @@ def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
     import torch
 
     import mvmoe_deploy
-    from mvmoe_deploy.models.analysis import analyse_images, superclasses_of
-    from mvmoe_deploy.models.evaluation import predict_with_bundle
+    from mvmoe_deploy.models.study.analysis import analyse_images, superclasses_of
+    from mvmoe_deploy.models.study.evaluation import predict_with_bundle
 
     with mvmoe_deploy.load(args.model, backend=args.backend, threads=args.threads or 1) as runtime:
         manifest = runtime.bundle.manifest
@@ -118,7 +118,7 @@ def _bar(title: str) -> Callable[[Iterator, int], Iterator]:
 
 def describe(result: ImageAnalysis | TokenAnalysis) -> str:
     """The analysis as text, without what only a picture can show."""
-    from mvmoe_deploy.models.analysis import TokenAnalysis
+    from mvmoe_deploy.models.study.analysis import TokenAnalysis
 
     lines = [result.headline]
     if isinstance(result, TokenAnalysis):

@@ -15,8 +15,8 @@ from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.errors import BackendError, ConfigError, ImageError
 
 if TYPE_CHECKING:
-    from mvmoe_deploy.bench.measure import Images, Plan
-    from mvmoe_deploy.bench.results import Results
+    from mvmoe_deploy.bench.measure.run import Images, Plan
+    from mvmoe_deploy.bench.report.results import Results
 
 EXAMPLES = """\
 examples:
@@ -42,7 +42,7 @@ FULL_BASELINES = "stock,dense-wide,all-experts,vmoe"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from mvmoe_deploy.bench.render import add_outputs
+    from mvmoe_deploy.bench.report.publish import add_outputs
 
     p = parser("Measure bundles (or checkpoints, exported first) against each other.", EXAMPLES)
     p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
@@ -80,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 MORE = {
-    "figures": "figures",
-    "parity": "parity",
-    "executorch": "executorch_lowering",
-    "training": "training",
-    "report": "render",
-    "compare": "compare",
+    "figures": "selfcheck.bars",
+    "parity": "selfcheck.parity",
+    "executorch": "selfcheck.lowering",
+    "training": "selfcheck.training_speed",
+    "report": "report.publish",
+    "compare": "report.changes",
 }
-DEVICES = {"android": "android", "coreml": "coreml_device"}
+DEVICES = {"android": "devices.android", "coreml": "devices.coreml"}
 """Measured by modules of their own, which have their own options."""
 
 
@@ -115,7 +115,7 @@ def _measure_here(argv: list[str] | None) -> None:
         raise ConfigError("--suite measures the paper's scales: give it no models")
     if args.scales and not args.suite:
         raise ConfigError("--scales is for --suite paper")
-    from mvmoe_deploy.bench.render import publish
+    from mvmoe_deploy.bench.report.publish import publish
 
     if args.full:
         args.memory_sweep = args.throughput = args.residency = True
@@ -126,16 +126,16 @@ def _measure_here(argv: list[str] | None) -> None:
         results = _measure(args, Path(folder), progress)
     publish(results, args)
     if args.plot:
-        from mvmoe_deploy.bench.plots import draw
+        from mvmoe_deploy.bench.report.plots import draw
 
         draw(results, args.plot)
 
 
 def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Results:
     from mvmoe_deploy import models
-    from mvmoe_deploy.bench.compared import prepare
-    from mvmoe_deploy.bench.measure import measure
-    from mvmoe_deploy.bench.suite import choose_scales, run_suite
+    from mvmoe_deploy.bench.candidates.prepare import prepare
+    from mvmoe_deploy.bench.candidates.suite import choose_scales, run_suite
+    from mvmoe_deploy.bench.measure.run import measure
 
     backends, baselines = _list(args.backends), _list(args.baselines)
     images, plan = _images(args), _plan(args)
@@ -147,7 +147,7 @@ def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Res
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    from mvmoe_deploy.bench.measure import Plan
+    from mvmoe_deploy.bench.measure.run import Plan
 
     return Plan(
         args.threads,
@@ -162,9 +162,9 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _images(args: argparse.Namespace) -> Images:
-    from mvmoe_deploy.bench.measure import Images
+    from mvmoe_deploy.bench.measure.run import Images
     from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
-    from mvmoe_deploy.models.data import image_files
+    from mvmoe_deploy.models.train.data import image_files
 
     if args.data:
         return Images([], f"validation images of {args.data.name}", args.data)

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from mvmoe_deploy.models import VMoE, load_checkpoint
-    from mvmoe_deploy.models.capacity import capacity_curve
-    from mvmoe_deploy.models.pictures import draw_capacity
+    from mvmoe_deploy.models.study.capacity import capacity_curve
+    from mvmoe_deploy.models.study.pictures import draw_capacity
 
     model, header = load_checkpoint(args.checkpoint)
     if not isinstance(model, VMoE):

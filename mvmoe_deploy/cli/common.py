@@ -14,7 +14,7 @@ from mvmoe_deploy.errors import CheckFailed, MvmoeError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
-    from mvmoe_deploy.models.data import ImageSet
+    from mvmoe_deploy.models.train.data import ImageSet
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
@@ -79,12 +79,12 @@ def progress_bar(items: Iterator[Any], total: int, title: str = "") -> Iterator[
 def read_split(
     data: Path, split: str, preprocessing: Preprocessing, class_ids: list[str] | None = None, **options: Any
 ) -> ImageSet:
-    """:func:`mvmoe_deploy.models.data.read_images` with a progress bar.
+    """:func:`mvmoe_deploy.models.train.data.read_images` with a progress bar.
 
     Raises:
         DataError: see there.
     """
-    from mvmoe_deploy.models.data import read_images  # imports torch
+    from mvmoe_deploy.models.train.data import read_images  # imports torch
 
     return read_images(
         data,

@@ -13,8 +13,8 @@ from mvmoe_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
-    from mvmoe_deploy.models.comparison import Row
-    from mvmoe_deploy.models.data import ImageSet
+    from mvmoe_deploy.models.study.comparison import Row
+    from mvmoe_deploy.models.train.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from mvmoe_deploy.models import load_checkpoint
-    from mvmoe_deploy.models.comparison import compare, recipe_differences
-    from mvmoe_deploy.models.evaluation import predict
+    from mvmoe_deploy.models.study.comparison import compare, recipe_differences
+    from mvmoe_deploy.models.study.evaluation import predict
 
     loaded = [load_checkpoint(path) for path in args.checkpoints]
     class_ids = loaded[0][1].class_ids

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from mvmoe_deploy.models import VMoE, load_checkpoint
-    from mvmoe_deploy.models.evaluation import evaluate
+    from mvmoe_deploy.models.study.evaluation import evaluate
 
     model, header = load_checkpoint(args.checkpoint)
     if args.capacity_factor is not None or args.order is not None:

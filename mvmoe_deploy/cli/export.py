@@ -63,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    from mvmoe_deploy.exporters.job import MODULES
     from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model, read_checkpoint
     from mvmoe_deploy.exporters.split import split
-    from mvmoe_deploy.exporters.targets import MODULES
 
     if args.target != "all":
         bundle = export_checkpoint(args.checkpoint, args.target, args.out, **_arguments(args, args.target))
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(args: argparse.Namespace, target: str) -> dict[str, Any]:
-    from mvmoe_deploy.exporters.targets import Options, target_module
+    from mvmoe_deploy.exporters.job import Options, target_module
 
     options = Options(
         precision=args.precision or target_module(target).PRECISIONS[0],

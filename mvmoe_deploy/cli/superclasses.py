@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     from mvmoe_deploy.files import atomic_file
     from mvmoe_deploy.models import MobileVMoE, VMoE
-    from mvmoe_deploy.models.pictures import draw_confusion
-    from mvmoe_deploy.models.superclasses import confusion, group, suggest_names
-    from mvmoe_deploy.models.teacher import load_teacher
+    from mvmoe_deploy.models.study.pictures import draw_confusion
+    from mvmoe_deploy.models.study.superclasses import confusion, group, suggest_names
+    from mvmoe_deploy.models.train.teacher import load_teacher
 
     plot = args.plot or args.out.with_suffix(".png")
     for path in (args.out, plot):

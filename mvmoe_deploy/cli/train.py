@@ -13,7 +13,7 @@ from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar,
 from mvmoe_deploy.errors import DataError
 
 if TYPE_CHECKING:
-    from mvmoe_deploy.models.data import ImageSet
+    from mvmoe_deploy.models.train.data import ImageSet
 
 EXAMPLES = """\
 examples:
@@ -125,7 +125,7 @@ RECIPE_FLAGS = [
 
 
 def _recipe_defaults() -> Any:
-    from mvmoe_deploy.models.training import Recipe  # imports torch; --help waits for it, nothing else does
+    from mvmoe_deploy.models.train.trainer import Recipe  # imports torch; --help waits for it, nothing else does
 
     return Recipe()
 
@@ -149,11 +149,11 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy.bundle import sha256
     from mvmoe_deploy.checkpoint import Header, Superclasses
     from mvmoe_deploy.images import Preprocessing
-    from mvmoe_deploy.models.data import read_class_names, read_superclasses
-    from mvmoe_deploy.models.superclasses import random_groups
-    from mvmoe_deploy.models.teacher import ResNet, ResNetConfig, Teacher, load_teacher, resnet_config_from_name
-    from mvmoe_deploy.models.training import Recipe, Trainer
-    from mvmoe_deploy.models.vit import ViTConfig
+    from mvmoe_deploy.models.architectures.vit import ViTConfig
+    from mvmoe_deploy.models.study.superclasses import random_groups
+    from mvmoe_deploy.models.train.data import read_class_names, read_superclasses
+    from mvmoe_deploy.models.train.teacher import ResNet, ResNetConfig, Teacher, load_teacher, resnet_config_from_name
+    from mvmoe_deploy.models.train.trainer import Recipe, Trainer
 
     if args.out.suffix not in (".pt", ".safetensors"):
         raise DataError(f"--out {args.out}: a checkpoint's name ends in .pt or .safetensors")

@@ -16,12 +16,12 @@ pytest.importorskip("coremltools")
 
 from mvmoe_deploy import load
 from mvmoe_deploy.backends import coreml, open_backend
+from mvmoe_deploy.backends.mil import read_package
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.cli.run import main as run_command
 from mvmoe_deploy.errors import BackendError
-from mvmoe_deploy.exporters.mil import read_package
+from mvmoe_deploy.exporters.job import Options
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.exporters.targets import Options
 from mvmoe_deploy.quiet import quiet
 
 with quiet():

@@ -16,13 +16,13 @@ import torch
 pytest.importorskip("coremltools")
 
 from mvmoe_deploy import models
+from mvmoe_deploy.backends.mil import Package, ReferenceBackend, read_package
 from mvmoe_deploy.bundle import Bundle, Manifest, Source
 from mvmoe_deploy.errors import ExportError, ImageError
-from mvmoe_deploy.exporters import coreml
-from mvmoe_deploy.exporters.mil import Package, ReferenceBackend, read_package
+from mvmoe_deploy.exporters.coreml.convert import convert as coreml
+from mvmoe_deploy.exporters.job import Job, Options
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
-from mvmoe_deploy.exporters.targets import Job, Options
 from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.quiet import quiet
 

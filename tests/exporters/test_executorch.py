@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.errors import ExportError, VerificationError
-from mvmoe_deploy.exporters import executorch as target
-from mvmoe_deploy.exporters import xnnpack
+from mvmoe_deploy.exporters.executorch.convert import convert as target
+from mvmoe_deploy.exporters.executorch.convert import rewrite as xnnpack
+from mvmoe_deploy.exporters.job import Job, Options
 from mvmoe_deploy.exporters.split import PieceModule, split
-from mvmoe_deploy.exporters.targets import Job, Options
 from mvmoe_deploy.exporters.verify import TOLERANCES, check_piece
-from mvmoe_deploy.models.vit import Attention
+from mvmoe_deploy.models.architectures.vit import Attention
 
 
 def lowered(piece: PieceModule, precision: str = "fp32") -> target.Lowered:
@@ -186,7 +186,8 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
 SAME_AGAIN = """
 import hashlib
 from executorch_bundles import pieces
-from mvmoe_deploy.exporters import executorch, xnnpack
+from mvmoe_deploy.exporters.executorch.convert import convert as executorch
+from mvmoe_deploy.exporters.executorch.convert import rewrite as xnnpack
 trunk = pieces().of("trunk")[0]
 print(hashlib.sha256(executorch.lower(executorch.export(xnnpack.rewrite(trunk), trunk)).data).hexdigest())
 """

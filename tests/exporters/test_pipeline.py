@@ -22,10 +22,11 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import BundleError, CheckpointError, DataError, ExportError, ImageError, VerificationError
+from mvmoe_deploy.exporters import job as targets
 from mvmoe_deploy.exporters import onnx as onnx_target
-from mvmoe_deploy.exporters import pipeline, targets
+from mvmoe_deploy.exporters import pipeline
+from mvmoe_deploy.exporters.job import Converted, Job, Options
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model, synthetic_pixels
-from mvmoe_deploy.exporters.targets import Converted, Job, Options
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +255,8 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from mvmoe_deploy.bundle import open_bundle
-from mvmoe_deploy.exporters import onnx, targets
+from mvmoe_deploy.exporters import onnx
+from mvmoe_deploy.exporters import job as targets
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 
 checkpoint, good, out, step = sys.argv[1:]

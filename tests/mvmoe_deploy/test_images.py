@@ -22,7 +22,7 @@ from PIL import Image
 from mvmoe_deploy import images
 from mvmoe_deploy.errors import ImageError
 from mvmoe_deploy.images import Preprocessing, decode, normalise, preprocess, to_pixels
-from mvmoe_deploy.models.data import normaliser
+from mvmoe_deploy.models.train.data import normaliser
 
 GREY = 200
 

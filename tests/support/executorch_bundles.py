@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint
 from mvmoe_deploy.bundle import Bundle, describe_files, open_bundle, write_manifest
+from mvmoe_deploy.exporters.job import Options
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import Split, split
-from mvmoe_deploy.exporters.targets import Options
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig
 

@@ -1,0 +1,216 @@
+"""A configuration: what is measured, with which engine, and how it is opened.
+
+It travels to fresh processes as JSON, so this file imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+import mvmoe_deploy
+from mvmoe_deploy.backends import MODULES
+from mvmoe_deploy.bench.report.results import Kind, Paper
+from mvmoe_deploy.errors import BackendError, ConfigError
+from mvmoe_deploy.images import Preprocessing, normalise, preprocess
+from mvmoe_deploy.runtime import RoutedBatch, Stats
+
+Floats = NDArray[np.float32]
+
+
+class Configuration(msgspec.Struct, frozen=True):
+    """One thing to measure; what it shares with :class:`mvmoe_deploy.bench.report.results.Row` is described there.
+
+    Attributes:
+        path: a bundle's directory, a bare ``.onnx`` graph, or a checkpoint (backend ``torch``).
+        experts: E; 0 for a model that is not split.
+        k: experts per image.
+        trained: whether its predictions mean anything, so that its accuracy is worth measuring.
+    """
+
+    name: str
+    group: str
+    kind: Kind
+    backend: str
+    precision: str
+    layout: str
+    path: str
+    preprocessing: Preprocessing
+    experts: int
+    k: int
+    flops: int | None
+    macs: int | None
+    counted_macs: int | None
+    parameters: int
+    active_parameters: int | None
+    bytes_on_disk: int
+    bytes_first_image: int
+    bytes_per_expert: list[int] = []
+    class_ids: list[str] = []
+    class_names: list[str] = []
+    expert_names: list[str] = []
+    class_experts: list[int] = []
+    trained: bool = True
+    paper: Paper | None = None
+
+    @property
+    def opened_as(self) -> str:
+        """``bundle``, ``graph`` or ``checkpoint``."""
+        if self.backend == "torch":
+            return "checkpoint"
+        return "graph" if self.path.endswith(".onnx") else "bundle"
+
+
+class Opened(Protocol):
+    """An opened configuration; :class:`mvmoe_deploy.Runtime` is one."""
+
+    def predict(self, image: NDArray[np.uint8]) -> object:
+        """One decoded image ``[H, W, 3]``, preprocessing included."""
+        ...
+
+    def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, RoutedBatch | None]:
+        """Preprocessed images ``[B, 3, S, S]`` → logits ``[B, C]`` and where they went."""
+        ...
+
+    def stats(self) -> Stats | None:
+        """What the runtime holds; None where nobody keeps account."""
+        ...
+
+    def close(self) -> None:
+        """Drops everything."""
+        ...
+
+
+def import_engine(backend: str) -> None:
+    """Imports what opening a configuration will import: memory and time of that are not the model's.
+
+    Raises:
+        ConfigError: the backend's package is not installed.
+    """
+    try:
+        if backend == "torch":
+            import_module("mvmoe_deploy.models")
+        else:
+            import_module(MODULES[backend])
+        if backend == "executorch":
+            import_module("executorch.runtime")
+    except ModuleNotFoundError as error:
+        extra = "train" if backend == "torch" else backend
+        raise ConfigError(f"backend {backend} needs {error.name}: pip install 'mvmoe-deploy[{extra}]'") from None
+
+
+def open_configuration(
+    c: Configuration, threads: int = 1, max_resident: int | None = None, preload: bool = False
+) -> Opened:
+    """Opens a configuration.
+
+    Args:
+        c: what to open.
+        threads: CPU threads.
+        max_resident: most resident experts.
+        preload: load all experts now.
+
+    Raises:
+        MvmoeError: it cannot be opened.
+    """
+    if c.opened_as == "checkpoint":
+        return TorchModel(c, threads)
+    if c.opened_as == "graph":
+        return BareGraph(c, threads)
+    return mvmoe_deploy.load(
+        c.path,
+        threads=threads,
+        max_resident=max_resident if c.experts else None,
+        preload="all" if preload and c.experts else (),
+        backend=c.backend,
+    )
+
+
+class BareGraph:
+    """An ``.onnx`` file in a bare onnxruntime session: what one does without this toolkit."""
+
+    def __init__(self, c: Configuration, threads: int) -> None:
+        import onnxruntime as ort
+
+        from mvmoe_deploy.backends.onnxruntime import session_options
+
+        self._session = ort.InferenceSession(c.path, session_options(threads), providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+        self._preprocessing, self._path = c.preprocessing, c.path
+
+    def predict(self, image: NDArray[np.uint8]) -> object:
+        """Index of the most probable class."""
+        return int(self.run(normalise(image, self._preprocessing)[None])[0].argmax())
+
+    def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, None]:
+        """See :class:`Opened`; where experts are inside the graph, nobody can choose them.
+
+        Raises:
+            BackendError: the graph does not take it; a stock export takes one image at a time.
+        """
+        try:
+            return self._session.run(None, {self._input: batch})[0], None
+        except Exception as error:  # the bindings raise a dozen unrelated types
+            reason = " ".join(str(error).split())[:200]
+            raise BackendError(f"{self._path}: onnxruntime cannot run a batch of {len(batch)} ({reason})") from None
+
+    def stats(self) -> None:
+        """Nobody keeps account."""
+
+    def close(self) -> None:
+        """Drops the session."""
+        del self._session
+
+
+class TorchModel:
+    """A checkpoint in PyTorch, eager."""
+
+    def __init__(self, c: Configuration, threads: int) -> None:
+        import torch
+
+        from mvmoe_deploy.models import load_checkpoint
+
+        torch.set_num_threads(threads)
+        self._torch: Any = torch
+        self._model: Any = load_checkpoint(c.path)[0]
+        self._preprocessing = c.preprocessing
+        self._routed = bool(c.experts)
+
+    def predict(self, image: NDArray[np.uint8]) -> object:
+        """Index of the most probable class."""
+        return int(self.run(preprocess(image, self._preprocessing)[None])[0].argmax())
+
+    def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, RoutedBatch | None]:
+        """See :class:`Opened`."""
+        images = self._torch.from_numpy(batch)
+        with self._torch.inference_mode():
+            if not self._routed:
+                return self._model(images).numpy(), None
+            chosen = None if experts is None else self._torch.from_numpy(np.asarray(experts, np.int64))
+            routed = self._model.routed(images, chosen)
+        probabilities = routed.router_logits.softmax(-1).numpy()
+        return routed.logits.numpy(), RoutedBatch(probabilities, routed.chosen.numpy(), routed.gates.numpy())
+
+    def stats(self) -> None:
+        """Nobody keeps account."""
+
+    def close(self) -> None:
+        """Drops the model."""
+        del self._model
+
+
+def synthetic_batch(c: Configuration, count: int = 1) -> Floats:
+    """Random preprocessed images ``[count, 3, S, S]``, for what does not depend on an image's content."""
+    size = c.preprocessing.size
+    return np.random.default_rng(0).standard_normal((count, 3, size, size)).astype(np.float32)
+
+
+def expert_turn(c: Configuration, number: int) -> NDArray[np.int64] | None:
+    """The experts of the ``number``-th image where all E take turns, k at a time, ``[1, k]``; None without experts."""
+    if not c.experts:
+        return None
+    return (np.arange(c.k)[None] + number * c.k) % c.experts

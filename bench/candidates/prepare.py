@@ -1,0 +1,268 @@
+"""What is compared: bundles and checkpoints as they are given, and the baselines made from a routed checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.bench.candidates.baselines import (
+    RANDOM,
+    AllExperts,
+    VMoEGraph,
+    dense_wide,
+    dense_wide_flops,
+    dense_wide_macs,
+    export_stock,
+    random_checkpoint,
+    vmoe_config,
+)
+from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
+from mvmoe_deploy.bench.report.results import Kind
+from mvmoe_deploy.bundle import Bundle, open_bundle
+from mvmoe_deploy.checkpoint import Header
+from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
+from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_checkpoint
+from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
+
+TARGETS = {"onnxruntime": "onnx", "executorch": "executorch", "coreml": "coreml"}
+"""What a checkpoint is exported to for a backend; ``torch`` runs it as it is."""
+
+BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
+
+Progress = Callable[[str], None]
+
+
+def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = None) -> Configuration:
+    """A bundle, run by its target's backend.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    routing = manifest.routing
+    sizes = {file.path: file.bytes for file in manifest.files}
+    first_experts = set(range(routing.k)) if routing else set()
+    first = {file for p in manifest.pieces if p.expert is None or p.expert in first_experts for file in p.files}
+    config = None
+    with contextlib.suppress(ConfigError):  # a foreign model has no closed form
+        config = config_from_dict(manifest.model)
+    of_class = {c: index for index, expert in enumerate(manifest.experts) for c in expert.classes}
+    classes = len(manifest.class_ids)
+    return Configuration(
+        name=name or path.stem,
+        group=group,
+        kind=kind or ("mobile-vmoe" if routing else "dense"),
+        backend=next(backend for backend, target in TARGETS.items() if target == manifest.target),
+        precision=manifest.precision,
+        layout=manifest.layout if routing else "one graph",
+        path=str(path),
+        preprocessing=manifest.preprocessing,
+        experts=routing.experts if routing else 0,
+        k=routing.k if routing else 0,
+        flops=model_flops(config) if config else None,
+        macs=model_macs(config) if config else None,
+        counted_macs=count_bundle(bundle),
+        parameters=total_parameters(config) if config else sum(piece.parameters for piece in manifest.pieces),
+        active_parameters=active_parameters(config) if config else None,
+        bytes_on_disk=sum(sizes.values()),
+        bytes_first_image=sum(sizes[file] for file in first),
+        bytes_per_expert=_bytes_per_expert(bundle, sizes),
+        class_ids=manifest.class_ids,
+        class_names=manifest.class_names,
+        expert_names=[expert.name for expert in manifest.experts],
+        class_experts=[of_class[c] for c in range(classes)] if len(of_class) == classes else [],
+    )
+
+
+def _bytes_per_expert(bundle: Bundle, sizes: dict[str, int]) -> list[int]:
+    """Bytes of the files that nothing but this expert's pieces refers to."""
+    pieces, routing = bundle.manifest.pieces, bundle.manifest.routing
+    users: dict[str, set[int | None]] = {}
+    for piece in pieces:
+        for file in piece.files:
+            users.setdefault(file, set()).add(piece.expert)
+    return [sum(sizes[f] for f, by in users.items() if by == {e}) for e in range(routing.experts if routing else 0)]
+
+
+def of_checkpoint(path: Path, name: str = "", group: str = "") -> Configuration:
+    """A checkpoint, run by PyTorch as it is.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    header = checkpoints.load(path).header
+    config = config_from_dict(header.model)
+    kinds: dict[str, Kind] = {"mobile_vmoe": "mobile-vmoe", "vmoe": "vmoe"}
+    routed = isinstance(config, MobileVMoEConfig)
+    groups = header.superclasses
+    size = path.stat().st_size
+    return Configuration(
+        name=name or path.stem,
+        group=group,
+        kind=kinds.get(config.architecture, "dense"),
+        backend="torch",
+        precision="fp32",
+        layout="checkpoint",
+        path=str(path),
+        preprocessing=header.preprocessing,
+        experts=config.experts if isinstance(config, MobileVMoEConfig) else 0,
+        k=config.k if isinstance(config, MobileVMoEConfig) else 0,
+        flops=model_flops(config),
+        macs=model_macs(config),
+        counted_macs=None,
+        parameters=total_parameters(config),
+        active_parameters=active_parameters(config),
+        bytes_on_disk=size,
+        bytes_first_image=size,
+        class_ids=header.class_ids,
+        class_names=header.class_names,
+        expert_names=groups.names if groups and routed else [],
+        class_experts=groups.of_class if groups and routed else [],
+        trained=_trained(header),
+    )
+
+
+def prepare(
+    given: Sequence[Path],
+    folder: Path,
+    backends: Sequence[str] = ("onnxruntime",),
+    baselines: Sequence[str] = (),
+    group: str = "",
+    progress: Progress = lambda what: None,
+) -> list[Configuration]:
+    """Configurations of what is given, and the baselines of the first routed checkpoint among it.
+
+    Args:
+        given: bundles, which run on their own backend, and checkpoints, which are exported for each of ``backends``.
+        folder: where exports are put; those already there are used again.
+        backends: for checkpoints.
+        baselines: some of :data:`BASELINES`, to be made from the first routed checkpoint.
+        group: of the rows.
+        progress: called with what is about to be done.
+
+    Raises:
+        MvmoeError: something cannot be read or exported; baselines without a routed checkpoint.
+    """
+    for what, names, known in (("backend", backends, [*TARGETS, "torch"]), ("baseline", baselines, BASELINES)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
+    made: list[Configuration] = []
+    routed: Path | None = None
+    stems = unique([path.stem for path in given])
+    for path, stem in zip(given, stems, strict=True):
+        if path.is_dir():
+            made.append(of_bundle(path, stem, group))
+            continue
+        for backend in backends:
+            name = stem if len(backends) == 1 else f"{stem} {backend}"
+            made.append(_of_backend(path, backend, folder, name, group, progress))
+        if routed is None and checkpoints.load(path).header.model.get("architecture") == "mobile_vmoe":
+            routed = path
+    if baselines:
+        if routed is None:
+            raise ConfigError(f"baselines {', '.join(baselines)}: need a routed checkpoint to be made from; give one")
+        for baseline in baselines:
+            made += _baseline(baseline, routed, folder, backends, group, progress)
+    return made
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names with a number where several are the same."""
+    return [
+        name if names.count(name) == 1 else f"{name} #{list(names[: i + 1]).count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _of_backend(path: Path, backend: str, folder: Path, name: str, group: str, progress: Progress) -> Configuration:
+    if backend == "torch":
+        return of_checkpoint(path, name, group)
+    target = TARGETS[backend]
+    out = folder / f"{name.replace(' ', '-').replace('#', '')}-{target}.mvmoe"
+    if not out.exists():
+        progress(f"exporting {path.name} for {backend}")
+        export_checkpoint(path, target, out)
+    return msgspec.structs.replace(of_bundle(out, name, group), trained=_trained(checkpoints.load(path).header))
+
+
+def _trained(header: Header) -> bool:
+    return header.training.get("weights") != RANDOM
+
+
+def _baseline(
+    baseline: str, checkpoint: Path, folder: Path, backends: Sequence[str], group: str, progress: Progress
+) -> list[Configuration]:
+    model, header = load_checkpoint(checkpoint)
+    assert isinstance(model, MobileVMoE)
+    config = model.config
+    if baseline == "all-experts":
+        c = _exported(AllExperts(model), header, config.to_dict(), "all-experts", group, folder, progress)
+        # bare, and without hashing: the strongest opponent is somebody who does without all of this project
+        return [msgspec.structs.replace(c, path=f"{c.path}/model.onnx", trained=_trained(header))]
+    if baseline == "dense-wide":
+        torch.manual_seed(0)
+        free_form = {**config.dense.to_dict(), "architecture": "vit-wide", "experts": config.experts}
+        c = _exported(dense_wide(config), header, free_form, "dense-wide", group, folder, progress)
+        return [
+            msgspec.structs.replace(
+                c,
+                flops=dense_wide_flops(config),
+                macs=dense_wide_macs(config),
+                active_parameters=c.parameters,
+            )
+        ]
+    if baseline == "vmoe":
+        shape = vmoe_config(config)
+        path = folder / "random-vmoe.pt"
+        if not path.exists():
+            random_checkpoint(shape, path)
+        vmoe, _ = load_checkpoint(path)
+        assert isinstance(vmoe, VMoE)
+        rows = [_exported(VMoEGraph(vmoe), header, shape.to_dict(), "vmoe", group, folder, progress)]
+        return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if "torch" in backends else [])]
+    path = folder / "random-dense.pt"
+    if not path.exists():
+        random_checkpoint(config.dense, path)
+    if baseline == "dense":
+        return [
+            _of_backend(path, b, folder, "dense" if len(backends) == 1 else f"dense {b}", group, progress)
+            for b in backends
+        ]
+    dense, _ = load_checkpoint(path)
+    return [_stock(dense, header, folder, group, progress)]
+
+
+def _exported(
+    module: nn.Module, header: Header, model: dict[str, Any], kind: Kind, group: str, folder: Path, progress: Progress
+) -> Configuration:
+    """A module exported whole, as a bundle of one piece."""
+    out = folder / f"{kind}.mvmoe"
+    if not out.exists():
+        progress(f"exporting {kind}")
+        export_model(module, msgspec.structs.replace(header, model=model, superclasses=None), "onnx", out)
+    return msgspec.structs.replace(of_bundle(out, kind, group, kind), trained=False)
+
+
+def _stock(dense: ViT, header: Header, folder: Path, group: str, progress: Progress) -> Configuration:
+    path = folder / "stock.onnx"
+    if not path.exists():
+        progress("exporting stock")
+        export_stock(dense, path)
+    size = sum(file.stat().st_size for file in (path, path.with_suffix(".onnx.data")) if file.exists())
+    config = dense.config
+    return Configuration(
+        "stock", group, "stock", "onnxruntime", "fp32", "one graph", str(path), header.preprocessing, 0, 0,
+        model_flops(config), model_macs(config), count_graph(path), total_parameters(config), total_parameters(config),
+        size, size, trained=False,
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""The paper's 12 scales: FLOPs, bytes, memory, latency of random weights, beside the paper's FLOPs and accuracies."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from mvmoe_deploy.bench.candidates.baselines import random_checkpoint
+from mvmoe_deploy.bench.candidates.prepare import prepare
+from mvmoe_deploy.bench.measure.run import Images, Plan, Progress, measure
+from mvmoe_deploy.bench.report.results import Paper, Results
+from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.models import config_from_name
+
+FIGURE = Path(__file__).with_name("fig3a.csv")
+
+
+def paper_scales() -> dict[str, tuple[Paper, Paper]]:
+    """What figure 3a says of each scale (``12x192``), largest first: of the dense baseline, of Mobile V-MoE."""
+    with open(FIGURE, newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return {
+            f"{row['layers']}x{row['width']}": (
+                Paper(float(row["flops_millions"]), float(row["dense_top1"])),
+                Paper(float(row["flops_millions"]), float(row["moe_top1"])),
+            )
+            for row in rows
+        }
+
+
+def choose_scales(text: str | None) -> list[str]:
+    """Reads ``6x64,12x192``: all of the paper's where nothing is given.
+
+    Raises:
+        ConfigError: a scale that is not of that form.
+    """
+    if text is None:
+        return list(paper_scales())
+    scales = [scale.strip() for scale in text.split(",")]
+    for scale in scales:
+        if not re.fullmatch(r"\d{1,4}x\d{1,5}", scale):
+            raise ConfigError(f"--scales {text}: {scale!r} is not of the form 12x192; the paper's are {all_scales()}")
+    return list(dict.fromkeys(scales))
+
+
+def all_scales() -> str:
+    """The paper's, for messages."""
+    return ", ".join(paper_scales())
+
+
+def run_suite(
+    scales: Sequence[str],
+    images: Images,
+    plan: Plan,
+    folder: Path,
+    backends: Sequence[str] = ("onnxruntime",),
+    baselines: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Results:
+    """Exports and measures each scale beside its dense baseline; the rows of a scale are a group.
+
+    Args:
+        scales: such as ``12x192``; those that are not the paper's have nothing of it beside them.
+        images: what the models are shown; random routers send most of them to few experts.
+        plan: what to measure.
+        folder: for exports.
+        backends: for each scale.
+        baselines: further ones, for each scale.
+        progress: as in :func:`mvmoe_deploy.bench.measure.run.measure`.
+    """
+    papers = paper_scales()
+    parts: list[Results] = []
+    for done, scale in enumerate(scales):
+
+        def step(what: str, part: int, total: int, scale: str = scale, done: int = done) -> None:
+            progress(f"{scale} ({done + 1} of {len(scales)}): {what}", part, total)
+
+        within = folder / scale
+        within.mkdir(parents=True, exist_ok=True)
+        checkpoints = []
+        for kind in ("vit", "mvmoe"):
+            path = within / f"{kind}_{scale}.pt"
+            if not path.exists():
+                random_checkpoint(config_from_name(f"{kind}_{scale}"), path)
+            checkpoints.append(path)
+        prepared = prepare(checkpoints, within, backends, baselines, scale, functools.partial(step, part=0, total=1))
+        configurations = [
+            msgspec.structs.replace(
+                c,
+                name=c.name if scale in c.name else f"{c.name} {scale}",
+                paper=papers[scale][c.kind == "mobile-vmoe"] if scale in papers and c.kind in OF_PAPER else None,
+            )
+            for c in prepared
+        ]
+        parts.append(measure(configurations, images, plan, step))
+    rows = [row for part in parts for row in part.rows]
+    return msgspec.structs.replace(parts[0], rows=rows, method={**parts[0].method, "suite": "paper, random weights"})
+
+
+OF_PAPER = ("dense", "mobile-vmoe")
+"""Kinds of rows that the paper says something of."""

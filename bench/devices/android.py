@@ -1,0 +1,601 @@
+"""``mvmoe-bench --device android``: a bundle's pieces on a phone or emulator, over adb, with the engine's own runner.
+
+The runner times one graph at a time, so what is measured is pieces: the trunk and every tail, each run in several
+passes. A row for the whole image adds the pieces up; see :func:`measure`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+import mvmoe_deploy
+from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
+from mvmoe_deploy.bench.measure.noise import MAX_INTERVAL, MAX_VARIATION
+from mvmoe_deploy.bench.report.publish import add_outputs, publish
+from mvmoe_deploy.bench.report.results import FORMAT, Estimate, Latency, Noise, Results, Row
+from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
+from mvmoe_deploy.errors import BackendError, ConfigError
+from mvmoe_deploy.images import preprocess
+from mvmoe_deploy.models import config_from_dict
+from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
+from mvmoe_deploy.models.train.data import image_files
+
+PLACE = PurePosixPath("/data/local/tmp")
+"""The only folder of a stock phone that the shell's user may write to and run programs from."""
+
+PASSES = 5
+"""Every piece gets its turn this often, in another order each time, so that a warming phone slows all of them alike."""
+
+WARMUP = 5
+"""Runs at the start of each pass that are not kept: the runner is a new process each time."""
+
+QUICK = 30.0
+"""Seconds that a question to the phone may take."""
+
+
+@dataclass(frozen=True)
+class Adb:
+    """One phone or emulator, reached through the ``adb`` program."""
+
+    program: str
+    serial: str
+
+    def run(self, *arguments: str, timeout: float = QUICK) -> str:
+        """Runs ``adb -s SERIAL ARGUMENTS`` and returns what it printed.
+
+        Raises:
+            BackendError: it failed, or took longer than ``timeout`` seconds.
+        """
+        done = call(self.program, ["-s", self.serial, *arguments], timeout)
+        if done.returncode:
+            raise BackendError(self.explain(f"adb {arguments[0]}", done))
+        return done.stdout
+
+    def shell(self, *words: str, timeout: float = QUICK) -> str:
+        """Runs a command on the phone; each word arrives there as one word."""
+        return self.run("shell", shlex.join(words), timeout=timeout)
+
+    def ask(self, script: str) -> str | None:
+        """What a shell script prints on the phone; None if the phone does not let us know."""
+        done = call(self.program, ["-s", self.serial, "shell", script], QUICK)
+        return done.stdout.strip() or None
+
+    def explain(self, what: str, done: subprocess.CompletedProcess[str]) -> str:
+        """An error in one line, from what adb or the phone printed."""
+        said = f"{done.stdout}\n{done.stderr}"
+        # adb's own messages: client/commandline.cpp, transport.cpp and file_sync_client.cpp in its sources
+        if re.search(r"device '.*' not found|device offline|no devices|closed|protocol fault", said):
+            return f"{self.serial}: the connection to the device was lost ({_last_line(said)})"
+        if "No space left on device" in said:
+            return f"{self.serial}: no space left in {PLACE}; free some and measure again"
+        status = done.returncode
+        by_signal = f" ({signal.Signals(status - 128).name})" if 128 < status < 128 + 32 else ""
+        return f"{self.serial}: {what} failed with exit status {status}{by_signal}: {_last_line(said)}"
+
+
+def call(program: str, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Runs adb.
+
+    Raises:
+        BackendError: there is no such program, or no answer in time.
+    """
+    try:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+        )
+    except (FileNotFoundError, PermissionError):
+        raise BackendError(f"{program}: cannot be run; install Android's platform-tools or give --adb PATH") from None
+    except subprocess.TimeoutExpired:
+        raise BackendError(f"adb {' '.join(arguments)[:100]}: no answer in {timeout:g} s") from None
+
+
+def find_device(program: str = "adb", serial: str | None = None) -> Adb:
+    """Picks the phone.
+
+    Args:
+        program: adb.
+        serial: of the phone; may be left out if there is only one.
+
+    Raises:
+        BackendError: none, several and no serial, or one that cannot be used; it says what to do.
+    """
+    listed = call(program, ["devices"], QUICK).stdout.splitlines()
+    states = dict(line.split("\t", 1) for line in listed if "\t" in line)
+    if serial is None:
+        if not states:
+            raise BackendError("adb sees no device; connect one with USB debugging on, or start an emulator")
+        if len(states) > 1:
+            raise BackendError(f"adb sees several devices ({', '.join(sorted(states))}); pick one with --serial")
+        serial = next(iter(states))
+    state = states.get(serial)
+    if state == "device":
+        return Adb(program, serial)
+    advice = {
+        None: "is not connected" + (f"; adb sees {', '.join(sorted(states))}" if states else ""),
+        "unauthorized": "has not authorised this computer; unlock it and accept the prompt",
+        "offline": "is offline; reconnect it, or restart adb with adb kill-server",
+    }
+    reason = advice.get(state, f"is in state {(state or '').strip()!r}, which adb cannot run programs in")
+    raise BackendError(f"{serial}: {reason}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the runner says of one process.
+
+    Attributes:
+        load: milliseconds to load the graph.
+        first: of the first run, milliseconds; onnxruntime_perf_test tells whole ones only.
+        samples: milliseconds of the runs after warming up.
+        peak: peak resident set size of the process in bytes, runner included; None where it does not tell.
+    """
+
+    load: float
+    first: float
+    samples: list[float]
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are on the phone: the runner, and a folder per bundle with the bundle's own file names."""
+
+    adb: Adb
+    folder: PurePosixPath
+    runner: PurePosixPath
+    threads: int
+    timeout: float
+
+    def run(self, folder: PurePosixPath, *arguments: str) -> tuple[str, str]:
+        """Runs the runner in a folder; returns its process id and all it printed.
+
+        Raises:
+            BackendError: it crashed, failed or took too long.
+        """
+        # exec keeps the process id, by which the log is filtered
+        script = f"echo pid $$; cd {shlex.quote(str(folder))} && LD_LIBRARY_PATH={shlex.quote(str(self.folder))} exec "
+        script += shlex.join([str(self.runner), *arguments]) + " 2>&1"
+        done = call(self.adb.program, ["-s", self.adb.serial, "shell", script], self.timeout)
+        found = re.search(r"^pid (\d+)", done.stdout)
+        if done.returncode:
+            if found:
+                done.stdout += self.log(found[1])
+            raise BackendError(self.adb.explain(f"{self.runner.name} {arguments[-1]}", done))
+        if not found:
+            raise BackendError(f"{self.adb.serial}: the shell did not start {self.runner.name}")
+        return found[1], done.stdout
+
+    def log(self, process: str) -> str:
+        """What a process wrote to the phone's log under ExecuTorch's tag."""
+        return self.adb.ask(f"logcat -d --pid={process} -s ExecuTorch") or ""
+
+
+def run_executorch(place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], runs: int) -> Timing:
+    """Runs ``executor_runner`` (ExecuTorch 1.3 or newer, which reports every iteration).
+
+    Its flags and messages: examples/portable/executor_runner/executor_runner.cpp. On Android, ExecuTorch's log goes to
+    logcat instead of the terminal: runtime/platform/default/android.cpp.
+    """
+    flags = {
+        "model_path": piece.graph,
+        "method_name": piece.function or "",
+        "inputs": ",".join(inputs),
+        "num_executions": str(WARMUP + runs),
+        "cpu_threads": str(place.threads),
+        "print_output": "none",
+    }
+    process, printed = place.run(folder, *(f"--{name}={value}" for name, value in flags.items() if value))
+    printed += place.log(process)
+    times = [float(each) for each in re.findall(rf"Iteration \d+ of {WARMUP + runs}: ([\d.]+) ms", printed)]
+    load = re.search(r"Model loaded in ([\d.]+) ms", printed)
+    if len(times) != WARMUP + runs or not load:
+        raise BackendError(
+            f"{piece.graph}: {place.runner.name} reported {len(times)} of {WARMUP + runs} iterations; build it from "
+            "ExecuTorch 1.3 or newer with EXECUTORCH_ENABLE_LOGGING=ON"
+        )
+    return Timing(float(load[1]), times[0], times[WARMUP:], None)
+
+
+def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], runs: int) -> Timing:
+    """Runs ``onnxruntime_perf_test``, one graph, on the test data that lies in its folder.
+
+    Its flags: onnxruntime/test/perftest/command_args_parser.cc; a line of its result file is model, seconds, peak
+    bytes, CPU share, number: PerformanceResult::DumpToFile in performance_runner.cc.
+    """
+    data = folder / "test_data_set_0"
+    prepare = [["rm", "-rf", str(data), str(folder / "result.csv")], ["mkdir", str(data)]]
+    prepare += [["cp", str(folder / name), str(data / f"input_{number}.pb")] for number, name in enumerate(inputs)]
+    place.adb.run("shell", " && ".join(map(shlex.join, prepare)))
+    _, printed = place.run(
+        folder,
+        "-e",
+        "cpu",
+        "-m",
+        "times",
+        "-r",
+        str(WARMUP + runs),
+        "-x",
+        str(place.threads),
+        piece.graph,
+        "result.csv",
+    )
+    lines = place.adb.shell("cat", str(folder / "result.csv")).splitlines()
+    fields = [line.rsplit(",", 4) for line in lines if line.count(",") >= 4]
+    load = re.search(r"Session creation time cost: ([\d.e+-]+) s", printed)
+    first = re.search(r"First inference time cost: ([\d.e+-]+) ms", printed)
+    try:
+        seconds, peaks = [float(each[1]) for each in fields], [int(each[2]) for each in fields]
+    except ValueError:
+        seconds, peaks = [], []
+    if len(seconds) != WARMUP + runs or not load or not first:
+        raise BackendError(f"{piece.graph}: {place.runner.name} wrote {len(seconds)} of {WARMUP + runs} times")
+    return Timing(1e3 * float(load[1]), float(first[1]), [1e3 * each for each in seconds[WARMUP:]], max(peaks))
+
+
+RUNNERS = {"executorch": run_executorch, "onnx": run_onnxruntime}
+ENGINES = {"executorch": "executorch", "onnx": "onnxruntime"}
+
+
+@dataclass
+class _Measured:
+    """A bundle and what was seen of its pieces, by name: one entry per pass."""
+
+    bundle: Bundle
+    name: str
+    folder: PurePosixPath
+    inputs: dict[str, list[str]]
+    timings: dict[str, list[Timing]] = field(default_factory=dict)
+
+    def samples(self, piece: str) -> list[float]:
+        return [sample for timing in self.timings[piece] for sample in timing.samples]
+
+
+def measure(
+    adb: Adb,
+    runner: Path,
+    paths: Sequence[Path],
+    threads: int = 1,
+    runs: int = 100,
+    images: Sequence[Path] = (),
+    timeout: float = 300.0,
+    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
+) -> Results:
+    """Measures bundles on a phone.
+
+    Each piece is a row: its own runs, timed by the runner inside its process. For a bundle of several pieces the first
+    row, with the bundle's name, is their sum: run i of the trunk (and router) plus run i of the tail of expert
+    i modulo E, of the same pass. It is what an image costs in the engine; preprocessing and the choice of the expert
+    are not in it. Nothing is filled in that the runner does not measure: memory, cold starts and energy stay absent.
+
+    Args:
+        adb: the phone.
+        runner: the engine's runner, built for the phone; shared libraries beside it are pushed too.
+        paths: bundles, all of the target that the runner is for; ratios are to the first.
+        threads: of the engine.
+        runs: kept per piece, over all passes.
+        images: what trunks are run on, the first of them; noise without. Tails run on noise: their work does not depend
+            on the values.
+        timeout: seconds that one process of the runner may take.
+        progress: wraps the runs.
+
+    Raises:
+        BackendError: the phone or the runner failed; what was pushed is removed all the same.
+        ConfigError: a bundle that the runner cannot run.
+    """
+    bundles = [open_bundle(path) for path in paths]
+    target = _check(bundles, runner)
+    per_pass = -(-runs // PASSES)
+    with _folder(adb) as folder, TemporaryDirectory() as local:
+        for file in [runner, *sorted(runner.parent.glob("*.so"))]:
+            adb.run("push", str(file), str(folder / file.name), timeout=timeout)
+        adb.shell("chmod", "755", str(folder / runner.name))
+        place = Place(adb, folder, folder / runner.name, threads, timeout)
+        names = [path.stem for path in paths]
+        names = [name if names.count(name) == 1 else f"{name} #{index + 1}" for index, name in enumerate(names)]
+        measured = [
+            _push(adb, bundle, name, folder / f"bundle{number}", Path(local), images, timeout)
+            for number, (bundle, name) in enumerate(zip(bundles, names, strict=True))
+        ]
+        before = describe(adb)
+        turns = [(each, piece) for each in measured for piece in each.bundle.manifest.pieces]
+        order = [turns[number % len(turns) :] + turns[: number % len(turns)] for number in range(PASSES)]
+        for each, piece in progress((turn for one_pass in order for turn in one_pass), PASSES * len(turns)):
+            timing = RUNNERS[target](place, each.folder, piece, each.inputs[piece.name], per_pass)
+            each.timings.setdefault(piece.name, []).append(timing)
+        after = describe(adb)
+    throttled = (
+        None if after["thermal_status"] is None else max(after["thermal_status"], before["thermal_status"] or 0) > 0
+    )
+    base = image_samples(measured[0])
+    rows = [row for each in measured for row in _rows(each, base, throttled, float((after["load_average"] or [0])[0]))]
+    method = {
+        "threads": threads,
+        "runs": PASSES * per_pass,
+        "order": f"{PASSES} passes over all pieces, rotated; {WARMUP} runs before each are not kept",
+        "what a row is": "a piece, timed by the runner in its own process; a bundle's row is the sum of its trunk and, "
+        "in turn, one of its tails; preprocessing and choosing the expert are not included",
+        "images": f"{images[0].name}" if images else "noise",
+        "runner": f"{runner.name}, {runner.stat().st_size} bytes",
+        "load ms": _each(measured, lambda timing: timing.load),
+        "peak resident set of the runner's process, bytes": _each(measured, lambda timing: timing.peak),
+    }
+    changing = {f"{key} {when}": state[key] for when, state in (("before", before), ("after", after))
+                for key in ("temperatures", "thermal_status", "governors")}  # fmt: skip
+    fixed = {key: value for key, value in before.items() if f"{key} before" not in changing}
+    return Results(FORMAT, rows, {**fixed, **changing, "mvmoe-deploy": mvmoe_deploy.__version__}, method)
+
+
+def describe(adb: Adb) -> dict[str, Any]:
+    """What the phone is and how hot; None for what it does not tell."""
+    properties = {name: adb.ask(f"getprop {name}") for name in
+                  ("ro.product.manufacturer", "ro.product.model", "ro.soc.model", "ro.build.version.release",
+                   "ro.product.cpu.abi")}  # fmt: skip
+    load = adb.ask("cat /proc/loadavg")
+    governors = adb.ask("cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")
+    cores = adb.ask("nproc")
+    status = re.search(r"Thermal Status: (\d+)", adb.ask("dumpsys thermalservice") or "")
+    model = f"{properties['ro.product.manufacturer'] or ''} {properties['ro.product.model'] or ''}".strip()
+    return {
+        "processor": properties["ro.soc.model"] or model or None,
+        "device": model or None,
+        "system": f"Android {properties['ro.build.version.release']}",
+        "abi": properties["ro.product.cpu.abi"],
+        "cores": int(cores) if cores and cores.isdigit() else None,
+        "load_average": [float(each) for each in load.split()[:3]] if load else None,
+        "governors": sorted(set(governors.split())) if governors else None,
+        "temperatures": temperatures(adb),
+        "thermal_status": int(status[1]) if status else None,
+    }
+
+
+def temperatures(adb: Adb) -> dict[str, float] | None:
+    """Degrees Celsius of the battery and of each thermal zone that the shell's user may read."""
+    found = {}
+    battery = re.search(r"^\s*temperature: (-?\d+)", adb.ask("dumpsys battery") or "", re.MULTILINE)
+    if battery:
+        found["battery"] = int(battery[1]) / 10  # tenths: android.os.BatteryManager.EXTRA_TEMPERATURE
+    zones = adb.ask(
+        'for z in /sys/class/thermal/thermal_zone*; do echo "$(cat $z/type) $(cat $z/temp)"; done 2>/dev/null'
+    )
+    for name, millidegrees in re.findall(r"^(\S+) (-?\d+)$", zones or "", re.MULTILINE):
+        if -50_000 < int(millidegrees) < 200_000:  # some zones give nonsense where there is no sensor
+            found[name] = int(millidegrees) / 1000
+    return found or None
+
+
+def _check(bundles: Sequence[Bundle], runner: Path) -> str:
+    """The bundles' one target, if the runner can run them all."""
+    if not runner.is_file():
+        raise ConfigError(f"{runner}: no such file; give --runner the engine's runner, built for the phone")
+    targets = {bundle.manifest.target for bundle in bundles}
+    if len(targets) != 1 or not targets <= set(RUNNERS):
+        found = ", ".join(sorted(targets))
+        raise ConfigError(f"--device android: takes bundles of one target, onnx or executorch; these are {found}")
+    for bundle in bundles:
+        bundle.check()
+        if bundle.manifest.layout not in ("separate", "packed"):
+            raise ConfigError(
+                f"{bundle.path}: layout {bundle.manifest.layout} cannot be run piece by piece by a runner"
+            )
+        batch = bundle.manifest.options.get("max_batch", 1)
+        if batch != 1:  # extension/runner_util/inputs.cpp fills inputs of the largest shape
+            raise ConfigError(
+                f"{bundle.path}: is for batches of up to {batch} images, and executor_runner always runs the largest; "
+                "export it with --max-batch 1"
+            )
+    return targets.pop()
+
+
+@contextlib.contextmanager
+def _folder(adb: Adb) -> Iterator[PurePosixPath]:
+    """A new folder on the phone, removed in the end with whatever still runs from it."""
+    folder = PLACE / f"mvmoe-bench-{secrets.token_hex(4)}"
+    adb.shell("mkdir", str(folder))
+    try:
+        yield folder
+    finally:
+        # a phone that is gone cannot be tidied up, and the reason why is on its way already
+        with contextlib.suppress(BackendError):
+            adb.ask(f"pkill -f {folder}; rm -rf {folder}")
+
+
+def _push(
+    adb: Adb, bundle: Bundle, name: str, folder: PurePosixPath, local: Path, images: Sequence[Path], timeout: float
+) -> _Measured:
+    """Pushes a bundle's files and the inputs of each piece."""
+    folders = {str((folder / file.path).parent) for file in bundle.manifest.files} | {str(folder)}
+    adb.shell("mkdir", "-p", *sorted(folders))
+    for file in bundle.manifest.files:
+        adb.run("push", str(bundle.path / file.path), str(folder / file.path), timeout=timeout)
+    generator = np.random.default_rng(0)
+    inputs: dict[str, list[str]] = {}
+    for piece in bundle.manifest.pieces:
+        inputs[piece.name] = []
+        for number, spec in enumerate(piece.inputs):
+            shape = [extent if isinstance(extent, int) else 1 for extent in spec.shape]
+            shape[0] = 1
+            value = generator.standard_normal(shape).astype(np.float32)
+            if spec.name == "images" and images:
+                value = preprocess(images[0], bundle.manifest.preprocessing).reshape(shape).astype(np.float32)
+            if spec.name == "gate":
+                value = np.full(shape, 0.5, np.float32)
+            file_name = f"input_{piece.name}_{number}"
+            content = value.tobytes() if bundle.manifest.target == "executorch" else _tensor_proto(spec.name, value)
+            (local / file_name).write_bytes(content)
+            adb.run("push", str(local / file_name), str(folder / file_name), timeout=timeout)
+            inputs[piece.name].append(file_name)
+    return _Measured(bundle, name, folder, inputs)
+
+
+def _tensor_proto(name: str, value: np.ndarray[Any, Any]) -> bytes:
+    """A tensor as onnxruntime_perf_test reads it."""
+    from onnx import numpy_helper
+
+    return bytes(numpy_helper.from_array(value, name).SerializeToString())
+
+
+def _parts(bundle: Bundle, choice: int) -> list[str]:
+    """Names of the pieces that one image runs through; its k experts are ``choice``, ``choice`` + 1, …"""
+    routing = bundle.manifest.routing
+    chosen = {(choice + each) % routing.experts for each in range(routing.k)} if routing else set()
+    return [piece.name for piece in bundle.manifest.pieces if piece.expert is None or piece.expert in chosen]
+
+
+def image_samples(measured: _Measured) -> list[float]:
+    """Run by run, what the pieces of one image take together; the expert is another in each run."""
+    samples = {name: measured.samples(name) for name in measured.timings}
+    count = min(map(len, samples.values()))
+    return [sum(samples[name][run] for name in _parts(measured.bundle, run)) for run in range(count)]
+
+
+def _rows(measured: _Measured, base: list[float], throttled: bool | None, load: float) -> Iterator[Row]:
+    manifest = measured.bundle.manifest
+    sizes = {file.path: file.bytes for file in manifest.files}
+    config = None
+    with contextlib.suppress(ConfigError):  # a foreign model has no closed form
+        config = config_from_dict(manifest.model)
+
+    def row(
+        name: str, samples: list[float], timings: Sequence[Timing], files: set[str], ratio: Estimate | None, **own: Any
+    ) -> Row:
+        return Row(
+            name=name,
+            group="android",
+            kind="mobile-vmoe" if manifest.routing else "dense",
+            backend=ENGINES[manifest.target],
+            precision=manifest.precision,
+            layout=manifest.layout,
+            counted_macs=None,
+            bytes_on_disk=sum(sizes[path] for path in files),
+            warm=_latency(samples, sum(timing.first for timing in timings), throttled, load),
+            ratio=ratio,
+            **own,
+        )  # fmt: skip
+
+    first = set(_parts(measured.bundle, 0))
+    needed = {path for piece in manifest.pieces if piece.name in first for path in piece.files}
+    image = image_samples(measured)
+    experts = manifest.routing.experts if manifest.routing else 0
+    added = [
+        sum(sizes[path] for path in {p for piece in manifest.pieces if piece.expert == e for p in piece.files}
+            if not any(path in piece.files for piece in manifest.pieces if piece.expert != e))
+        for e in range(experts)
+    ]  # fmt: skip
+    yield row(
+        measured.name,
+        image,
+        [measured.timings[name][0] for name in sorted(first)],
+        set(sizes),
+        None if image == base else ratio_estimate(image, base),
+        flops=model_flops(config) if config else None,
+        macs=model_macs(config) if config else None,
+        parameters=total_parameters(config) if config else sum(piece.parameters for piece in manifest.pieces),
+        active_parameters=active_parameters(config) if config else None,
+        bytes_first_image=sum(sizes[path] for path in needed),
+        bytes_per_expert=added,
+    )
+    if len(manifest.pieces) == 1:
+        return
+    for piece in manifest.pieces:
+        yield row(
+            f"{measured.name}/{piece.name}",
+            measured.samples(piece.name),
+            measured.timings[piece.name][:1],
+            set(piece.files),
+            None,
+            flops=piece.flops or None,
+            macs=None,
+            parameters=piece.parameters,
+            active_parameters=piece.parameters,
+            bytes_first_image=sum(sizes[path] for path in piece.files),
+            bytes_per_expert=[],
+        )
+
+
+def _latency(samples: list[float], first: float, throttled: bool | None, load: float) -> Latency:
+    p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
+    variation = float(np.std(samples) / np.mean(samples))
+    width = (p50.high - p50.low) / 2 / p50.value
+    reasons = [
+        (variation > MAX_VARIATION, f"times scatter (coefficient of variation {variation:.2f})"),
+        (width > MAX_INTERVAL, f"the median is known to ±{width:.0%} only"),
+        (bool(throttled), "the phone was throttling"),
+    ]
+    noise = Noise(variation, load, throttled, [reason for holds, reason in reasons if holds])
+    return Latency(first, PASSES * WARMUP, p50, p90, p99, noise, samples)
+
+
+def _each(measured: Sequence[_Measured], pick: Callable[[Timing], float | None]) -> dict[str, list[float]] | None:
+    """A figure of every pass, by bundle and piece; None if no runner gives it."""
+    found = {
+        f"{each.name}/{piece}": [value for timing in timings if (value := pick(timing)) is not None]
+        for each in measured
+        for piece, timings in each.timings.items()
+    }
+    return found if any(found.values()) else None
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("pid ")]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+EXAMPLES = """\
+examples:
+  mvmoe-bench --device android birds.mvmoe --runner build/onnxruntime_perf_test --json phone.json
+  mvmoe-bench --device android dense.mvmoe moe.mvmoe --runner cmake-out/executor_runner --serial emulator-5554
+
+The runner is the engine's own, built for the phone: onnxruntime_perf_test for onnx bundles, executor_runner (ExecuTorch
+1.3 or newer) for executorch bundles, which must be exported with --max-batch 1. docs/benchmarking.md says how.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser("Measure bundles on an Android phone or emulator, over adb.", EXAMPLES)
+    p.prog = "mvmoe-bench --device android"
+    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of one target; ratios are to the first")
+    p.add_argument("--device", choices=["android"], default="android", help=argparse.SUPPRESS)
+    p.add_argument(
+        "--runner", type=Path, required=True, metavar="PATH", help="the engine's runner, built for the phone"
+    )
+    p.add_argument("--adb", default="adb", metavar="PATH", help="the adb program")
+    p.add_argument("--serial", help="which device, if there are several (adb devices lists them)")
+    p.add_argument("--images", type=Path, metavar="DIR", help="the first image here is what trunks are run on")
+    p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
+    p.add_argument("--rounds", type=positive_int, default=100, help="runs kept per piece")
+    p.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds that one process may take")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
+    add_outputs(p)
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    adb = find_device(shutil.which(args.adb) or args.adb, args.serial)
+    images = image_files(args.images) if args.images else []
+    results = measure(
+        adb, args.runner, args.bundles, args.threads, args.rounds, images, args.timeout,
+        lambda items, total: progress_bar(items, total, "runs on the phone"),
+    )  # fmt: skip
+    publish(results, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""``mvmoe-bench --device coreml``: Core ML bundles on a Mac, and which compute device Core ML plans each piece for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mvmoe_deploy.bench.report.publish import add_outputs, publish
+from mvmoe_deploy.bench.report.results import Results
+from mvmoe_deploy.bundle import Bundle, open_bundle
+from mvmoe_deploy.cli.common import command, parser, positive_int
+from mvmoe_deploy.errors import BackendError, ConfigError
+
+
+def measure(paths: Sequence[Path], images: Path | None, threads: int, rounds: int) -> Results:
+    """Measures Core ML bundles by ``predict``, as any other backend, and adds Core ML's plans to the method.
+
+    Raises:
+        BackendError: this is not macOS.
+        ConfigError: a bundle of another target.
+    """
+    if sys.platform != "darwin":
+        raise BackendError(
+            "--device coreml: Core ML runs on Apple devices only; on this system export and verify instead"
+        )
+    bundles = [open_bundle(path) for path in paths]
+    for bundle in bundles:
+        if bundle.manifest.target != "coreml":
+            raise ConfigError(
+                f"{bundle.path}: is an {bundle.manifest.target} bundle, --device coreml takes coreml ones"
+            )
+    from mvmoe_deploy.bench.candidates.prepare import prepare
+    from mvmoe_deploy.bench.measure.run import Images, Plan
+    from mvmoe_deploy.bench.measure.run import measure as measure_here
+    from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
+    from mvmoe_deploy.models.train.data import image_files
+
+    files = image_files(images) if images else []
+    shown = Images(
+        files or list(synthetic_pixels(256, SYNTHETIC_IMAGES)), f"{len(files)} files" if files else "synthetic"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure_here(prepare(paths, Path(folder)), shown, Plan(threads=threads, rounds=rounds))
+    plans = {f"{bundle.path.stem}/{piece}": counts for bundle in bundles for piece, counts in planned(bundle).items()}
+    return msgspec.structs.replace(results, method={**results.method, "operations by compute device": plans})
+
+
+def planned(bundle: Bundle) -> dict[str, dict[str, int]]:
+    """How many operations of each piece Core ML plans for each compute device."""
+    from coremltools.models.compute_plan import MLComputePlan
+    from coremltools.models.utils import compile_model
+
+    plans = {}
+    for piece in bundle.manifest.pieces:
+        plan = MLComputePlan.load_from_path(compile_model(str(bundle.path / piece.graph)))
+        plans[piece.name] = count_devices(plan, piece.function or "main")
+    return plans
+
+
+def count_devices(plan: Any, function: str) -> dict[str, int]:
+    """Operations by the compute device that an ``MLComputePlan`` prefers; constants have none and are left out."""
+    operations = plan.model_structure.program.functions[function].block.operations
+    usages = [plan.get_compute_device_usage_for_mlprogram_operation(operation) for operation in operations]
+    # MLCPUComputeDevice, MLGPUComputeDevice, MLNeuralEngineComputeDevice
+    names = [type(usage.preferred_compute_device).__name__ for usage in usages if usage is not None]
+    return dict(Counter(name.removeprefix("ML").removesuffix("ComputeDevice") for name in names))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser("Measure Core ML bundles on a Mac.")
+    p.prog = "mvmoe-bench --device coreml"
+    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of target coreml; ratios are to the first")
+    p.add_argument("--device", choices=["coreml"], default="coreml", help=argparse.SUPPRESS)
+    p.add_argument("--images", type=Path, metavar="DIR", help="real images (default: synthetic ones)")
+    p.add_argument("--threads", type=positive_int, default=1, help="of other engines; Core ML decides by itself")
+    p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
+    add_outputs(p)
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    results = measure(args.bundles, args.images, args.threads, args.rounds)
+    publish(results, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

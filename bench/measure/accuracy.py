@@ -1,0 +1,86 @@
+"""Accuracy of a configuration on labelled images, run by its own engine, and where its router sends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvmoe_deploy.bench.candidates.configuration import Configuration, Opened
+from mvmoe_deploy.bench.report.results import Accuracy
+from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.images import Preprocessing, normalise
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Decoded images ``[n, H, W, 3]``, their classes (indices) ``[n]`` and every class's identifier."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_ids: list[str]
+
+
+def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Labelled:
+    """Evenly spaced images of the validation split of a folder as ``mvmoe-train --data`` takes it.
+
+    Raises:
+        DataError: no such data, or an unreadable image.
+    """
+    from mvmoe_deploy.models.train.data import read_images
+
+    val = read_images(data, "val", preprocessing)
+    rows = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels))).astype(int)
+    return Labelled(val.pixels[rows].permute(0, 2, 3, 1).numpy(), val.labels[rows].numpy(), val.class_ids)
+
+
+def labels_for(c: Configuration, labelled: Labelled) -> NDArray[np.int64]:
+    """The images' classes as this configuration numbers them.
+
+    Raises:
+        DataError: an image's class is none that the model knows.
+    """
+    unknown = sorted(set(labelled.class_ids) - set(c.class_ids))
+    if unknown:
+        raise DataError(f"{c.name}: knows no class {unknown[0]!r} ({len(unknown)} such classes); is --data its data?")
+    index = np.array([c.class_ids.index(class_id) for class_id in labelled.class_ids])
+    return index[labelled.labels]
+
+
+def measure_accuracy(
+    c: Configuration,
+    model: Opened,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Accuracy:
+    """Runs labelled images.
+
+    Args:
+        c: the configuration.
+        model: it, opened.
+        pixels: ``[n, H, W, 3]``.
+        labels: ``[n]``, as :func:`labels_for` gives them.
+        progress: called with how many images are done, and of how many.
+    """
+    top1 = top5 = routed_well = 0
+    heat = np.zeros((len(c.class_ids), c.experts), int)
+    for start in range(0, len(pixels), BATCH):
+        truth = labels[start : start + BATCH]
+        logits, routed = model.run(np.ascontiguousarray(normalise(pixels[start : start + BATCH], c.preprocessing)))
+        best = logits.argsort(axis=1)[:, ::-1]
+        top1 += int((best[:, 0] == truth).sum())
+        top5 += int((best[:, :5] == truth[:, None]).any(axis=1).sum())
+        if routed is not None:
+            np.add.at(heat, (truth[:, None], routed.experts), 1)
+            if c.class_experts:
+                routed_well += int((routed.experts[:, 0] == np.array(c.class_experts)[truth]).sum())
+        progress(min(start + BATCH, len(pixels)), len(pixels))
+    count = len(pixels)
+    router = routed_well / count if c.class_experts and c.experts else None
+    return Accuracy(count, top1 / count, top5 / count, router, heat.tolist() if c.experts else [])

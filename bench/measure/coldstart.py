@@ -1,0 +1,75 @@
+"""Cold start: from starting a process to its first prediction, in fresh processes, configurations in turn."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.measure.bootstrap import median_estimate
+from mvmoe_deploy.bench.report.results import ColdStart
+from mvmoe_deploy.errors import BackendError
+
+SCRIPT = Path(__file__).with_name("first_prediction.py")
+
+
+def measure_cold_start(
+    configurations: Sequence[Configuration],
+    image: Path,
+    threads: int = 1,
+    repeats: int = 10,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, ColdStart]:
+    """Starts ``repeats`` processes per configuration, in an order shuffled every round.
+
+    Files are in the page cache (a start of each before the first that counts sees to that and compiles Python's files),
+    so that a disk's speed is not part of it.
+
+    Args:
+        configurations: what to start.
+        image: a ``.npy`` file of decoded images of the models' size; the first is predicted.
+        threads: of the engine.
+        repeats: processes per configuration.
+        progress: called with how many processes have run, and of how many.
+
+    Returns:
+        By the configurations' names.
+
+    Raises:
+        BackendError: a process failed.
+    """
+    order = random.Random(0)
+    taken: dict[str, list[list[float]]] = {c.name: [] for c in configurations}
+    total = (repeats + 1) * len(configurations)
+    done = 0
+    for number in range(-1, repeats):
+        for c in order.sample(list(configurations), len(configurations)):
+            steps = _start(c, image, threads)
+            if number >= 0:
+                taken[c.name].append(steps)
+            done += 1
+            progress(done, total)
+    result = {}
+    for name, samples in taken.items():
+        interpreter, imports, load, first_run = (list(column) for column in zip(*samples, strict=True))
+        result[name] = ColdStart(interpreter, imports, load, first_run, median_estimate([sum(s) for s in samples]))
+    return result
+
+
+def _start(c: Configuration, image: Path, threads: int) -> list[float]:
+    """Milliseconds of the interpreter, imports, load and first run, of one process."""
+    scale = [",".join(map(str, values)) for values in (c.preprocessing.mean, c.preprocessing.std)]
+    arguments = [c.opened_as, c.backend, c.path, str(image), str(threads)]
+    command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as == "graph" else [])]
+    before = time.monotonic()  # one clock for all processes of a machine
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise BackendError(f"{c.name}: measuring the cold start failed: {lines[-1] if lines else done.returncode}")
+    moments = [before, *map(float, done.stdout.splitlines()[-1].split())]
+    return [1e3 * (b - a) for a, b in itertools.pairwise(moments)]

@@ -1,0 +1,266 @@
+"""``mvmoe-bench compare``: what became faster, slower, larger or smaller between two runs, beyond the noise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from mvmoe_deploy.bench.measure.bootstrap import resampled
+from mvmoe_deploy.bench.report.results import Estimate, Results, Row, read_json
+from mvmoe_deploy.bench.report.tables import NOISY, Table, fact, interval, noise_reasons, number, plain, text
+from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.errors import ConfigError, RegressionError
+
+DIFFERENT_RUNS_BY_NATURE = {"load_average", "commit", "date"}
+
+Value = list[float] | Estimate | float
+"""Raw samples, a statistic with its interval, or a single measurement or count."""
+
+METRICS: dict[str, tuple[str, float | None, Callable[[Row], Value | None]]] = {
+    # name: what it is, the percentile where it is one of samples, how to find it in a row
+    "p50": ("warm latency, median", 50, lambda row: row.warm.samples),
+    "p90": ("warm latency, 90th percentile", 90, lambda row: row.warm.samples),
+    "p99": ("warm latency, 99th percentile", 99, lambda row: row.warm.samples),
+    "ratio": ("warm latency / the group's baseline's, paired by round in each run", None, lambda row: row.ratio),
+    "hit": ("median latency with the expert resident", 50, lambda row: row.hit.samples if row.hit else None),
+    "switch": (
+        "median latency with the expert to be loaded",
+        50,
+        lambda row: row.switch.samples if row.switch else None,
+    ),
+    "cold-start": ("process start to first prediction, median", 50, lambda row: _cold_starts(row)),
+    "memory": (
+        "after 100 predictions, one expert resident",
+        None,
+        lambda row: row.memory.used.total if row.memory else None,
+    ),
+    "peak": ("peak memory", None, lambda row: row.memory.peak if row.memory else None),
+    "bytes": ("on disk", None, lambda row: row.bytes_on_disk),
+    "first-image": ("bytes needed for the first image", None, lambda row: row.bytes_first_image),
+    "throughput": (
+        "images per second at the largest batch",
+        None,
+        lambda row: max(row.throughput, key=lambda at: at.batch).images_per_second if row.throughput else None,
+    ),
+    "energy": ("millijoules per prediction", None, lambda row: row.energy),
+    "top1": ("accuracy", None, lambda row: row.accuracy.top1 if row.accuracy else None),
+}
+
+EXAMPLES = """\
+examples:
+  mvmoe-bench compare main.json branch.json
+  mvmoe-bench compare main.json branch.json --fail-if "p50 > 1.05x" --fail-if "memory > 1.1x" --fail-if "top1 < 0.99x"
+
+A factor is the second run's value divided by the first's. A condition fails only if the whole 95 % interval of the
+factor lies beyond the limit. Exit code 1: a condition failed; 2: the files cannot be compared.
+
+metrics:
+""" + "\n".join(f"  {name:<11} {what}" for name, (what, _, _) in METRICS.items())
+
+
+@dataclass(frozen=True)
+class Change:
+    """One metric of one row in both runs.
+
+    Attributes:
+        factor: second divided by first, with its 95 % interval; without width for a single measurement or a count.
+    """
+
+    row: str
+    metric: str
+    before: float
+    after: float
+    factor: Estimate
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out "no change"."""
+        return not self.factor.low <= 1 <= self.factor.high
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A condition under which the comparison fails, such as ``p50 > 1.05x``."""
+
+    metric: str
+    above: bool
+    factor: float
+
+    def broken_by(self, change: Change) -> bool:
+        """Whether the change is beyond the limit with its whole interval."""
+        return change.factor.low > self.factor if self.above else change.factor.high < self.factor
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'>' if self.above else '<'} {self.factor:g}x"
+
+
+def parse_limit(condition: str) -> Limit:
+    """Reads ``METRIC > FACTORx`` or ``METRIC < FACTORx``.
+
+    Raises:
+        ConfigError: it is neither, or there is no such metric.
+    """
+    match = re.fullmatch(r"\s*([a-z0-9-]+)\s*([<>])\s*(\d+(?:\.\d+)?)\s*x\s*", condition)
+    if not match:
+        raise ConfigError(f'--fail-if "{plain(condition)}": is not like "p50 > 1.05x" or "throughput < 0.9x"')
+    metric, operator, factor = match.groups()
+    if metric not in METRICS:
+        raise ConfigError(f'--fail-if "{plain(condition)}": no metric {metric}; there are {", ".join(METRICS)}')
+    return Limit(metric, operator == ">", float(factor))
+
+
+def compare(before: Results, after: Results) -> list[Change]:
+    """Every metric that both runs measured of rows of the same name.
+
+    Raises:
+        ConfigError: no row is in both.
+    """
+    old = {row.name: row for row in before.rows}
+    both = [(old[row.name], row) for row in after.rows if row.name in old]
+    if not both:
+        raise ConfigError(f"no row is in both: {_names(before)} against {_names(after)}")
+    return [change for first, second in both for change in _changes(first, second)]
+
+
+def warnings(before: Results, after: Results) -> list[str]:
+    """What makes the two runs less comparable: other machines, threads, kinds of rows, noise."""
+    found = []
+    for what, old, new in (("machine", before.machine, after.machine), ("method", before.method, after.method)):
+        for key in sorted({*old, *new} - DIFFERENT_RUNS_BY_NATURE):
+            if old.get(key) != new.get(key):
+                found.append(
+                    f"{what}: {plain(key)} is {fact(old.get(key))} in the first, {fact(new.get(key))} in the second"
+                )
+    names = [{row.name for row in results.rows} for results in (before, after)]
+    for which, alone in (("first", names[0] - names[1]), ("second", names[1] - names[0])):
+        if alone:
+            found.append(f"only in the {which}: {', '.join(plain(name) for name in sorted(alone))}")
+    rows = {row.name: row for row in before.rows}
+    for row in after.rows:
+        if row.name in rows and (old_kind := _kind(rows[row.name])) != _kind(row):
+            found.append(f"{plain(row.name)} is {old_kind} in the first, {_kind(row)} in the second")
+    for which, results in (("first", before), ("second", after)):
+        for row in results.rows:
+            if noise_reasons(row):
+                found.append(f"{plain(row.name)} {NOISY} was noisy in the {which}: {'; '.join(noise_reasons(row))}")
+    return found
+
+
+def check(changes: list[Change], limits: list[Limit]) -> list[str]:
+    """What breaks a limit, a sentence each.
+
+    Raises:
+        ConfigError: a limit on a metric that no row has in both runs; it would never fail.
+    """
+    broken = []
+    for limit in limits:
+        concerned = [change for change in changes if change.metric == limit.metric]
+        if not concerned:
+            raise ConfigError(f'--fail-if "{limit}": {limit.metric} was not measured of any row in both runs')
+        broken += [f"{plain(c.row)}: {limit}: {interval(c.factor)}" for c in concerned if limit.broken_by(c)]
+    return broken
+
+
+def _changes(first: Row, second: Row) -> Iterator[Change]:
+    for metric, (_, percentile, find) in METRICS.items():
+        before, after = find(first), find(second)
+        if before is None or after is None:
+            continue
+        if metric == "throughput" and max(t.batch for t in first.throughput) != max(t.batch for t in second.throughput):
+            continue  # batches of different sizes say nothing about each other
+        old, new = _value(before, percentile), _value(after, percentile)
+        if old > 0:
+            yield Change(second.name, metric, old, new, _factor(before, after, percentile))
+
+
+def _value(value: Value, percentile: float | None) -> float:
+    if isinstance(value, Estimate):
+        return value.value
+    return float(np.percentile(value, percentile)) if isinstance(value, list) and percentile else float(np.mean(value))
+
+
+def _factor(before: Value, after: Value, percentile: float | None) -> Estimate:
+    """Second divided by first with its 95 % interval."""
+    if isinstance(before, list) and isinstance(after, list) and percentile is not None:
+        old, new = (
+            resampled(samples, lambda values: np.percentile(values, percentile, axis=-1), seed)
+            for seed, samples in enumerate((before, after))
+        )
+        low, high = np.percentile(new / old, (2.5, 97.5))
+        return Estimate(_value(after, percentile) / _value(before, percentile), float(low), float(high))
+    if isinstance(before, Estimate) and isinstance(after, Estimate) and min(before.low, after.low) > 0:
+        # both runs are independent, so on the logarithmic scale the squares of the half-widths add up
+        value = after.value / before.value
+        down = np.hypot(np.log(after.value / after.low), np.log(before.high / before.value))
+        up = np.hypot(np.log(after.high / after.value), np.log(before.value / before.low))
+        return Estimate(value, float(value * np.exp(-down)), float(value * np.exp(up)))
+    value = _value(after, percentile) / _value(before, percentile)
+    return Estimate(value, value, value)
+
+
+def _cold_starts(row: Row) -> list[float] | None:
+    cold = row.cold_start
+    if cold is None:
+        return None
+    return [sum(parts) for parts in zip(cold.interpreter, cold.imports, cold.load, cold.first_run, strict=True)]
+
+
+def _kind(row: Row) -> str:
+    return ", ".join(plain(part) for part in (row.kind, row.backend, row.precision, row.layout))
+
+
+def _names(results: Results) -> str:
+    return ", ".join(plain(row.name) for row in results.rows)
+
+
+def _table(changes: list[Change]) -> str:
+    rows: list[list[str | float | int | None]] = []
+    for change in changes:
+        exact = change.factor.low == change.factor.high
+        verdict = "" if not change.significant else "higher" if change.factor.value > 1 else "lower"
+        factor = number(change.factor.value) if exact else interval(change.factor)
+        rows.append([plain(change.row), change.metric, number(change.before), number(change.after), factor, verdict])
+    headers = ["model", "metric", "first", "second", "factor (95 %)", "beyond noise"]
+    return text(Table("compare", "Comparison", headers, rows))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser("Compare two runs of mvmoe-bench, row by row.", EXAMPLES)
+    p.prog = "mvmoe-bench compare"
+    p.add_argument("before", type=Path, metavar="FIRST.json", help="written by mvmoe-bench --json")
+    p.add_argument("after", type=Path, metavar="SECOND.json", help="likewise")
+    p.add_argument(
+        "--fail-if", action="append", default=[], metavar="CONDITION", help='such as "p50 > 1.05x"; repeatable'
+    )
+    p.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    limits = [parse_limit(condition) for condition in args.fail_if]
+    before, after = read_json(args.before), read_json(args.after)
+    changes = compare(before, after)
+    doubts, broken = warnings(before, after), check(changes, limits)
+    if args.json:
+        found = [{**msgspec.to_builtins(change), "significant": change.significant} for change in changes]
+        print(json.dumps({"changes": found, "warnings": doubts, "failed": broken}, indent=1))
+    else:
+        for doubt in doubts:
+            print(f"warning: {doubt}", file=sys.stderr)
+        print(_table(changes))
+    if broken:
+        raise RegressionError("; ".join(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""The figures this project holds itself to, each measured side by side: ``mvmoe-bench figures``.
+
+Random weights do, since nothing here depends on what a model has learned. It takes about eight minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+import mvmoe_deploy
+from mvmoe_deploy.backends import Backend, LoadedPiece, open_backend
+from mvmoe_deploy.bench.candidates.baselines import export_stock, random_checkpoint
+from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.candidates.prepare import of_bundle, prepare
+from mvmoe_deploy.bench.measure.bootstrap import ratio_estimate
+from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
+from mvmoe_deploy.bench.measure.latency import interleave
+from mvmoe_deploy.bench.measure.memory import measure_memory
+from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
+from mvmoe_deploy.cli.common import command, positive_int, table
+from mvmoe_deploy.errors import BackendError, CheckFailed
+from mvmoe_deploy.exporters.job import Options, target_module
+from mvmoe_deploy.exporters.pipeline import export_checkpoint
+from mvmoe_deploy.images import preprocess
+from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
+from mvmoe_deploy.models.flops import total_parameters
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure beside the bar it has to stay under."""
+
+    what: str
+    value: float
+    bar: float
+    detail: str
+
+
+def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
+    """Yields the figures one by one."""
+    config = config_from_name("mvmoe_12x192")
+    assert isinstance(config, MobileVMoEConfig)
+    yield export_time(config, folder)
+    routed, dense = _exported("mvmoe_12x192", folder)
+    stored = sum(file.bytes for file in routed.manifest.files)
+    distinct = 4 * total_parameters(config)
+    yield Figure(
+        "bundle bytes / bytes of distinct fp32 parameters", stored / distinct, 1.03, f"{stored:,} / {distinct:,}"
+    )
+    for threads in (1, 2):
+        for scale in ("12x192", "6x64"):
+            yield _in_fresh_process("routed_against_dense", scale, threads, rounds, folder)
+    yield _in_fresh_process("routed_against_stock", "12x192", 1, rounds, folder)
+    whole = _all_experts("12x192", folder)
+    a, b, c = ([_memory(each) for _ in range(5)] for each in (of_bundle(routed.path), of_bundle(dense.path), whole))
+    yield Figure(
+        "memory, one resident expert / dense baseline",
+        statistics.median(a) / statistics.median(b),
+        1.15,
+        f"{statistics.median(a) / 1e6:.1f} MB / {statistics.median(b) / 1e6:.1f} MB",
+    )
+    yield Figure(
+        "memory, one resident expert / one graph of all experts",
+        statistics.median(a) / statistics.median(c),
+        0.6,
+        f"{statistics.median(a) / 1e6:.1f} MB / {statistics.median(c) / 1e6:.1f} MB",
+    )
+    yield from cold_start(of_bundle(routed.path), whole, folder)
+    yield _in_fresh_process("expert_switch", "12x192", 1, rounds, folder)
+    if "swappable" in target_module("onnx").LAYOUTS:
+        yield _in_fresh_process("swappable_switch", "12x192", 1, rounds, folder)
+        yield _in_fresh_process("swappable_warm", "12x192", 1, rounds, folder)
+    yield _in_fresh_process("predict_overhead", "12x192", 1, rounds, folder)
+    code = (
+        "import sys, mvmoe_deploy; print(sum(m in sys.modules for m in ('torch', 'onnx', 'executorch', 'coremltools')))"
+    )
+    heavy = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    yield Figure(
+        "heavy packages imported by import mvmoe_deploy", int(heavy), 0, "torch, onnx, executorch, coremltools"
+    )
+
+
+def export_time(config: MobileVMoEConfig, folder: Path, repeats: int = 3) -> Figure:
+    """Whole ``mvmoe-export`` commands, all experts against the dense baseline, in turn."""
+    checkpoints = [
+        random_checkpoint(config, folder / "12x192-moe.pt"),
+        random_checkpoint(config.dense, folder / "12x192-dense.pt"),
+    ]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for checkpoint, taken in zip(checkpoints, seconds, strict=True):
+            started = time.perf_counter()
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "mvmoe_deploy.cli.export",
+                str(checkpoint),
+                "--target",
+                "onnx",
+                "--force",
+            ]
+            out = ["--out", str(folder / f"{checkpoint.stem}.mvmoe")]
+            subprocess.run([*command, *out], check=True, capture_output=True)
+            taken.append(time.perf_counter() - started)
+    moe, dense = map(statistics.median, seconds)
+    return Figure("exporting mvmoe_12x192 / its dense baseline, time", moe / dense, 2.5, f"{moe:.1f} s / {dense:.1f} s")
+
+
+def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """``run`` of one preprocessed image, both our exports."""
+    routed, dense = _exported(f"mvmoe_{scale}", folder)
+    size = routed.manifest.preprocessing.size
+    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    with mvmoe_deploy.load(routed.path, threads=threads) as a, mvmoe_deploy.load(dense.path, threads=threads) as b:
+        samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds).samples
+    return _latency_figure(f"routed p50 / dense p50, {scale}, {threads} thread(s)", samples, "routed", "dense", 1.05)
+
+
+def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Against a bare session of what ``torch.onnx.export`` makes of the dense baseline by default."""
+    import onnxruntime as ort
+
+    from mvmoe_deploy.backends.onnxruntime import session_options
+
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    config = config_from_name(f"vit_{scale}")
+    stock = folder / f"stock-{scale}.onnx"
+    if not stock.exists():
+        export_stock(build(config), stock)
+    session = ort.InferenceSession(str(stock), session_options(threads), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    batch = np.random.default_rng(0).standard_normal((1, 3, config.image_size, config.image_size)).astype(np.float32)
+    with mvmoe_deploy.load(routed.path, threads=threads) as runtime:
+        candidates: dict[str, Callable[[int], object]] = {
+            "routed": lambda _: runtime.run(batch),
+            "stock": lambda _: session.run(None, {name: batch}),
+        }
+        samples = interleave(candidates, rounds).samples
+    what = f"routed p50 / stock torch.onnx.export of the dense baseline, {scale}, {threads} thread"
+    return _latency_figure(what, samples, "routed", "stock", 1.0)
+
+
+def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeats: int = 20) -> Iterator[Figure]:
+    """Process start to first prediction, against the graph of all experts: bare, and opened by the same runtime.
+
+    Bare, it is spared this project's imports, manifest and hashes; the same runtime shows what the layout alone does.
+    """
+    image = folder / "image.npy"
+    size = routed.preprocessing.size
+    np.save(image, np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8))
+    bundle = str(Path(whole.path).parent)
+    candidates = [
+        msgspec.structs.replace(routed, name="routed"),
+        msgspec.structs.replace(whole, name="in a bare session"),
+        msgspec.structs.replace(whole, name="in the same runtime", path=bundle),
+    ]
+    found = measure_cold_start(candidates, image, repeats=repeats)
+
+    def parts(name: str) -> str:
+        c = found[name]
+        return " + ".join(f"{statistics.median(part):.0f}" for part in (c.interpreter, c.imports, c.load, c.first_run))
+
+    for name in ("in a bare session", "in the same runtime"):
+        detail = f"interpreter + imports + load + run: {parts('routed')} ms / {parts(name)} ms"
+        ratio = found["routed"].total.value / found[name].total.value
+        yield Figure(f"cold start / one graph of all experts {name}", ratio, 0.8, detail)
+
+
+def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Loading a tail that is not resident and running it, against running one that is; files in the page cache."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    tails = _Tails(routed, threads)
+    samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
+    return _latency_figure(f"expert switch / warm tail run, {scale}", samples, "switch", "warm", 6.0)
+
+
+def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """The same of the swappable layout, against a warm run of the standalone tail."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
+    samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
+    what = f"expert switch, swappable / warm standalone tail run, {scale}"
+    return _latency_figure(what, samples, "switch", "warm", 2.0)
+
+
+def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """``run`` of one preprocessed image, its expert resident, in both layouts."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    size = routed.manifest.preprocessing.size
+    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    paths = (_swappable(scale, folder).path, routed.path)
+    a, b = (mvmoe_deploy.load(path, threads=threads) for path in paths)
+    candidates = {"swappable": lambda _: a.run(batch), "standalone": lambda _: b.run(batch)}
+    samples = interleave(candidates, rounds).samples
+    return _latency_figure(f"warm total, swappable / standalone, {scale}", samples, "swappable", "standalone", 1.05)
+
+
+class _Tails:
+    """The tails of a bundle, fed with the tokens of one image."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self._backend = open_backend(bundle, threads=threads)
+        self._pieces = bundle.pieces("tail")
+        size = bundle.manifest.preprocessing.size
+        batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+        tokens, probabilities = self._backend.load(bundle.piece("trunk"))(batch)
+        self._inputs = (tokens, probabilities[:, 0])
+        self._resident = self._backend.load(self._pieces[0])
+
+    def switch(self, number: int) -> None:
+        """Another tail than the last time, loaded, run and dropped."""
+        self._backend.load(self._pieces[1 + number % (len(self._pieces) - 1)])(*self._inputs)
+
+    def warm(self, _: int) -> None:
+        """A tail that is resident."""
+        self._resident(*self._inputs)
+
+
+def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """``predict(array)`` minus its bare session runs and preprocessing, in milliseconds."""
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    size = routed.manifest.preprocessing.size
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    loaded: dict[str, LoadedPiece] = {}
+
+    class Remembering:
+        """Keeps what the runtime loads: other sessions would have their own weights, in or out of the cache."""
+
+        def __init__(self, backend: Backend) -> None:
+            self.name, self.unloads, self._backend = backend.name, backend.unloads, backend
+
+        def load(self, piece: Piece) -> LoadedPiece:
+            loaded[piece.name] = self._backend.load(piece)
+            return loaded[piece.name]
+
+    with mvmoe_deploy.Runtime(routed, Remembering(open_backend(routed, threads=threads))) as runtime:
+        expert = runtime.predict(image).expert
+        trunk, tail = loaded["trunk"], loaded[routed.piece("tail", expert).name]
+
+        def bare(_: int) -> None:
+            tokens, probabilities = trunk(preprocess(image, routed.manifest.preprocessing)[None])
+            tail(tokens, probabilities[:, expert])
+
+        samples = interleave({"predict": lambda _: runtime.predict(image), "bare": bare}, rounds).samples
+    difference = np.median(np.array(samples["predict"]) - np.array(samples["bare"]))
+    detail = f"{np.median(samples['predict']):.3f} ms - {np.median(samples['bare']):.3f} ms"
+    return Figure(f"predict(array) minus bare runs and preprocessing, {scale}, ms", float(difference), 0.1, detail)
+
+
+def _memory(c: Configuration) -> int:
+    memory = measure_memory(c, sweep=False)
+    if memory is None:
+        raise BackendError("memory: proportional set sizes are Linux's; measure there")
+    return memory.used.total
+
+
+def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, bar: float) -> Figure:
+    p50 = {name: statistics.median(values) for name, values in samples.items()}
+    paired = ratio_estimate(samples[a], samples[b]).value
+    return Figure(what, p50[a] / p50[b], bar, f"{p50[a]:.2f} ms / {p50[b]:.2f} ms, paired by round {paired:.3f}")
+
+
+def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
+    """Bundles of a scale and of its dense baseline, exported once."""
+    config = config_from_name(name)
+    assert isinstance(config, MobileVMoEConfig)
+    scale = f"{config.depth}x{config.width}"
+    bundles = []
+    for kind, shape in (("moe", config), ("dense", config.dense)):
+        out = folder / f"{scale}-{kind}.mvmoe"
+        if not out.exists():
+            export_checkpoint(random_checkpoint(shape, folder / f"{scale}-{kind}.pt"), "onnx", out)
+        bundles.append(open_bundle(out))
+    return bundles[0], bundles[1]
+
+
+def _swappable(scale: str, folder: Path) -> Bundle:
+    """The same weights in the swappable layout."""
+    out = folder / f"{scale}-swappable.mvmoe"
+    if not out.exists():
+        export_checkpoint(folder / f"{scale}-moe.pt", "onnx", out, options=Options(layout="swappable"))
+    return open_bundle(out)
+
+
+def _all_experts(scale: str, folder: Path) -> Configuration:
+    """The same weights as one graph that selects the expert inside."""
+    return prepare([folder / f"{scale}-moe.pt"], folder, ["torch"], ["all-experts"])[-1]
+
+
+def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Threads are set once per process, and no earlier model should lie about in memory."""
+    _exported(f"mvmoe_{scale}", folder)
+    code = (
+        f"import json, pathlib, dataclasses; from mvmoe_deploy.bench.selfcheck import bars as f; print(json.dumps("
+        f"dataclasses.asdict(f.{function}({scale!r}, {threads}, {rounds}, pathlib.Path({str(folder)!r})))))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{function} failed:\n{done.stderr}")
+    return Figure(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Prints the figures as a table; fails where one misses its bar."""
+    parser = argparse.ArgumentParser("mvmoe-bench figures", description=__doc__)
+    parser.add_argument("--rounds", type=positive_int, default=1000, help="interleaved samples per latency figure")
+    rounds = parser.parse_args(argv).rounds
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for figure in measure_all(rounds, Path(folder)):
+            print(f"{figure.what}: {figure.value:.3f}", file=sys.stderr)
+            met = "yes" if figure.value <= figure.bar else "NO"
+            rows.append([figure.what, figure.value, figure.bar, met, figure.detail])
+    print(table(rows, ["figure", "value", "bar", "met", "detail"]))
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {rounds} rounds")
+    missed = sum(row[3] == "NO" for row in rows)
+    if missed:
+        raise CheckFailed(f"{missed} of {len(rows)} figures miss their bar")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

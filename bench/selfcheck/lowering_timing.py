@@ -1,0 +1,77 @@
+"""Times what :mod:`mvmoe_deploy.bench.selfcheck.lowering` exported, in a process that has exported nothing.
+
+An app's process has no exporter in it. In the one that did the exporting, what torch.export left in memory makes every
+step between two pieces slower: routed / dense was 1.07 there and is about 1.04 here, of the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+import mvmoe_deploy
+from mvmoe_deploy.bench.measure.fresh import answer, in_fresh_process
+from mvmoe_deploy.bench.measure.latency import interleave
+
+
+class _Request(msgspec.Struct):
+    bundles: dict[str, str]
+    methods: dict[str, str]
+    images: str
+    rounds: int
+    threads: int
+
+
+def measure_exports(
+    bundles: Mapping[str, Path], methods: Mapping[str, Path], images: Path, rounds: int, threads: int
+) -> dict[str, list[float]]:
+    """Milliseconds by name, bundles in turn and then methods in turn.
+
+    Args:
+        bundles: by name, what to run whole.
+        methods: by name, .pte files whose method takes an image; run bare, since what the backend does around its own
+            is not the lowering's.
+        images: a ``.npy`` file, float32 ``[n, 1, 3, S, S]``.
+        rounds: samples per candidate.
+        threads: CPU threads.
+
+    Raises:
+        BackendError: the process failed.
+    """
+    request = _Request(_text(bundles), _text(methods), str(images), rounds, threads)
+    return in_fresh_process("selfcheck.lowering_timing", request, dict[str, list[float]], "timing failed")
+
+
+def _measure(request: _Request) -> dict[str, list[float]]:
+    images = np.load(request.images)
+    runtimes = {
+        name: mvmoe_deploy.load(path, preload="all", threads=request.threads) for name, path in request.bundles.items()
+    }
+    whole = {name: _on_each_of(images, runtime.run) for name, runtime in runtimes.items()}
+    tensors = torch.from_numpy(images)
+    methods = {name: _on_each_of(tensors, _method(path)) for name, path in request.methods.items()}
+    return interleave(whole, request.rounds).samples | interleave(methods, request.rounds).samples
+
+
+def _text(paths: Mapping[str, Path]) -> dict[str, str]:
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _on_each_of(inputs: Any, run: Callable[[Any], object]) -> Callable[[int], object]:
+    return lambda number: run(inputs[number % len(inputs)])
+
+
+def _method(path: str) -> Callable[[Any], object]:
+    from executorch.runtime import Runtime  # here, so that the backend has set its threads before
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda image: method.execute([image])
+
+
+if __name__ == "__main__":
+    answer(_Request, _measure)

@@ -1,0 +1,136 @@
+"""How close training comes to what the processor could do: ``mvmoe-bench training``.
+
+Images per second of ``mvmoe-train`` (gathering, augmenting and normalising images, clipping gradients) beside those of
+a bare loop of forward pass, backward pass and step, on tensors of the same shape that never change. Both train the
+same model with the same optimiser, a few steps each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.bench.measure.latency import interleave
+from mvmoe_deploy.cli.common import command, parser, positive_int, table
+from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models import build, config_from_name
+from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.trainer import Recipe, Trainer, optimizers
+
+BAR = 0.85
+"""Least share of the bare loop's images per second."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model's training speed.
+
+    Attributes:
+        model: its name.
+        patch: side of a patch, in pixels.
+        images_per_second: of training, median over the rounds.
+        bare_images_per_second: of the bare loop, likewise.
+        ratio: of the two, median over the rounds' ratios.
+        milliseconds: per round, of training.
+        bare_milliseconds: per round, of the bare loop.
+    """
+
+    model: str
+    patch: int
+    images_per_second: float
+    bare_images_per_second: float
+    ratio: float
+    milliseconds: list[float]
+    bare_milliseconds: list[float]
+
+
+def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, device: str) -> Speed:
+    """Times ``steps`` steps of training and of the bare loop in turn.
+
+    Args:
+        model: a scale's name; 200 classes, images of 32 × 32.
+        patch: side of a patch, in pixels.
+        recipe: of training; the bare loop takes its batch and optimiser.
+        steps: per round.
+        rounds: that are kept.
+        device: where to train.
+    """
+    config = config_from_name(model, image_size=32, patch_size=patch, classes=200)
+    torch.manual_seed(0)
+    count = steps * recipe.batch
+    ids = [str(index) for index in range(config.classes)]
+    labels = torch.randint(config.classes, (count,))
+    pixels = torch.randint(0, 256, (20 * count, 3, 32, 32), dtype=torch.uint8)  # more than caches hold
+    images = ImageSet(pixels, labels.repeat(20), ids, [])
+    header = checkpoints.new_header(config.to_dict(), ids, ids, Preprocessing(size=32))
+    trainer = Trainer(build(config), header, images, images, recipe, Path("unwritten.pt"), device)  # saving is run()'s
+    trainer.steps_per_epoch = steps
+    bare = build(config).to(device).train()
+    bare_optimizers = optimizers(bare, recipe)
+    x = torch.randn(recipe.batch, 3, 32, 32, device=device)
+    y = labels[: recipe.batch].to(device)
+
+    def bare_loop(_: int) -> None:
+        for _ in range(steps):
+            for optimizer in bare_optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = F.cross_entropy(bare(x).float(), y)
+            loss.backward()
+            for optimizer in bare_optimizers:
+                optimizer.step()
+        float(loss.detach())  # waits for the device, as an epoch does
+
+    samples = interleave({"training": lambda _: trainer.train_epoch(), "bare": bare_loop}, rounds).samples
+    ratios = [b / t for t, b in zip(samples["training"], samples["bare"], strict=True)]
+    training, base = (1e3 * count / statistics.median(samples[name]) for name in ("training", "bare"))
+    return Speed(model, patch, training, base, statistics.median(ratios), samples["training"], samples["bare"])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = parser("Images per second of mvmoe-train beside a bare forward-backward-step loop on tensors.")
+    p.prog = "mvmoe-bench training"
+    p.add_argument("--models", nargs="+", default=["vit_6x64", "vit_6x96"], metavar="NAME", help="scales to train")
+    p.add_argument("--patch", type=positive_int, default=8, help="side of a patch, in pixels")
+    p.add_argument("--batch", type=positive_int, default=256, help="images per step")
+    p.add_argument("--min-crop", type=float, default=0.0, help="with resampled crops, as of mvmoe-train")
+    p.add_argument("--jitter", type=float, default=0.0, help="with other colours, as of mvmoe-train")
+    p.add_argument("--optimizer", default=Recipe().optimizer, help="of both loops, as of mvmoe-train")
+    p.add_argument("--steps", type=positive_int, default=4, help="per round")
+    p.add_argument("--rounds", type=positive_int, default=20, help="rounds that are kept")
+    p.add_argument("--threads", type=positive_int, help="CPU threads (default: all)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the raw times too")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    args = build_parser().parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    recipe = Recipe(batch=args.batch, optimizer=args.optimizer, min_crop=args.min_crop, jitter=args.jitter)
+    speeds = []
+    for model in args.models:
+        print(f"{model} …", file=sys.stderr)
+        speeds.append(measure(model, args.patch, recipe, args.steps, args.rounds, args.device))
+    rows = [
+        [s.model, s.patch, s.images_per_second, s.bare_images_per_second, s.ratio, "yes" if s.ratio >= BAR else "NO"]
+        for s in speeds
+    ]
+    print(table(rows, ["model", "patch", "images/s", "bare loop's", "ratio", f"at least {BAR}"]))
+    threads = torch.get_num_threads()
+    print(f"{args.rounds} rounds of {args.steps} steps each in turn, batch {args.batch}, {threads} threads")
+    if args.json:
+        with atomic_file(args.json) as temporary:
+            temporary.write_text(json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n")

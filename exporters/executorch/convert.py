@@ -1,0 +1,352 @@
+"""The ExecuTorch target: pieces lowered to XNNPACK, one .pte each or all in one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mvmoe_deploy.bundle import Piece
+from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.exporters.executorch.rewrite import rewrite
+from mvmoe_deploy.exporters.job import Converted, Job, Options, count_parameters, describe_piece
+from mvmoe_deploy.exporters.split import PieceModule
+from mvmoe_deploy.quiet import quiet
+
+with quiet():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+    from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary, serialize_pte_binary
+    from executorch.exir.dialects.edge._ops import EdgeOpOverload
+    from executorch.exir.lowered_backend_module import LoweredBackendModule
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.schema import Program
+    from executorch.exir.schema import Tensor as TensorValue
+    from torch.fx.passes.infra.partitioner import Partition
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+PRECISIONS = ("fp32", "int8")
+LAYOUTS = ("separate", "packed")
+PACKED = "model.pte"
+METHOD = "forward"
+"""The method of a separate file; what Swift's and Kotlin's ``Module`` call by default."""
+
+MAX_BATCH = Options.max_batch
+"""Upper bound of the batch dimension, unless asked otherwise. Tensors that pass between delegates are planned for it
+(0.1 MB an image in the trunk of mvmoe_12x192), so it costs memory. A dynamic batch costs no time at batch 1; larger
+batches gain a tenth."""
+
+
+@dataclass(frozen=True)
+class Delegation:
+    """How much of a piece XNNPACK runs.
+
+    Attributes:
+        delegates: number of delegated subgraphs.
+        delegated: number of operators in them.
+        undelegated: operators left to ExecuTorch's portable kernels, by name, and how often.
+    """
+
+    delegates: int
+    delegated: int
+    undelegated: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One piece, lowered.
+
+    Attributes:
+        data: its .pte file.
+        tensors: the weights it was lowered with, by name.
+        code: its graph before lowering, as text; pieces of equal code differ in weights alone.
+        delegation: how much of it XNNPACK runs.
+    """
+
+    data: bytes
+    tensors: dict[str, Tensor]
+    code: str
+    delegation: Delegation
+
+
+def convert(job: Job) -> Converted:
+    """Writes ``trunk.pte``, ``expert_00.pte`` … (layout ``separate``) or ``model.pte`` (``packed``).
+
+    Each family of pieces (the tails, say) is lowered once, and the others' weights are put into the result.
+
+    Raises:
+        ExportError: a piece cannot be lowered, or its rewrite does not compute the same.
+    """
+    lowered: dict[str, Lowered] = {}
+    for family in job.split.families():
+        first: Lowered | None = None
+        for piece in family:
+            job.progress(f"{piece.name}: lowering")
+            module = rewrite(piece, reflect=job.options.precision == "fp32")
+            try:
+                exported = export(module, piece, job.options.precision, job.options.max_batch)
+                lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
+            except Exception as error:  # torch and executorch raise whatever a layer they do not know leads to
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ExportError(f"{piece.name}: executorch cannot lower it ({reason})") from error
+            first = first or lowered[piece.name]
+    if job.options.layout == "packed":
+        files = {PACKED: pack({piece.name: lowered[piece.name].data for piece in job.split.pieces})}
+    else:
+        files = {f"{name}.pte": piece.data for name, piece in lowered.items()}
+    for name, data in files.items():
+        (job.directory / name).write_bytes(data)
+    packages = ("executorch", "torch", "torchao")
+    return Converted(
+        [_describe(piece, lowered[piece.name], job) for piece in job.split.pieces],
+        {package: version(package) for package in packages},
+        {
+            "max_batch": job.options.max_batch,
+            "delegation": {name: vars(piece.delegation) for name, piece in lowered.items()},
+        },
+    )
+
+
+def export(
+    module: nn.Module, piece: PieceModule, precision: str = "fp32", max_batch: int = MAX_BATCH
+) -> ExportedProgram:
+    """Traces a piece's (rewritten) module for any batch up to ``max_batch``.
+
+    ``int8`` quantizes every nn.Linear but the router: weights per output channel, activations per tensor as they come,
+    so that nothing needs calibrating. (With static ranges, for which XNNPACK wants outputs in int8 as well, calibrated
+    on 512 images, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions,
+    norms, attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to
+    other experts.
+    """
+    inputs, shapes = examples(piece, max_batch)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        if precision == "int8" and piece.role != "router":
+            config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+            quantizer = XNNPACKQuantizer().set_module_type(nn.Linear, config).set_filter_function(_outside_router)
+            prepared = prepare_pt2e(program.module(), quantizer)
+            prepared(*inputs)
+            program = torch.export.export(convert_pt2e(prepared), inputs, dynamic_shapes=shapes, strict=False)
+    _simplify(program)
+    return program
+
+
+def examples(piece: PieceModule, max_batch: int) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...] | None]:
+    """Inputs to trace a piece with, and their dynamic shapes for any batch up to ``max_batch``."""
+    # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
+    inputs = tuple(example[:max_batch] for example in piece.inputs.values())
+    return inputs, None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
+
+
+def lower(program: ExportedProgram) -> Lowered:
+    """Lowers a traced piece to XNNPACK; takes seconds to a minute."""
+    # Graph text first: lowering changes the program in place.
+    tensors, code = _tensors(program), _code(program)
+    # With gradients on, constants are marked as needing them, and the bytes would depend on the caller.
+    with quiet(), torch.no_grad():
+        edge = to_edge_transform_and_lower({METHOD: program}, partitioner=[WholePartitioner()])
+        delegated = delegation(edge)
+        # Inputs are not planned: the runtime then reads the caller's memory instead of copying it into its own.
+        planning = MemoryPlanningPass(alloc_graph_input=False)
+        data = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
+    return Lowered(bytes(data), tensors, code, delegated)
+
+
+class WholePartitioner(XnnpackPartitioner):
+    """XNNPACK's partitioner, its partitions merged wherever nothing has to run between them.
+
+    Its own merging cuts a graph behind every quantized input that several layers read, as q, k and v do.
+    """
+
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        partitions = super().generate_partitions(ep)
+        delegated = {node: number for number, partition in enumerate(partitions) for node in partition.nodes}
+        # How often a value has left the delegates and come back; partitions of one count cannot wait for each other.
+        counts: dict[int | torch.fx.Node, int] = {}
+        before: dict[int | torch.fx.Node, int] | None = None
+        while counts != before:
+            before = dict(counts)
+            for node in ep.graph.nodes:
+                key = delegated.get(node, node)
+                for other in node.all_input_nodes:
+                    leaves = other in delegated and node not in delegated
+                    count = counts.get(delegated.get(other, other), 0) + leaves
+                    counts[key] = max(counts.get(key, 0), count)
+        merged: dict[int, Partition] = {}
+        for number, partition in enumerate(partitions):
+            whole = merged.setdefault(counts.get(number, 0), Partition(id=counts.get(number, 0)))
+            for node in partition.nodes:
+                whole.add_node(node)
+        return list(merged.values())
+
+
+def with_weights(lowered: Lowered, program: ExportedProgram) -> Lowered | None:
+    """What lowering ``program`` would give, byte for byte, from ``lowered``, which differs in weights alone.
+
+    XNNPACK's weights are stored beside its graph under the sha256 of their bytes, so both are exchanged in place.
+
+    Returns:
+        None where that cannot be done: another graph, a weight that is not stored as it is, or weights that are equal
+        in one piece and not in the other.
+    """
+    tensors = _tensors(program)
+    if _code(program) != lowered.code or tensors.keys() != lowered.tensors.keys():
+        return None
+    contents: dict[str, bytes] = {}  # by the sha256 of what they replace
+    for name, old in lowered.tensors.items():
+        content = _bytes(tensors[name])
+        if contents.setdefault(_sha256(_bytes(old)), content) != content:
+            return None
+    if len(set(contents.values())) != len(contents):
+        return None
+    renamed = {old: _sha256(content) for old, content in contents.items() if _sha256(content) != old}
+
+    def rename(key: bytes) -> bytes:
+        return _SHA256.sub(lambda match: renamed.get(match[0].decode(), match[0].decode()).encode(), key)
+
+    file = deserialize_pte_binary(lowered.data)
+    assert file.named_data is not None
+    stored = {key.removeprefix("scale_"): entry for key, entry in file.named_data.pte_data.items()}
+    buffers = file.named_data.buffers
+    for digest in renamed:
+        if digest not in stored or len(buffers[stored[digest].buffer_index]) != len(contents[digest]):
+            return None
+        buffers[stored[digest].buffer_index] = contents[digest]
+    file.named_data.pte_data = {rename(key.encode()).decode(): entry for key, entry in file.named_data.pte_data.items()}
+    for delegate in file.program.backend_delegate_data:
+        delegate.data = rename(delegate.data)
+    return Lowered(_serialize(file), tensors, lowered.code, lowered.delegation)
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """One file of many methods from files of one method each.
+
+    Lowering all methods together gives the same, in minutes instead of a second. Weights are stored under their
+    sha256, so those that several methods use are stored once.
+
+    Args:
+        files: .pte file by the name its method is to have.
+    """
+    packed: Program | None = None
+    store = NamedDataStore()
+    for name, data in files.items():
+        file = deserialize_pte_binary(data)
+        program = file.program
+        if file.named_data is not None:
+            store.merge_named_data_store(file.named_data)
+        (plan,) = program.execution_plan
+        plan.name = name
+        if packed is None:
+            packed = program
+            continue
+        # A method refers to delegates and to constants by their place in its file. Constant 0 stands for "none".
+        for delegate in plan.delegates:
+            delegate.processed.index += len(packed.backend_delegate_data)
+        for value in plan.values:
+            if isinstance(value.val, TensorValue) and value.val.data_buffer_idx > 0:
+                value.val.data_buffer_idx += len(packed.constant_buffer) - 1
+        packed.backend_delegate_data += program.backend_delegate_data
+        packed.constant_buffer += program.constant_buffer[1:]
+        packed.execution_plan.append(plan)
+    assert packed is not None
+    return _serialize(PTEFile(packed, named_data=store.get_named_data_store_output()))
+
+
+_SHA256 = re.compile(rb"[0-9a-f]{64}")
+
+
+def _outside_router(node: torch.fx.Node) -> bool:
+    """Whether a traced operator is not part of a :class:`RoutedTrunk`'s router."""
+    modules = node.meta.get("nn_module_stack", {}).values()
+    return not any(name.split(".")[0] == "router" for name, _ in modules)
+
+
+def _serialize(file: PTEFile) -> bytes:
+    return bytes(serialize_pte_binary(file, extract_delegate_segments=True))
+
+
+def _simplify(program: ExportedProgram) -> None:
+    """Removes what would cut a delegate in two, in place.
+
+    ``x[:, :None]`` leaves a copy that XNNPACK does not take, and a reshape only goes in if its batch is written -1.
+    """
+    graph, aten = program.graph_module.graph, torch.ops.aten
+    outputs = set(graph.output_node().all_input_nodes)  # the program's signature has their names
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in outputs:
+            continue
+        if node.target in (aten.slice.Tensor, aten.alias.default) and _shape(node) == _shape(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target in (aten.flatten.using_ints, aten.view.default):
+            shape = [extent if isinstance(extent, int) else -1 for extent in _shape(node)]
+            if shape.count(-1) == 1 and node.args[0].meta["val"].is_contiguous():
+                node.target, node.args = aten.view.default, (node.args[0], shape)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _shape(node: torch.fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def delegation(edge: EdgeProgramManager) -> Delegation:
+    """How much of a lowered program XNNPACK runs."""
+    module = edge.exported_program(METHOD).graph_module
+    delegates = delegated = 0
+    undelegated: Counter[str] = Counter()
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, node.target), LoweredBackendModule):
+            delegates += 1
+            graph = getattr(module, node.target).original_module.graph
+            delegated += sum(inner.op == "call_function" for inner in graph.nodes)
+        elif isinstance(node.target, EdgeOpOverload):
+            undelegated[node.target.__name__] += 1
+    return Delegation(delegates, delegated, dict(sorted(undelegated.items())))
+
+
+def _tensors(program: ExportedProgram) -> dict[str, Tensor]:
+    """The weights that a program uses; quantizing leaves the original ones in it, unused."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    values = {**program.constants, **program.state_dict}
+    used = [node.name for node in program.graph_module.graph.nodes if node.op == "placeholder" and node.users]
+    return {names[name]: values[names[name]].detach() for name in used if name in names}
+
+
+def _code(program: ExportedProgram) -> str:
+    return f"{program.graph_module.graph}\n{program.graph_signature}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def _sha256(content: bytes) -> str:
+    """What XNNPACK's lowering names a weight after."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _describe(piece: PieceModule, lowered: Lowered, job: Job) -> Piece:
+    packed = job.options.layout == "packed"
+    graph = PACKED if packed else f"{piece.name}.pte"
+    # Weights as stored, which in int8 means some of them; the rest of the file is a few kB.
+    per_weight = len(lowered.data) / max(1, count_parameters(piece.module))
+    flops = job.piece_flops(piece.role)
+    function = piece.name if packed else METHOD
+    return describe_piece(piece, graph, [graph], flops, function=function, bytes_per_weight=per_weight)

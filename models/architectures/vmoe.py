@@ -1,0 +1,200 @@
+"""V-MoE (arXiv 2106.05974): a router in every MoE layer picks experts for each token. The comparison model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.models.architectures.mobile_vmoe import Experts
+from mvmoe_deploy.models.architectures.routing import ORDERS, TokenRouting, auxiliary_loss, route
+from mvmoe_deploy.models.architectures.vit import (
+    LAYER_NORM_EPS,
+    Attention,
+    Block,
+    ViT,
+    ViTConfig,
+    classify,
+    embed,
+    init_weights,
+)
+
+
+@dataclass(frozen=True)
+class VMoEConfig(ViTConfig):
+    """Shape of a V-MoE: a ViT in some of whose blocks each token goes to k of ``experts`` MLPs.
+
+    Attributes:
+        experts: number of experts E in every MoE layer.
+        placement: which blocks are MoE layers: ``every-n`` is every n-th block, ``last-n`` the last n of ``every-2``,
+            so that the paper's last-2 of 12 blocks are, from 0, the blocks 9 and 11.
+        k: experts used per token.
+        capacity_factor: an expert has ``C = ceil(S·k·capacity_factor/E)`` places, rounded up to a multiple of 4,
+            for the S tokens of a batch.
+        order: who gets the places: ``vanilla`` or ``bpr`` (Batch Priority Routing).
+    """
+
+    architecture: ClassVar[str] = "vmoe"
+
+    experts: int = 10
+    placement: str = "last-2"
+    k: int = 1
+    capacity_factor: float = 1.05
+    order: str = "vanilla"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k > self.experts:
+            raise ConfigError(f"model config: k is {self.k}, but there are only {self.experts} experts")
+        if not 0 < self.capacity_factor < math.inf:
+            raise ConfigError(f"model config: capacity_factor is {self.capacity_factor}, must be above 0 and finite")
+        if self.order not in ORDERS:
+            raise ConfigError(f"model config: order is {self.order!r}, must be 'vanilla' or 'bpr'")
+        if not re.fullmatch(r"(last|every)-[1-9]\d{0,4}", self.placement):
+            raise ConfigError(f"model config: placement is {self.placement!r}, must be 'last-N' or 'every-N'")
+        kind, n = self.placement.split("-")
+        if int(n) > (self.depth // 2 if kind == "last" else self.depth):
+            raise ConfigError(f"model config: placement is {self.placement!r}, but depth is only {self.depth}")
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """Indices of the blocks that are MoE layers."""
+        kind, n = self.placement.split("-")
+        if kind == "every":
+            return list(range(int(n) - 1, self.depth, int(n)))
+        return list(range(1, self.depth, 2))[-int(n) :]
+
+
+class TokenMoEBlock(nn.Module):
+    """A transformer block in which a router picks the MLPs of each token."""
+
+    def __init__(self, config: VMoEConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.router = nn.Linear(config.width, config.experts, bias=False)
+        self.mlp = Experts(config.experts, config.width, config.mlp_ratio * config.width)
+
+    def forward(self, x: Tensor, config: VMoEConfig, n: int | None = None) -> tuple[Tensor, TokenRouting]:
+        """Tokens ``[B, N, D]`` → ``[B, n, D]``, the first n tokens' of each image (all by default), and the routing.
+
+        The group that shares an expert's places is the batch: S = B · N.
+        """
+        x = x + self.attn(self.norm1(x))
+        normed = self.norm2(x)
+        batch, tokens, width = normed.shape
+        # float32, also under autocast: rounded logits would tie
+        logits = self.router(normed).float().flatten(0, 1)
+        routing = route(logits, config.k, config.capacity_factor, config.order, self.training)
+        if n is not None:
+            # Tokens that nobody reads are routed all the same, since they take places and count in the losses as they
+            # did in training; were the read ones routed alone, C and who overflows would change, and with them the
+            # logits. Only their experts need not run. So attention is computed for all tokens here.
+            read = torch.arange(batch * tokens, device=x.device) % tokens < n
+            routing = dataclasses.replace(routing, run=routing.kept & read[:, None])
+        token, choice = routing.run.nonzero(as_tuple=True)
+        added = torch.zeros_like(normed).flatten(0, 1)  # overflow gets a zero MoE output
+        if len(token):
+            # Experts sees each (token, choice) as an image of one token
+            rows = normed.flatten(0, 1)[token, None]
+            outputs = self.mlp(rows, routing.gates[token, choice, None], routing.chosen[token, choice, None])
+            added = added.index_add(0, token, outputs[:, 0])
+        return (x + added.view(batch, tokens, width))[:, :n], routing
+
+
+@dataclass
+class TokenRouted:
+    """What a training step needs.
+
+    Attributes:
+        logits: of the classes ``[B, C]``.
+        layers: the routing of each MoE layer, over S = B · N tokens, those of one image together.
+    """
+
+    logits: Tensor
+    layers: list[TokenRouting]
+
+    def auxiliary_loss(self) -> Tensor:
+        """Importance and load losses, half of each, summed over the MoE layers (appendix A; the sum as their code)."""
+        k = self.layers[0].chosen.shape[1]
+        return torch.stack([auxiliary_loss(layer.logits, layer.noisy_logits, k) for layer in self.layers]).sum()
+
+    def choices(self) -> Tensor:
+        """Share of each image's choices that fell on each expert ``[B, MoE layers, E]``; overflow included."""
+        return torch.stack([self._per_image(self._chosen(layer)).float().mean(1) for layer in self.layers], 1)
+
+    def used(self, unread: bool = False) -> Tensor:
+        """Which experts each image used ``[B, MoE layers, E]``, boolean; overflow uses none.
+
+        The layers' experts are different weights: an image needs as many MLPs in memory as there are True in its row.
+
+        Args:
+            unread: counts the experts of tokens that nobody reads too, as the model is written down. They are not run:
+                of the last block, the class token's alone are.
+        """
+        return torch.stack(
+            [
+                self._per_image(self._chosen(layer) & (layer.kept if unread else layer.run)[:, :, None]).any(1)
+                for layer in self.layers
+            ],
+            1,
+        )
+
+    def overflow(self) -> Tensor:
+        """Share of the choices that found no place, in each MoE layer ``[MoE layers]``."""
+        return torch.stack([1 - layer.kept.float().mean() for layer in self.layers])
+
+    @staticmethod
+    def _chosen(layer: TokenRouting) -> Tensor:
+        return F.one_hot(layer.chosen, layer.logits.shape[1]).bool()  # [S, k, E]
+
+    def _per_image(self, of_tokens: Tensor) -> Tensor:
+        """``[S, k, E]`` → ``[B, N·k, E]``."""
+        return of_tokens.unflatten(0, (len(self.logits), -1)).flatten(1, 2)
+
+
+class VMoE(ViT):
+    """V-MoE: images ``[B, 3, H, W]`` → logits ``[B, C]``.
+
+    The tokens of a batch compete for places: unless the capacity is ample, an image's logits depend on the others.
+    """
+
+    config: VMoEConfig
+
+    def __init__(self, config: VMoEConfig) -> None:
+        super().__init__(config)
+        for index in config.moe_blocks:
+            self.blocks[index] = TokenMoEBlock(config)
+        init_weights(self)
+
+    def set_capacity(self, factor: float, order: str | None = None) -> None:
+        """Changes the capacity factor, and the order where given: below 1 at inference is section 4's adaptive compute.
+
+        Raises:
+            ConfigError: a factor that is not above 0, or an unknown order.
+        """
+        self.config = dataclasses.replace(self.config, capacity_factor=factor, order=order or self.config.order)
+
+    def routed(self, images: Tensor) -> TokenRouted:
+        """Runs the model and returns how every MoE layer routed as well."""
+        x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            n = 1 if index == len(self.blocks) - 1 else None  # the classifier reads the class token alone
+            if isinstance(block, Block):
+                x = block(x, n=n)
+            else:
+                x, routing = block(x, self.config, n=n)
+                layers.append(routing)
+        return TokenRouted(classify(x, self.norm, self.head), layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.routed(images).logits

@@ -1,0 +1,215 @@
+"""What a trained model says of labelled images: its predictions one by one, and accuracy, router and load in sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvmoe_deploy.checkpoint import Superclasses
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE
+from mvmoe_deploy.models.architectures.vmoe import VMoE
+from mvmoe_deploy.models.train.data import ImageSet, normaliser
+from mvmoe_deploy.runtime import RoutedBatch, Runtime
+
+Progress = Callable[[Iterator, int], Iterator]
+"""Wraps an iterator, given it and its length (a progress bar)."""
+
+
+@dataclass
+class ImageRouting:
+    """Where a per-image router sent n images.
+
+    Attributes:
+        probabilities: the router's ``[n, E]``.
+        chosen: experts ``[n, k]``, best first.
+    """
+
+    probabilities: Tensor
+    chosen: Tensor
+
+    def load(self) -> Tensor:
+        """Share of the images' choices that fell on each expert ``[E]``."""
+        return torch.bincount(self.chosen.flatten(), minlength=self.probabilities.shape[1]) / self.chosen.numel()
+
+
+@dataclass
+class TokenRouting:
+    """Where a V-MoE sent the tokens of n images.
+
+    Attributes:
+        choices: share of each image's choices that fell on each expert ``[n, MoE layers, E]``, overflow included.
+        used: whether any token of the image that is read used the expert ``[n, MoE layers, E]``; overflow uses none.
+        overflow: share of the choices that found no place ``[MoE layers]``.
+    """
+
+    choices: Tensor
+    used: Tensor
+    overflow: Tensor
+
+
+@dataclass
+class Predictions:
+    """A model's answers to n labelled images.
+
+    Attributes:
+        labels: the images' classes, int64 ``[n]``.
+        top: the most probable classes ``[n, 5]``, best first; fewer columns where there are fewer classes.
+        routing: where the images, or their tokens, went; None for a dense model.
+    """
+
+    labels: Tensor
+    top: Tensor
+    routing: ImageRouting | TokenRouting | None
+
+    @property
+    def right(self) -> Tensor:
+        """Whether the most probable class is the image's, boolean ``[n]``."""
+        return self.top[:, 0] == self.labels
+
+
+@dataclass
+class Evaluation:
+    """Accuracy on labelled images.
+
+    Attributes:
+        accuracy: top-1, 0…1.
+        top5: top-5, 0…1.
+        router_accuracy: share of images routed to their super-class's expert; None where there are no super-classes.
+        load: share of images sent to each expert ``[E]``, of a V-MoE the share of tokens; empty for a dense model.
+    """
+
+    accuracy: float
+    top5: float
+    router_accuracy: float | None
+    load: list[float]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    batch: int = 500,
+    progress: Progress | None = None,
+    experts: Tensor | None = None,
+) -> Predictions:
+    """Runs a model on all images; what comes back is in their order.
+
+    The tokens of a V-MoE's batch compete for places, so its answers depend on ``batch``.
+
+    Args:
+        model: any of this project's.
+        images: labelled.
+        preprocessing: the model's.
+        batch: images at once.
+        progress: wraps the iterator over batches.
+        experts: ``[n, k]`` experts of a Mobile V-MoE to use instead of its router's choice.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    normalise = normaliser(preprocessing, device)
+    total = len(images.labels)
+    # Images come class by class. The tokens of few classes choose few experts, so that a V-MoE would lose far more of
+    # them to overflow than on the mixed batches of training: mix them here too.
+    order = torch.arange(total)
+    if isinstance(model, VMoE):
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    tops: list[Tensor] = []
+    by_image: list[ImageRouting] = []
+    by_token: list[TokenRouting] = []
+    parts = order.split(batch)
+    for rows in progress(iter(parts), len(parts)) if progress else parts:
+        x = normalise(images.pixels[rows].to(device))
+        if isinstance(model, MobileVMoE):
+            routed = model.routed(x, None if experts is None else experts[rows].to(device))
+            logits = routed.logits
+            by_image.append(ImageRouting(routed.router_logits.softmax(-1).cpu(), routed.chosen.cpu()))
+        elif isinstance(model, VMoE):
+            tokens = model.routed(x)
+            logits = tokens.logits
+            share = len(rows) / total
+            by_token.append(
+                TokenRouting(tokens.choices().cpu(), tokens.used().cpu(), (tokens.overflow() * share).cpu())
+            )
+        else:
+            logits = model(x)
+        tops.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
+    model.train(was_training)
+    back = order.argsort()
+    routing: ImageRouting | TokenRouting | None = None
+    if by_image:
+        routing = ImageRouting(
+            torch.cat([part.probabilities for part in by_image])[back], torch.cat([p.chosen for p in by_image])[back]
+        )
+    elif by_token:
+        routing = TokenRouting(
+            torch.cat([part.choices for part in by_token])[back],
+            torch.cat([part.used for part in by_token])[back],
+            torch.stack([part.overflow for part in by_token]).sum(0),
+        )
+    return Predictions(images.labels, torch.cat(tops)[back], routing)
+
+
+def predict_with_bundle(
+    runtime: Runtime,
+    images: ImageSet,
+    batch: int = 32,
+    progress: Progress | None = None,
+    experts: Tensor | None = None,
+) -> Predictions:
+    """:func:`predict` with an exported model; the arguments are the same."""
+    normalise = normaliser(runtime.bundle.manifest.preprocessing, torch.device("cpu"))
+    tops: list[Tensor] = []
+    routes: list[RoutedBatch] = []
+    parts = torch.arange(len(images.labels)).split(batch)
+    for rows in progress(iter(parts), len(parts)) if progress else parts:
+        logits, routed = runtime.run(
+            normalise(images.pixels[rows]).numpy(), None if experts is None else experts[rows].numpy()
+        )
+        tops.append(torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices)
+        if routed is not None:
+            routes.append(routed)
+    routing = None
+    if routes:
+        routing = ImageRouting(
+            torch.from_numpy(np.concatenate([routed.probabilities for routed in routes])),
+            torch.from_numpy(np.concatenate([routed.experts for routed in routes])),
+        )
+    return Predictions(images.labels, torch.cat(tops), routing)
+
+
+def summarise(predictions: Predictions, superclasses: Superclasses | None = None) -> Evaluation:
+    """Accuracy, router accuracy and load per expert."""
+    routing = predictions.routing
+    load: list[float] = []
+    router_accuracy = None
+    if isinstance(routing, TokenRouting):
+        load = routing.choices.mean((0, 1)).tolist()
+    elif routing is not None:
+        load = routing.load().tolist()
+        if superclasses is not None:
+            wanted = torch.tensor(superclasses.of_class)[predictions.labels]
+            router_accuracy = float((routing.chosen[:, 0] == wanted).double().mean())
+    return Evaluation(
+        float(predictions.right.double().mean()),
+        float((predictions.top == predictions.labels[:, None]).any(1).double().mean()),
+        router_accuracy,
+        load,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    superclasses: Superclasses | None = None,
+    batch: int = 500,
+) -> Evaluation:
+    """Accuracy, router accuracy and load per expert on labelled images."""
+    return summarise(predict(model, images, preprocessing, batch), superclasses)
