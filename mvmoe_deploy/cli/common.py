@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,65 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
             return 130
 
     return run
+
+
+class SubCommand(Protocol):
+    """One sub-command: a module with these names, whose heavy imports are inside its functions.
+
+    Attributes:
+        HELP: what it does, in one line without a full stop.
+        EXAMPLES: shown as they stand below its options; may be empty.
+    """
+
+    HELP: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares its arguments; called only if this sub-command was asked for."""
+
+    def run(self, args: argparse.Namespace) -> None:
+        """Does it.
+
+        Raises:
+            MvmoeError: as :func:`command` expects.
+        """
+
+
+def command_group(description: str, commands: Mapping[str, SubCommand], default: str) -> Command:
+    """A command with sub-commands, such as ``mvmoe-train evaluate``.
+
+    Where the first argument names none of them, the default is meant: ``mvmoe-train --data …`` is
+    ``mvmoe-train train --data …``. The help of the command alone lists them all and shows the default's options.
+
+    Args:
+        description: of the whole command.
+        commands: by name, in the order of the help.
+        default: one of these names.
+    """
+
+    @command
+    def main(argv: list[str] | None = None) -> None:
+        argv = sys.argv[1:] if argv is None else argv
+        if not argv or argv[0] not in (*commands, "-h", "--help"):
+            argv = [default, *argv]
+        chosen = argv[0] if argv[0] in commands else default
+        whole = parser(description)
+        choices = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        for name, module in commands.items():
+            about = f"{module.HELP} (the default)" if name == default else module.HELP
+            part = choices.add_parser(
+                name, help=about, description=f"{module.HELP}.", epilog=module.EXAMPLES,
+                formatter_class=_Formatter, allow_abbrev=False,
+            )  # fmt: skip
+            if name == chosen:
+                module.add_arguments(part)
+                part.set_defaults(run=module.run)
+            if name == default and chosen == default:
+                whole.epilog = part.format_help()
+        args = whole.parse_args(argv)
+        args.run(args)
+
+    return main
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
