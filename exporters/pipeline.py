@@ -26,7 +26,7 @@ from mvmoe_deploy.files import atomic_directory
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.models import config_from_dict, load_checkpoint
 from mvmoe_deploy.models.flops import piece_flops
-from mvmoe_deploy.models.train.data import image_files
+from mvmoe_deploy.models.train.folders import image_files
 
 MAX_IMAGES = 1000
 """Images taken from a folder for verification; more say nothing new."""

@@ -34,7 +34,7 @@ from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import config_from_dict
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
-from mvmoe_deploy.models.train.data import image_files
+from mvmoe_deploy.models.train.folders import image_files
 
 PLACE = PurePosixPath("/data/local/tmp")
 """The only folder of a stock phone that the shell's user may write to and run programs from."""

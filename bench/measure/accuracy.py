@@ -32,7 +32,7 @@ def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Label
     Raises:
         DataError: no such data, or an unreadable image.
     """
-    from mvmoe_deploy.models.train.data import read_images
+    from mvmoe_deploy.models.train.folders import read_images
 
     val = read_images(data, "val", preprocessing)
     rows = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels))).astype(int)

@@ -18,7 +18,8 @@ from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.job import MODULES, Options, target_module
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.models import ZOO, load_checkpoint
-from mvmoe_deploy.models.train.data import normaliser, read_images
+from mvmoe_deploy.models.train.data import normaliser
+from mvmoe_deploy.models.train.folders import read_images
 from mvmoe_deploy.runtime import Runtime
 
 HEADERS = [

@@ -138,12 +138,12 @@ def progress_bar(items: Iterator[Any], total: int, title: str = "") -> Iterator[
 def read_split(
     data: Path, split: str, preprocessing: Preprocessing, class_ids: list[str] | None = None, **options: Any
 ) -> ImageSet:
-    """:func:`mvmoe_deploy.models.train.data.read_images` with a progress bar.
+    """:func:`mvmoe_deploy.models.train.folders.read_images` with a progress bar.
 
     Raises:
         DataError: see there.
     """
-    from mvmoe_deploy.models.train.data import read_images  # imports torch
+    from mvmoe_deploy.models.train.folders import read_images  # imports torch
 
     return read_images(
         data,

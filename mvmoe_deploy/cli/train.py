@@ -151,7 +151,7 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.architectures.vit import ViTConfig
     from mvmoe_deploy.models.study.superclasses import random_groups
-    from mvmoe_deploy.models.train.data import read_class_names, read_superclasses
+    from mvmoe_deploy.models.train.folders import read_class_names, read_superclasses
     from mvmoe_deploy.models.train.teacher import ResNet, ResNetConfig, Teacher, load_teacher, resnet_config_from_name
     from mvmoe_deploy.models.train.trainer import Recipe, Trainer
 

@@ -12,7 +12,8 @@ import torch
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.study.superclasses import confusion, group, suggest_names
-from mvmoe_deploy.models.train.data import ImageSet, read_class_names, read_superclasses
+from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.folders import read_class_names, read_superclasses
 
 IDS = ["a", "b", "c"]
 

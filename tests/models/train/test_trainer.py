@@ -32,7 +32,8 @@ from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.architectures.routing import auxiliary_loss
 from mvmoe_deploy.models.study.evaluation import evaluate
 from mvmoe_deploy.models.study.superclasses import random_groups
-from mvmoe_deploy.models.train.data import ImageSet, _empty, read_images
+from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.folders import _empty, read_images
 from mvmoe_deploy.models.train.muon import Muon
 from mvmoe_deploy.models.train.teacher import Teacher
 from mvmoe_deploy.models.train.trainer import Recipe, Trainer
