@@ -8,7 +8,6 @@ import struct
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from threads import together
 
 from mvmoe_deploy import images
 from mvmoe_deploy.errors import ImageError
@@ -307,8 +307,8 @@ def test_many_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> 
         inside -= 1
         return real(source)
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "open", slow)
-        list(pool.map(lambda _: decode(file), range(16)))
+        together(16, lambda _: decode(file))
     assert most == 1
     assert warnings.filters == before

@@ -7,19 +7,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import TIMEOUT, daemon, together
 
 from mvmoe_deploy.errors import BudgetError, MvmoeError
 from mvmoe_deploy.residency import Residency, parse_bytes
-
-TIMEOUT = 20
-"""Seconds after which a thread that waits is taken for a deadlock."""
 
 
 class FakeTail:
@@ -62,19 +59,6 @@ def touch(residency: Residency, *experts: int) -> None:
     for expert in experts:
         with residency.use(expert) as loaded:
             assert loaded[0](None)[0] == expert
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Runs ``work(0)…work(count - 1)`` at once and fails where one raises or does not end."""
-    barrier = threading.Barrier(count)
-
-    def start(index: int) -> None:
-        barrier.wait(TIMEOUT)
-        work(index)
-
-    with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(start, index) for index in range(count)]:
-            future.result(TIMEOUT)
 
 
 def test_everything_stays_without_a_bound(load: FakeLoader) -> None:
@@ -155,7 +139,7 @@ def test_bounds_that_just_suffice(load: FakeLoader) -> None:
 def test_sixteen_threads_asking_for_one_expert_load_it_once() -> None:
     load = FakeLoader(delay=0.1)
     residency = Residency(load, [10] * 4)
-    in_threads(16, lambda _: touch(residency, 2))
+    together(16, lambda _: touch(residency, 2))
     ledger = residency.ledger()
     assert load.loads == [2]
     assert (ledger.hits, ledger.misses) == (15, 1)
@@ -167,7 +151,7 @@ def test_different_experts_load_side_by_side() -> None:
     both = threading.Barrier(2)
     load.during = lambda: both.wait(TIMEOUT)  # type: ignore[assignment, return-value]
     residency = Residency(load, [10] * 2)
-    in_threads(2, lambda index: touch(residency, index))
+    together(2, lambda index: touch(residency, index))
     assert sorted(load.loads) == [0, 1]
 
 
@@ -177,8 +161,7 @@ def test_a_resident_expert_can_be_used_while_another_loads() -> None:
     touch(residency, 0)
     loading, go_on = threading.Event(), threading.Event()
     load.during = lambda: (loading.set(), go_on.wait(TIMEOUT))  # type: ignore[assignment, func-returns-value]
-    thread = threading.Thread(target=touch, args=(residency, 1))
-    thread.start()
+    thread = daemon(touch, residency, 1)
     assert loading.wait(TIMEOUT)
     assert residency.resident(0)
     assert not residency.resident(1)
@@ -197,8 +180,7 @@ def test_an_expert_in_use_is_not_evicted_and_waiting_for_room_ends(load: FakeLoa
         done.set()
 
     with residency.use(0) as loaded:
-        thread = threading.Thread(target=other)
-        thread.start()
+        thread = daemon(other)
         assert not done.wait(0.2)  # no room while 0 is in use
         assert residency.ledger().resident == [0]
         assert loaded[0](None)[0] == 0
@@ -220,7 +202,7 @@ def test_many_threads_on_few_places_neither_deadlock_nor_exceed_the_bound(most: 
             if len(residency.ledger().resident) > most:
                 exceeded.append(index)
 
-    in_threads(16, work)
+    together(16, work)
     ledger = residency.ledger()
     assert not exceeded
     assert ledger.hits + ledger.misses == 16 * 40
@@ -255,7 +237,7 @@ def test_threads_that_waited_for_a_load_that_failed_try_themselves() -> None:
             failures.append(error)
             load.failing = set()  # the first failure mends the file
 
-    in_threads(8, work)
+    together(8, work)
     ledger = residency.ledger()
     assert len(failures) >= 1
     assert ledger.misses == len(load.loads) == len(failures) + 1

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import tiny
 import torch
 from exported import Exported
 from PIL import Image
+from threads import TIMEOUT, together
 
 import mvmoe_deploy
 from mvmoe_deploy import models
@@ -23,8 +22,6 @@ from mvmoe_deploy.backends import LoadedPiece, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, BudgetError, ImageError
 from mvmoe_deploy.runtime import Runtime, top_k
-
-TIMEOUT = 30
 
 
 class CountingBackend:
@@ -253,17 +250,6 @@ def test_a_load_that_fails_leaves_the_runtime_usable(bundle_path: Path) -> None:
 
 
 # threads
-
-
-def together(count: int, work: Callable[[int], Any]) -> list[Any]:
-    barrier = threading.Barrier(count)
-
-    def start(index: int) -> Any:
-        barrier.wait(TIMEOUT)
-        return work(index)
-
-    with ThreadPoolExecutor(count) as pool:
-        return [future.result(TIMEOUT) for future in [pool.submit(start, index) for index in range(count)]]
 
 
 def test_sixteen_threads_load_a_tail_once(bundle_path: Path) -> None:
