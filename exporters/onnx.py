@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.models.architectures.vit import Attention
@@ -178,8 +178,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({reason})") from error
+        raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({first_line(error)})") from error
     assert program is not None
     model: ir.Model = program.model
     # Stack traces of the exporting machine: ten times the size of the graph, and paths that are nobody's business.

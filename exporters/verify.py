@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -14,42 +13,14 @@ from torch import Tensor
 
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.errors import MvmoeError, VerificationError
+from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
+from mvmoe_deploy.exporters.precision import TOLERANCES, Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, Split
 from mvmoe_deploy.runtime import Runtime, top_k
 
 RANKING_ERROR = 1e-5
 """Of a probability that a graph computes from its own logits, both in fp32."""
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an export may differ by.
-
-    Attributes:
-        relative: largest error of a piece's output, divided by the output's largest magnitude.
-        agreement: least share of images with the same top-1 class, and of images routed alike.
-        margin: two routes or classes whose reference values differ by less than this are a tie, and either is right.
-    """
-
-    relative: float
-    agreement: float
-    margin: float
-
-
-TOLERANCES = {
-    # fp32 engines sum in another order and approximate erf and exp: about 1e-6 per operator, seen to reach 1e-5
-    # after twelve blocks. A wrong expert shows 1e-2 and more.
-    "fp32": Tolerance(1e-4, 1.0, 1e-5),
-    # 11 bits of mantissa: 5e-4 per weight (and per operator, where arithmetic is fp16 too), adding up over blocks.
-    "fp16": Tolerance(2e-2, 0.995, 2e-3),
-    # One scale per output channel, 1/254 of its largest weight; activations are quantised as well where dynamic.
-    "int8": Tolerance(0.25, 0.97, 5e-2),
-    "palette6": Tolerance(0.25, 0.97, 5e-2),
-    # 16 values per tensor: known to cost accuracy, exported for those who measure what it costs them.
-    "palette4": Tolerance(1.0, 0.75, 1e-1),
-}
-"""By precision of the bundle."""
 
 IMAGES_PER_EXPERT = 8
 """Images that every expert is run on; end to end, all images are."""
@@ -139,7 +110,7 @@ def check_piece(
     except MvmoeError:
         raise
     except Exception as error:
-        raise VerificationError(f"{where}: does not run on {backend.name} ({str(error).splitlines()[0]})") from error
+        raise VerificationError(f"{where}: does not run on {backend.name} ({first_line(error)})") from error
     absolute = relative = 0.0
     by_name = dict(zip([spec.name for spec in written.outputs], actual, strict=True))
     for name, b in zip(piece.outputs, expected, strict=True):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mvmoe_deploy.errors import CheckpointError
+from mvmoe_deploy.errors import CheckpointError, first_line
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
 
@@ -149,7 +149,7 @@ def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"{path}: refused, it holds more than plain tensors and values ({reason})") from None
     except Exception as error:  # torch raises whatever its reader stumbles over
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise CheckpointError(f"{path}: not a checkpoint of this project (holds a {type(raw).__name__})")
     weights = raw.pop("weights", None)

@@ -47,3 +47,8 @@ class RegressionError(CheckFailed):
 
 class DataError(MvmoeError):
     """A training data folder that cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as a reason within one line: its first line, or else its type's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import Manifest, Piece
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.job import Converted, Job, Options, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.images import Preprocessing
@@ -288,8 +288,9 @@ def _convert_module(piece: PieceModule, module: nn.Module, job: Job) -> Package:
             converted.save(f"{scratch}/piece.mlpackage")
             return Package.read(Path(scratch) / "piece.mlpackage")
     except Exception as error:  # the toolchain raises whatever it meets
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"{piece.name}: coremltools {ct.__version__} cannot convert it ({reason})") from error
+        raise ExportError(
+            f"{piece.name}: coremltools {ct.__version__} cannot convert it ({first_line(error)})"
+        ) from error
 
 
 def _export(module: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

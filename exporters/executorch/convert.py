@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mvmoe_deploy.bundle import Piece
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.job import Converted, Job, Options, count_parameters, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule
@@ -99,8 +99,7 @@ def convert(job: Job) -> Converted:
                 exported = export(module, piece, job.options.precision, job.options.max_batch)
                 lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
             except Exception as error:  # torch and executorch raise whatever a layer they do not know leads to
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ExportError(f"{piece.name}: executorch cannot lower it ({reason})") from error
+                raise ExportError(f"{piece.name}: executorch cannot lower it ({first_line(error)})") from error
             first = first or lowered[piece.name]
     if job.options.layout == "packed":
         files = {PACKED: pack({piece.name: lowered[piece.name].data for piece in job.split.pieces})}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.bundle import Bundle, Piece
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.images import denormalise
 
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -35,8 +35,7 @@ class CoreMLBackend:
         try:
             model = coremltools.models.MLModel(str(path), function_name=piece.function)
         except Exception as error:  # Core ML's own errors arrive as RuntimeError, coremltools' as anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BackendError(f"{path}: Core ML cannot load it ({reason})") from None
+            raise BackendError(f"{path}: Core ML cannot load it ({first_line(error)})") from None
         features = _input_features(model.get_spec(), piece.function)
         images = frozenset(name for name, feature in features.items() if feature.type.WhichOneof("Type") == "imageType")
 
@@ -45,7 +44,7 @@ class CoreMLBackend:
             try:
                 return model.predict(given)
             except Exception as error:
-                raise BackendError(f"{path}: Core ML failed ({error})") from None
+                raise BackendError(f"{path}: Core ML failed ({first_line(error)})") from None
 
         if set(features) != {spec.name for spec in piece.inputs}:
             raise BackendError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.backends.xnnpack_graph import check_graph
 from mvmoe_deploy.bundle import Bundle, Piece, TensorSpec
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.quiet import quiet
 
 FLOAT = 6
@@ -68,7 +68,7 @@ class ExecuTorchBackend:
             _check_signature(program.metadata(method), piece, path)
             return _LoadedPiece(piece, path, program, program.load_method(method))
         except RuntimeError as error:
-            raise BackendError(f"{path}: executorch cannot load it ({_reason(error)}); export again") from None
+            raise BackendError(f"{path}: executorch cannot load it ({first_line(error)}); export again") from None
 
 
 class _LoadedPiece:
@@ -119,7 +119,7 @@ class _LoadedPiece:
         try:
             outputs = self._method.execute([self._tensor(array) for array in arrays])
         except RuntimeError as error:
-            raise BackendError(f"{self._where}: executorch failed ({_reason(error)})") from None
+            raise BackendError(f"{self._where}: executorch failed ({first_line(error)})") from None
         return [output.numpy() for output in outputs]
 
     @property
@@ -159,7 +159,7 @@ def check_program(path: Path) -> None:
     except OSError as error:
         raise BackendError(f"{path}: {error.strerror}") from None
     except Exception as error:  # the flatbuffer reader raises whatever its bytes lead to
-        raise BackendError(f"{path}: not a .pte file, or damaged ({_reason(error)}); export again") from None
+        raise BackendError(f"{path}: not a .pte file, or damaged ({first_line(error)}); export again") from None
     if problem:
         raise BackendError(f"{path}: damaged or unsafe: {problem}; export again")
 
@@ -317,7 +317,7 @@ def _runtime(threads: int | None) -> Any:
             from executorch.runtime import Runtime
     except ImportError as error:
         raise BackendError(
-            f"the executorch backend cannot be imported ({_reason(error)}): pip install 'mvmoe-deploy[executorch]'"
+            f"the executorch backend cannot be imported ({first_line(error)}): pip install 'mvmoe-deploy[executorch]'"
         ) from None
     with _lock:
         threads = threads or _pool_threads or 1
@@ -332,7 +332,3 @@ def _runtime(threads: int | None) -> Any:
                 "use that number, or another process"
             )
     return Runtime.get()
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.backends.coreml import one_image_at_a_time
 from mvmoe_deploy.bundle import Bundle, Piece
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.quiet import quiet
 
 Array = NDArray[Any]
@@ -199,7 +199,7 @@ def read_package(path: Path) -> Package:
         file = path / WEIGHTS_FILE
         weights = np.memmap(file, np.uint8, "r") if file.exists() and file.stat().st_size else np.zeros(0, np.uint8)
     except (OSError, ValueError) as error:
-        raise BackendError(f"{path}: not a readable Core ML package ({error}); export again") from None
+        raise BackendError(f"{path}: not a readable Core ML package ({first_line(error)}); export again") from None
     except DecodeError:
         raise BackendError(f"{path / MODEL_FILE}: damaged, not a Core ML model; export again") from None
     if model.WhichOneof("Type") != "mlProgram":
@@ -381,7 +381,7 @@ def _execute(step: Step, values: dict[str, Any], where: str) -> None:
     try:
         result = OPS[step.op](**arguments)
     except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError, MemoryError) as error:
-        raise BackendError(f"{where}: cannot be executed ({error})") from None
+        raise BackendError(f"{where}: cannot be executed ({first_line(error)})") from None
     results = result if isinstance(result, tuple) else (result,)
     if len(results) != len(step.outputs):
         raise BackendError(f"{where}: declares {len(step.outputs)} outputs, the op has {len(results)}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.bundle import Bundle, Piece
-from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.errors import BackendError, first_line
 
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 """Linux only."""
@@ -68,8 +68,7 @@ class OnnxRuntimeBackend:
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the bindings raise a dozen unrelated types
-            reason = str(error).splitlines()[0]
-            raise BackendError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from None
+            raise BackendError(f"{path}: onnxruntime {ort.__version__} cannot load it ({first_line(error)})") from None
 
     def _check_signature(self, piece: Piece, session: ort.InferenceSession) -> None:
         inputs = [spec.name for spec in piece.inputs] + [weight.name for weight in piece.weights]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
-from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from mvmoe_deploy.models.train.data import ImageSet
@@ -173,7 +173,7 @@ def train(argv: list[str] | None = None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from None
+        raise DataError(f"--device {device}: torch cannot use it ({first_line(error)})") from None
     preprocessing = Preprocessing(size=args.image_size)
     recipe = Recipe(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe) if hasattr(args, field.name)}

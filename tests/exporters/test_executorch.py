@@ -22,8 +22,9 @@ from mvmoe_deploy.errors import ExportError, VerificationError
 from mvmoe_deploy.exporters.executorch.convert import convert as target
 from mvmoe_deploy.exporters.executorch.convert import rewrite as xnnpack
 from mvmoe_deploy.exporters.job import Job, Options
+from mvmoe_deploy.exporters.precision import TOLERANCES
 from mvmoe_deploy.exporters.split import PieceModule, split
-from mvmoe_deploy.exporters.verify import TOLERANCES, check_piece
+from mvmoe_deploy.exporters.verify import check_piece
 from mvmoe_deploy.models.architectures.vit import Attention
 
 
