@@ -60,7 +60,7 @@ def test_the_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> 
     dependencies = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
     (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     code = (
-        "import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.html, mvmoe_deploy.models as m;"
+        "import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.page, mvmoe_deploy.models as m;"
         "from mvmoe_deploy.bench.candidates.suite import choose_scales; assert len(choose_scales(None)) == 12;"
         "print(mvmoe_deploy.__file__); print(m.__file__); print(len(m.SCALES))"
     )

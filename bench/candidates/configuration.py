@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import mvmoe_deploy
 from mvmoe_deploy.backends import MODULES
-from mvmoe_deploy.bench.report.results import Kind, Paper
+from mvmoe_deploy.bench.results import Kind, Paper
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.runtime import RoutedBatch, Stats
@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 
 class Configuration(msgspec.Struct, frozen=True):
-    """One thing to measure; what it shares with :class:`mvmoe_deploy.bench.report.results.Row` is described there.
+    """One thing to measure; what it shares with :class:`mvmoe_deploy.bench.results.Row` is described there.
 
     Attributes:
         path: a bundle's directory, a bare ``.onnx`` graph, or a checkpoint (backend ``torch``).

@@ -25,7 +25,7 @@ from mvmoe_deploy.bench.candidates.baselines import (
 )
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
-from mvmoe_deploy.bench.report.results import Kind
+from mvmoe_deploy.bench.results import Kind
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ConfigError

@@ -13,7 +13,7 @@ import msgspec
 from mvmoe_deploy.bench.candidates.baselines import random_checkpoint
 from mvmoe_deploy.bench.candidates.prepare import prepare
 from mvmoe_deploy.bench.measure.run import Images, Plan, Progress, measure
-from mvmoe_deploy.bench.report.results import Paper, Results
+from mvmoe_deploy.bench.results import Paper, Results
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.models import config_from_name
 

@@ -27,7 +27,7 @@ import mvmoe_deploy
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.noise import MAX_INTERVAL, MAX_VARIATION
 from mvmoe_deploy.bench.report.publish import add_outputs, publish
-from mvmoe_deploy.bench.report.results import FORMAT, Estimate, Latency, Noise, Results, Row
+from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
 from mvmoe_deploy.errors import BackendError, ConfigError

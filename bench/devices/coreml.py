@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from mvmoe_deploy.bench.report.publish import add_outputs, publish
-from mvmoe_deploy.bench.report.results import Results
+from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.errors import BackendError, ConfigError

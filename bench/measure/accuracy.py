@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, Opened
-from mvmoe_deploy.bench.report.results import Accuracy
+from mvmoe_deploy.bench.results import Accuracy
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing, normalise
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mvmoe_deploy.bench.report.results import Estimate
+from mvmoe_deploy.bench.results import Estimate
 
 RESAMPLES = 1000
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.measure.bootstrap import median_estimate
-from mvmoe_deploy.bench.report.results import ColdStart
+from mvmoe_deploy.bench.results import ColdStart
 from mvmoe_deploy.errors import BackendError
 
 SCRIPT = Path(__file__).with_name("first_prediction.py")

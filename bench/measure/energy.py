@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mvmoe_deploy.bench.measure.bootstrap import median_estimate
-from mvmoe_deploy.bench.report.results import Estimate
+from mvmoe_deploy.bench.results import Estimate
 
 POWERCAP = Path("/sys/class/powercap")
 CHUNK_SECONDS = 0.5

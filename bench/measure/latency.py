@@ -11,7 +11,7 @@ import numpy as np
 
 from mvmoe_deploy.bench.measure import noise
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate
-from mvmoe_deploy.bench.report.results import Latency
+from mvmoe_deploy.bench.results import Latency
 
 WINDOW = 10
 """Rounds whose medians are compared to tell whether times have settled."""

@@ -20,7 +20,7 @@ from mvmoe_deploy.bench.candidates.configuration import (
     synthetic_batch,
 )
 from mvmoe_deploy.bench.measure.fresh import answer, in_fresh_process
-from mvmoe_deploy.bench.report.results import Memory, MemoryPoint
+from mvmoe_deploy.bench.results import Memory, MemoryPoint
 
 PREDICTIONS = 100
 IMAGES = 64

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from mvmoe_deploy.bench.report.results import Estimate, Noise
+from mvmoe_deploy.bench.results import Estimate, Noise
 
 MAX_VARIATION = 0.25
 """Coefficient of variation above which the samples are not of one thing."""

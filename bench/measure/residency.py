@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mvmoe_deploy.bench.candidates.configuration import Configuration, import_engine, open_configuration
 from mvmoe_deploy.bench.measure import memory
 from mvmoe_deploy.bench.measure.fresh import answer, in_fresh_process
-from mvmoe_deploy.bench.report.results import Residency
+from mvmoe_deploy.bench.results import Residency
 from mvmoe_deploy.images import normalise
 from mvmoe_deploy.runtime import Runtime
 

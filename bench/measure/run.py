@@ -1,4 +1,4 @@
-"""Measures configurations against each other: one run fills one :class:`mvmoe_deploy.bench.report.results.Results`."""
+"""Measures configurations against each other: one run fills one :class:`mvmoe_deploy.bench.results.Results`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mvmoe_deploy.bench.measure.latency import Timed, interleave
 from mvmoe_deploy.bench.measure.machine import machine
 from mvmoe_deploy.bench.measure.memory import PREDICTIONS, measure_memory
 from mvmoe_deploy.bench.measure.residency import MEAN_BURST, measure_residency
-from mvmoe_deploy.bench.report.results import (
+from mvmoe_deploy.bench.results import (
     FORMAT,
     Accuracy,
     ColdStart,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
-from mvmoe_deploy.bench.report.results import Estimate, Latency, Results, Row
+from mvmoe_deploy.bench.results import Estimate, Latency, Results, Row
 from mvmoe_deploy.bench.report.tables import cold_start_medians, display_name, expert_name, noise_reasons, number, plain
 
 COLOURS = {

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mvmoe_deploy.bench.report.results import Results, read_json, write_json
+from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.bench.report.tables import csv_text, markdown, tables, text, write_text
 from mvmoe_deploy.cli.common import command, parser
 
@@ -51,7 +51,7 @@ def show(results: Results) -> str:
 
 
 def _html(results: Results) -> str:
-    from mvmoe_deploy.bench.report.html import html  # imports matplotlib, which takes a second
+    from mvmoe_deploy.bench.report.page import html  # imports matplotlib, which takes a second
 
     return html(results)
 

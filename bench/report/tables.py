@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvmoe_deploy.bench.report.results import Estimate, Latency, Results, Row
+from mvmoe_deploy.bench.results import Estimate, Latency, Results, Row
 from mvmoe_deploy.files import atomic_file
 
 NOISY = "†"

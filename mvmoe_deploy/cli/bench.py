@@ -16,7 +16,7 @@ from mvmoe_deploy.errors import BackendError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.bench.measure.run import Images, Plan
-    from mvmoe_deploy.bench.report.results import Results
+    from mvmoe_deploy.bench.results import Results
 
 EXAMPLES = """\
 examples:

@@ -17,7 +17,7 @@ import tiny
 from exported import kept_traces
 from PIL import Image
 
-from mvmoe_deploy.bench.report.results import read_json
+from mvmoe_deploy.bench.results import read_json
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.cli import bench, evaluate, export, inspect, run, superclasses, train
 from mvmoe_deploy.exporters import job as targets

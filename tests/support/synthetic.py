@@ -7,7 +7,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from mvmoe_deploy.bench.report import results as r
+from mvmoe_deploy.bench import results as r
 
 EXPERTS = 10
 CLASSES = 40

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from mvmoe_deploy.bench.devices import android
-from mvmoe_deploy.bench.report.results import Results, read_json
+from mvmoe_deploy.bench.results import Results, read_json
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import BackendError, ConfigError
 

@@ -13,7 +13,7 @@ import pytest
 from mvmoe_deploy.bench.measure import noise
 from mvmoe_deploy.bench.measure.bootstrap import estimate, median_estimate, quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.latency import WINDOW, Timed, interleave
-from mvmoe_deploy.bench.report.results import Estimate
+from mvmoe_deploy.bench.results import Estimate
 
 
 class Clock:

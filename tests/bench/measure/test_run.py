@@ -26,7 +26,7 @@ from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
 from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bench.measure.residency import MEAN_BURST, measure_residency, mix_sequence
 from mvmoe_deploy.bench.measure.run import Images, Plan, measure
-from mvmoe_deploy.bench.report.results import read_json, write_json
+from mvmoe_deploy.bench.results import read_json, write_json
 from mvmoe_deploy.errors import BackendError, ConfigError, DataError
 from mvmoe_deploy.models import config_from_name
 from mvmoe_deploy.models.flops import model_flops, total_parameters

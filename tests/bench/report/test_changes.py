@@ -12,7 +12,7 @@ import synthetic
 
 from mvmoe_deploy.bench.measure import bootstrap
 from mvmoe_deploy.bench.report import changes as c
-from mvmoe_deploy.bench.report.results import Results, Row, write_json
+from mvmoe_deploy.bench.results import Results, Row, write_json
 from mvmoe_deploy.cli import bench
 from mvmoe_deploy.errors import ConfigError
 

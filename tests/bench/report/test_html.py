@@ -11,8 +11,8 @@ import pytest
 import synthetic
 
 from mvmoe_deploy.bench.report.charts import charts
-from mvmoe_deploy.bench.report.html import SECTIONS, html
-from mvmoe_deploy.bench.report.results import Results
+from mvmoe_deploy.bench.report.page import SECTIONS, html
+from mvmoe_deploy.bench.results import Results
 
 PHONE, DESKTOP, A4 = 375, 1280, 695  # the last is 184 mm: A4 less the margins
 

@@ -12,7 +12,7 @@ import pytest
 import synthetic
 
 from mvmoe_deploy.bench.report import publish as render
-from mvmoe_deploy.bench.report.results import Results, read_json, write_json
+from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.bench.report.tables import Table, csv_text, interval, markdown, number, plain, tables, text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mvmoe_deploy.bench.report.results import Results, Row
+from mvmoe_deploy.bench.results import Results, Row
 from mvmoe_deploy.files import atomic_file
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import mvmoe_deploy
 from mvmoe_deploy.bench.report.charts import Chart, charts
-from mvmoe_deploy.bench.report.results import Results
+from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bench.report.tables import (
     Table,
     display_name,
