@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 
 from mvmoe_deploy.bench.measure.bootstrap import resampled
+from mvmoe_deploy.bench.report.tables import NOISY, Table, fact, interval, noise_reasons, text
 from mvmoe_deploy.bench.results import Estimate, Results, Row, read_json
-from mvmoe_deploy.bench.report.tables import NOISY, Table, fact, interval, noise_reasons, number, plain, text
 from mvmoe_deploy.cli.common import command, parser
 from mvmoe_deploy.errors import ConfigError, RegressionError
+from mvmoe_deploy.terminal import number, plain
 
 DIFFERENT_RUNS_BY_NATURE = {"load_average", "commit", "date"}
 

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
+from mvmoe_deploy.bench.report.tables import cold_start_medians, display_name, expert_name, noise_reasons
 from mvmoe_deploy.bench.results import Estimate, Latency, Results, Row
-from mvmoe_deploy.bench.report.tables import cold_start_medians, display_name, expert_name, noise_reasons, number, plain
+from mvmoe_deploy.terminal import number, plain
 
 COLOURS = {
     "mobile-vmoe": "#4477aa",

@@ -8,18 +8,16 @@ from typing import Any
 
 import mvmoe_deploy
 from mvmoe_deploy.bench.report.charts import Chart, charts
-from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bench.report.tables import (
     Table,
     display_name,
     fact,
     noise_reasons,
-    number,
-    numeric_columns,
-    plain,
     tables,
 )
+from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.errors import BackendError
+from mvmoe_deploy.terminal import number, numeric_columns, plain
 
 SECTIONS = {
     "models": ("Models", "What was measured, and what a device downloads."),
@@ -86,7 +84,7 @@ def html(results: Results) -> str:
 def _cells(table: Table) -> dict[str, Any]:
     rows = [[number(cell) for cell in row] for row in table.rows]
     return {"title": table.title, "headers": table.headers, "rows": rows, "note": table.note,
-            "numeric": numeric_columns(table)}  # fmt: skip
+            "numeric": numeric_columns(table.rows)}  # fmt: skip
 
 
 def _subtitle(results: Results) -> str:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.bench.report.tables import csv_text, markdown, tables, text, write_text
+from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.cli.common import command, parser
 
 EXAMPLES = """\

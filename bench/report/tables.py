@@ -11,11 +11,10 @@ from typing import Any
 
 from mvmoe_deploy.bench.results import Estimate, Latency, Results, Row
 from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.terminal import Cell, folded, markdown_table, markdown_text, number, plain, table
 
 NOISY = "†"
 """Follows the name of a row whose times should not be quoted."""
-
-Cell = str | float | int | None
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Table:
 
     Attributes:
         key: the part of the report it belongs to, such as ``memory``.
-        note: how to read it; may be empty.
+        note: how to read it, in lines; may be empty.
     """
 
     key: str
@@ -41,11 +40,6 @@ def tables(results: Results) -> list[Table]:
     return [shown for table in made if (shown := _without_empty_columns(table)) is not None]
 
 
-def plain(text: object) -> str:
-    """A text on one line without control characters: names come from files, and may be anybody's."""
-    return "".join(c if c.isprintable() else "�" for c in " ".join(str(text).split()))
-
-
 def display_name(row: Row) -> str:
     """A row's name, marked if its times are noisy."""
     return plain(row.name) + (f" {NOISY}" if noise_reasons(row) else "")
@@ -58,17 +52,6 @@ def noise_reasons(row: Row) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def number(value: Cell) -> str:
-    """Four significant digits, thousands separated; a dash for what was not measured."""
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:#.4g}"
-
-
 def interval(estimate: Estimate | None, scale: float = 1.0) -> str | None:
     """``1.04 (1.03–1.06)``: a value and its 95 % interval."""
     if estimate is None:
@@ -77,39 +60,23 @@ def interval(estimate: Estimate | None, scale: float = 1.0) -> str | None:
     return f"{value} ({low}–{high})"
 
 
-def text(table: Table) -> str:
-    """A table for the terminal."""
-    from tabulate import tabulate
-
-    numeric = numeric_columns(table)
-    body = tabulate(
-        [[number(cell) for cell in row] for row in table.rows],
-        table.headers,
-        disable_numparse=True,
-        colalign=["right" if column in numeric else "left" for column in range(len(table.headers))],
-    )
-    return f"{body}\n{table.note}" if table.note else body
+def text(shown: Table) -> str:
+    """A table for the terminal, no wider than it is."""
+    body = table(shown.rows, shown.headers)
+    return f"{body}\n{folded(shown.note)}" if shown.note else body
 
 
 def markdown(results: Results) -> str:
     """All tables, the machine and the method, for a README or a pull request."""
     parts = ["# Benchmark"]
-    for table in tables(results):
-        numeric = numeric_columns(table)
-        rule = ["---:" if column in numeric else "---" for column in range(len(table.headers))]
-        lines = [[_markdown_text(header) for header in table.headers], rule]
-        lines += [[_markdown_text(number(cell)) for cell in row] for row in table.rows]
-        parts += [f"## {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-        parts += [table.note] if table.note else []
+    for shown in tables(results):
+        parts += [f"## {shown.title}", markdown_table(shown.rows, shown.headers)]
+        parts += [markdown_text(line) for line in shown.note.splitlines()]
     for title, facts in (("Machine", results.machine), ("Method", results.method)):
         parts += [
             f"## {title}",
-            "\n".join(f"- {_markdown_text(k)}: {_markdown_text(fact(v))}" for k, v in facts.items()),
+            "\n".join(f"- {markdown_text(k)}: {markdown_text(fact(v))}" for k, v in facts.items()),
         ]
-    noisy = [f"- {_markdown_text(display_name(row))}: {_markdown_text('; '.join(noise_reasons(row)))}"
-             for row in results.rows if noise_reasons(row)]  # fmt: skip
-    if noisy:
-        parts += [f"## {NOISY} Not to be quoted", "\n".join(noisy)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -208,8 +175,9 @@ def _measured(results: Results) -> Table:
         for row in results.rows
     ]
     note = "Milliseconds of a warm prediction, batch 1; memory with at most one resident expert."
-    if any(noise_reasons(row) for row in results.rows):
-        note += f" {NOISY} too noisy to quote."
+    if noisy := [row for row in results.rows if noise_reasons(row)]:
+        note += f"\n{NOISY} Do not quote the times of these:"
+        note += "".join(f"\n{display_name(row)}: {'; '.join(noise_reasons(row))}" for row in noisy)
     return Table("measured", "Measured", headers, rows, note)
 
 
@@ -315,24 +283,8 @@ def _without_empty_columns(table: Table) -> Table | None:
     return Table(table.key, table.title, [table.headers[c] for c in kept], rows, table.note)
 
 
-def numeric_columns(table: Table) -> set[int]:
-    """Columns to align at the right: numbers, and intervals (which start with one)."""
-    return {
-        column
-        for column, header in enumerate(table.headers)
-        if "95 %" in header
-        or header.startswith("batch ")
-        or not any(isinstance(row[column], str) for row in table.rows)
-    }
-
-
 def _millions(value: float | None) -> float | None:
     return None if value is None else value / 1e6
-
-
-def _markdown_text(value: str) -> str:
-    """A text that Markdown shows as it is: every punctuation mark that could mean something is escaped."""
-    return "".join("\\" + c if c in "\\`*_{}[]<>#+!|~&$@" else c for c in plain(value))
 
 
 def _spreadsheet_text(value: str) -> str:

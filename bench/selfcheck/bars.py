@@ -30,13 +30,14 @@ from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
 from mvmoe_deploy.bench.measure.latency import interleave
 from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.cli.common import command, positive_int, table
+from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.errors import BackendError, CheckFailed
 from mvmoe_deploy.exporters.job import Options, target_module
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
 from mvmoe_deploy.models.flops import total_parameters
+from mvmoe_deploy.terminal import Cell, table
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("mvmoe-bench figures", description=__doc__)
     parser.add_argument("--rounds", type=positive_int, default=1000, help="interleaved samples per latency figure")
     rounds = parser.parse_args(argv).rounds
-    rows = []
+    rows: list[list[Cell]] = []
     with tempfile.TemporaryDirectory() as folder:
         for figure in measure_all(rounds, Path(folder)):
             print(f"{figure.what}: {figure.value:.3f}", file=sys.stderr)

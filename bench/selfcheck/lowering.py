@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mvmoe_deploy.bench.selfcheck.lowering_timing import measure_exports
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
-from mvmoe_deploy.cli.common import command, positive_int, table
+from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.exporters.executorch.convert import MAX_BATCH, Lowered, delegation, examples, export, lower
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
@@ -38,6 +38,7 @@ from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, config_from_name
 from mvmoe_deploy.models.architectures.vit import embed
 from mvmoe_deploy.quiet import quiet
+from mvmoe_deploy.terminal import table
 
 IMAGES = 16
 RATIOS = {

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bench.measure.latency import interleave
-from mvmoe_deploy.cli.common import command, parser, positive_int, table
+from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import build, config_from_name
 from mvmoe_deploy.models.train.data import ImageSet
 from mvmoe_deploy.models.train.trainer import Recipe, Trainer, optimizers
+from mvmoe_deploy.terminal import table
 
 BAR = 0.85
 """Least share of the bare loop's images per second."""

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, table
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
 from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.terminal import table
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing

@@ -126,7 +126,7 @@ def _measure_here(argv: list[str] | None) -> None:
         results = _measure(args, Path(folder), progress)
     publish(results, args)
     if args.plot:
-        from mvmoe_deploy.bench.report.plots import draw
+        from mvmoe_deploy.bench.report.png import draw
 
         draw(results, args.plot)
 

@@ -8,8 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, table
+from mvmoe_deploy.cli.common import command, parser, positive_int, read_split
 from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.terminal import table
 
 FACTORS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from mvmoe_deploy import __version__
 from mvmoe_deploy.errors import CheckFailed, MvmoeError
 
 if TYPE_CHECKING:
@@ -27,32 +31,87 @@ class Command(Protocol):
 
 
 def command(main: Callable[[list[str] | None], None]) -> Command:
-    """Turns this project's errors into one line on standard error and an exit code: 1 check failed, 2 bad input."""
+    """Turns this project's errors into one line on standard error and an exit code: 1 check failed, 2 bad input.
+
+    Whatever standard output is, nothing ends in a traceback: characters that its encoding lacks are replaced, a closed
+    one swallows the output, and a reader such as ``head`` may stop reading.
+    """
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        _prepare_streams()
         try:
-            main(argv)
+            try:
+                main(argv)
+            except SystemExit:  # of --help
+                sys.stdout.flush()
+                raise
             sys.stdout.flush()
             return 0
         except CheckFailed as error:
-            print(f"error: {error}", file=sys.stderr)
+            _complain(f"error: {error}")
             return CHECK_FAILED
         except MvmoeError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _complain(f"error: {error}")
             return BAD_INPUT
         except BrokenPipeError:  # whoever reads the output, such as head, has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
             return 128 + 13  # as a shell says of a program that SIGPIPE ended
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+            _complain(f"error: {where}{error.strerror or error}")
             return BAD_INPUT
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            _complain("interrupted")
             return 130
+        finally:
+            _give_up_output()
 
     return run
+
+
+def _prepare_streams() -> None:
+    """Makes standard output and error take whatever is printed."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors
+        if getattr(sys, name) is None:  # closed: the next file opened would get its descriptor, and the output with it
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=PLAINER)
+
+
+PLAINER = "mvmoe-plainer"
+"""Name of an error handler for encodings: characters that an encoding lacks become similar ones that it has."""
+
+SIMILAR = {"–": "-", "−": "-", "…": "...", "×": "x", "†": "*", "→": "->", "±": "+-", "≥": ">=", "≤": "<=", "·": "-"}
+
+
+def _plainer(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return b"".join(map(_similar, error.object[error.start : error.end])), error.end
+
+
+def _similar(character: str) -> bytes:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text: as it was
+        return bytes([ord(character) - 0xDC00])
+    return SIMILAR.get(character, "?").encode()
+
+
+codecs.register_error(PLAINER, _plainer)
+
+
+def _complain(message: str) -> None:
+    """Prints to standard error, which may be a closed pipe."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
+def _give_up_output() -> None:
+    """Points standard output nowhere if what is left cannot be written, or Python would complain at its own end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class SubCommand(Protocol):
@@ -92,17 +151,14 @@ def command_group(description: str, commands: Mapping[str, SubCommand], default:
     @command
     def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
-        if not argv or argv[0] not in (*commands, "-h", "--help"):
+        if not argv or argv[0] not in (*commands, "-h", "--help", "--version"):
             argv = [default, *argv]
         chosen = argv[0] if argv[0] in commands else default
         whole = parser(description)
         choices = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
         for name, module in commands.items():
             about = f"{module.HELP} (the default)" if name == default else module.HELP
-            part = choices.add_parser(
-                name, help=about, description=f"{module.HELP}.", epilog=module.EXAMPLES,
-                formatter_class=_Formatter, allow_abbrev=False,
-            )  # fmt: skip
+            part = choices.add_parser(name, help=about, description=f"{module.HELP}.", epilog=module.EXAMPLES)
             if name == chosen:
                 module.add_arguments(part)
                 part.set_defaults(run=module.run)
@@ -114,11 +170,22 @@ def command_group(description: str, commands: Mapping[str, SubCommand], default:
     return main
 
 
-def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser whose help keeps the epilog's lines (examples) and shows defaults."""
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
-    )
+class Parser(argparse.ArgumentParser):
+    """A parser whose help keeps the epilog's lines and shows defaults, and whose errors are one line."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Formatter, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
+        self.exit(BAD_INPUT, f"error: {' '.join(message.split())}; {self.prog} --help says more\n")
+
+
+def parser(description: str, epilog: str = "") -> Parser:
+    """The parser of a whole command, with ``--version``."""
+    made = Parser(description=description, epilog=epilog)
+    made.add_argument("--version", action="version", version=f"mvmoe-deploy {__version__}", help="print the version")
+    return made
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -157,14 +224,10 @@ def read_split(
 
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is {text!r}")
     return value
-
-
-def table(rows: list[list[Any]], headers: list[str]) -> str:
-    """A plain-text table, numbers aligned."""
-    from tabulate import tabulate
-
-    return tabulate(rows, headers, floatfmt=",.4g", intfmt=",", missingval="-")

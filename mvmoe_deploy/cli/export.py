@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.cli.common import command, parser, positive_int, table
+from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.errors import ExportError, MvmoeError, VerificationError
+from mvmoe_deploy.terminal import Cell, table
 
 EXAMPLES = """\
 examples:
@@ -138,10 +139,10 @@ def describe_verification(bundle: Bundle) -> str:
     pieces = {piece.name: piece for piece in bundle.manifest.pieces}
     files = {file.path: file.bytes for file in bundle.manifest.files}
     delegation: dict[str, dict[str, Any]] = bundle.manifest.options.get("delegation", {})
-    rows = []
+    rows: list[list[Cell]] = []
     for r in results["pieces"]:
         piece = pieces[r["piece"]]
-        row = [piece.name, sum(files[path] for path in piece.files) / 1e3, piece.flops / 1e6]
+        row: list[Cell] = [piece.name, sum(files[path] for path in piece.files) / 1e3, piece.flops / 1e6]
         if delegation:
             d = delegation[piece.name]
             left = ", ".join(f"{count} {name}" for name, count in d["undelegated"].items())

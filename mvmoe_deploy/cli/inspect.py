@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
-from mvmoe_deploy.cli.common import command, parser, table
+from mvmoe_deploy.cli.common import command, parser
 from mvmoe_deploy.snippets import snippet
+from mvmoe_deploy.terminal import table
 
 
 def build_parser() -> argparse.ArgumentParser:

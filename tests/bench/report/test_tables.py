@@ -12,8 +12,9 @@ import pytest
 import synthetic
 
 from mvmoe_deploy.bench.report import publish as render
+from mvmoe_deploy.bench.report.tables import Table, csv_text, interval, markdown, tables, text
 from mvmoe_deploy.bench.results import Results, read_json, write_json
-from mvmoe_deploy.bench.report.tables import Table, csv_text, interval, markdown, number, plain, tables, text
+from mvmoe_deploy.terminal import number, plain
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,11 @@ def test_what_was_not_measured_has_no_column_and_no_table() -> None:
 def test_noisy_rows_are_marked_with_the_reason() -> None:
     results = synthetic.results()
     assert [row[0] for row in by_key(results)["measured"].rows][-1] == "stock †"
-    assert "too noisy" in by_key(results)["measured"].note
-    assert "stock †: coefficient of variation 0.31" in markdown(results)
+    reason = "stock †: coefficient of variation 0.31 is above 0.15"
+    assert by_key(results)["measured"].note.splitlines()[-2:] == ["† Do not quote the times of these:", reason]
+    assert reason in text(by_key(results)["measured"]) and reason in markdown(results)
+    quiet = synthetic.results([synthetic.row("dense")])
+    assert "†" not in by_key(quiet)["measured"].note
 
 
 def test_the_terminal_gets_no_control_characters() -> None:

@@ -1,0 +1,204 @@
+"""Tables as text: for a terminal, no wider than it is, and as Markdown."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Collection, Sequence
+
+Cell = str | float | int | None
+
+NARROWEST = 12
+"""Characters that a column of text keeps when its cells are wrapped."""
+
+GAP = 2
+"""Spaces between two columns."""
+
+NUMERIC = re.compile(r"[-+−]?\d[\d.,e+−–…()/% -]*")
+"""A cell to align at the right: a number, a percentage, or a value with its interval."""
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output is shown on; None for a file or a pipe.
+
+    The environment variable COLUMNS overrides it, as elsewhere.
+    """
+    if (columns := os.environ.get("COLUMNS", "")).isdigit() and int(columns):
+        return int(columns)
+    if sys.stdout is not None and sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def number(value: Cell) -> str:
+    """Four significant digits, thousands separated; a dash for what is not known; a text as it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}"
+
+
+def numeric_columns(rows: Sequence[Sequence[Cell]]) -> set[int]:
+    """Columns to align at the right: all but the first whose cells are numbers, with an interval or without."""
+    columns = list(zip(*rows, strict=True))
+    return {column for column, cells in enumerate(columns) if column and all(map(_is_numeric, cells))}
+
+
+def table(
+    rows: Sequence[Sequence[Cell]],
+    headers: Sequence[str],
+    *,
+    right: Collection[int] | None = None,
+    width: int | None = None,
+) -> str:
+    """A table as plain text.
+
+    Where it is wider than the terminal, its headers are wrapped; where that is not enough, its texts; where that is not
+    enough either, it becomes several tables, each of which begins with the first column.
+
+    Args:
+        rows: cells; all rows as long as the headers.
+        headers: of the columns.
+        right: columns to align at the right; by default :func:`numeric_columns`.
+        width: most characters in a line; by default :func:`terminal_width`.
+    """
+    width = width or terminal_width()
+    aligned = numeric_columns(rows) if right is None else right
+    columns = [
+        _Column(header, [plain(number(row[index])) for row in rows], index in aligned)
+        for index, header in enumerate(headers)
+    ]
+    if width is None or not columns:
+        return _render(columns)
+    return "\n\n".join(_render(part) for part in _fit(columns, width))
+
+
+def folded(text: str, width: int | None = None) -> str:
+    """A text of one or several lines, none longer than the terminal is wide."""
+    width = width or terminal_width()
+    if width is None:
+        return text
+    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n"))
+
+
+def markdown_table(
+    rows: Sequence[Sequence[Cell]], headers: Sequence[str], *, right: Collection[int] | None = None
+) -> str:
+    """A table as Markdown; every text is shown as it is, whatever it holds.
+
+    Args:
+        rows: cells; all rows as long as the headers.
+        headers: of the columns.
+        right: columns to align at the right; by default :func:`numeric_columns`.
+    """
+    aligned = numeric_columns(rows) if right is None else right
+    lines = [[markdown_text(header) for header in headers]]
+    lines += [["---:" if column in aligned else "---" for column in range(len(headers))]]
+    lines += [[markdown_text(number(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A text that Markdown shows as it is: every punctuation mark that could mean something is escaped."""
+    return "".join("\\" + c if c in "\\`*_{}[]<>#+!|~&$@" else c for c in plain(text))
+
+
+def plain(text: object) -> str:
+    """A text on one line without control characters: names come from files, and may be anybody's."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(str(text).split()))
+
+
+class _Column:
+    """A header, its cells as text, and where they are aligned."""
+
+    def __init__(self, header: str, cells: list[str], right: bool) -> None:
+        self.header, self.cells, self.right = header, cells, right
+
+    @property
+    def width(self) -> int:
+        return max(len(line) for text in (self.header, *self.cells) for line in text.split("\n"))
+
+    def with_wrapped_header(self) -> _Column:
+        """The header on two lines or so, where it is longer than the cells."""
+        longest_cell = max(map(len, self.cells), default=0)
+        return _Column(_wrapped(self.header, max(longest_cell, len(self.header) // 2 + 1)), self.cells, self.right)
+
+    def wrapped(self, width: int, break_words: bool = False) -> _Column:
+        """Header and cells on several lines."""
+        header, *cells = (_wrapped(text, width, break_words) for text in (self.header, *self.cells))
+        return _Column(header, cells, self.right)
+
+
+def _fit(columns: list[_Column], width: int) -> list[list[_Column]]:
+    """The columns of one or several tables, none of which is wider."""
+    if _total(columns) <= width:
+        return [columns]
+    narrower = [column.with_wrapped_header() for column in columns]
+    if _total(narrower) <= width:
+        return [narrower]
+    wrapped = _wrap_texts(narrower, width)
+    if _total(wrapped) <= width:
+        return [wrapped]
+    first, *rest = narrower
+    if first.width > width // 2:
+        first = first.wrapped(width // 2, break_words=True)
+    parts: list[list[_Column]] = []
+    for column in rest:
+        if column.width > (room := width - first.width - GAP):
+            column = column.wrapped(room, break_words=True)
+        if not parts or _total([*parts[-1], column]) > width:
+            parts.append([first])
+        parts[-1].append(column)
+    return parts or [[first.wrapped(width, break_words=True)]]
+
+
+def _wrap_texts(columns: list[_Column], width: int) -> list[_Column]:
+    """Columns of text made narrower, the widest first, for as long as the table is too wide and they give way."""
+    columns = list(columns)
+    texts = {index for index, column in enumerate(columns) if not column.right}
+    while (excess := _total(columns) - width) > 0 and texts:
+        widest = max(texts, key=lambda index: columns[index].width)
+        narrower = columns[widest].wrapped(max(NARROWEST, columns[widest].width - excess))
+        if narrower.width >= columns[widest].width:
+            texts.remove(widest)
+        else:
+            columns[widest] = narrower
+    return columns
+
+
+def _wrapped(text: str, width: int, break_words: bool = False) -> str:
+    if not break_words:
+        width = max(width, *map(len, text.split()), 1)
+    return "\n".join(textwrap.wrap(text, max(1, width), break_on_hyphens=False))
+
+
+def _total(columns: Sequence[_Column]) -> int:
+    return sum(column.width for column in columns) + GAP * (len(columns) - 1)
+
+
+def _render(columns: Sequence[_Column]) -> str:
+    header, *body = zip(*([column.header, *column.cells] for column in columns), strict=True)
+    rule = tuple("-" * column.width for column in columns)
+    lines: list[str] = []
+    for row in (header, rule, *body):
+        parts = [text.split("\n") for text in row]
+        height = max(map(len, parts))
+        for at in range(height):
+            cells = []
+            for column, part in zip(columns, parts, strict=True):
+                # a short header stands right above its column, a short cell beside the first line of the others
+                line = at - (height - len(part)) if row is header else at
+                text = part[line] if 0 <= line < len(part) else ""
+                cells.append(text.rjust(column.width) if column.right else text.ljust(column.width))
+            lines.append((" " * GAP).join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _is_numeric(cell: Cell) -> bool:
+    return not isinstance(cell, str) or NUMERIC.fullmatch(cell) is not None
