@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find mvmoe_deploy exporters bench models -type f -not -name '*.pyc') pyproject.toml
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint types docs schema clean
 
 # Exports the zoo's trained model and its dense baseline, verifies both, classifies a photo with one expert in memory,
 # and measures them against each other.
@@ -17,27 +17,38 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/pytest  # not python -m pytest, which would find the checkout first
 
-lint: .venv/dev
+# Ruff checks every Python file of the checkout; mypy the installed package, and the scripts in docs/.
+lint: .venv/dev types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/dev
 	cd .venv && bin/mypy --config-file ../pyproject.toml  # from there, so that it checks the installed package
+	cd .venv && bin/mypy --config-file ../pyproject.toml ../docs/*.py
+
+# The documentation, in site/. Strict: a broken link or a module that cannot be found is an error.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/offline.py site
+
+# docs/manifest.schema.json, from the code. A test fails while it is stale.
+schema: .venv/docs
+	$(BIN)/python docs/schema.py
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info
+	rm -rf .venv .demo build dist site *.egg-info
 
 .venv/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed (make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 
-# The package is installed, not linked: tests and type checks see what users get.
-.venv/run: .venv/bin/pip constraints.txt $(SOURCES)
-	rm -rf build  # where setuptools would find modules that are no more
-	$(PIP) '.[bench]'
-	$(PIP) --no-deps --force-reinstall .
-	touch $@
-
-.venv/dev: .venv/bin/pip constraints.txt $(SOURCES)
+# The package is installed, not linked: tests, type checks and the API pages see what users get. The folder build is
+# removed first, because setuptools would find modules there that are no more.
+.venv/run: EXTRA := bench
+.venv/dev: EXTRA := dev
+.venv/docs: EXTRA := docs
+.venv/run .venv/dev .venv/docs: .venv/bin/pip constraints.txt $(SOURCES)
 	rm -rf build
-	$(PIP) '.[dev]'
+	$(PIP) '.[$(EXTRA)]'
 	$(PIP) --no-deps --force-reinstall .
 	touch $@
