@@ -23,10 +23,10 @@ from mvmoe_deploy.exporters.job import Job, Options, target_module
 from mvmoe_deploy.exporters.split import Split, split
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
+from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.models import config_from_dict, load_checkpoint
 from mvmoe_deploy.models.flops import piece_flops
-from mvmoe_deploy.models.train.folders import image_files
 
 MAX_IMAGES = 1000
 """Images taken from a folder for verification; more say nothing new."""

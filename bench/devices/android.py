@@ -31,10 +31,10 @@ from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
 from mvmoe_deploy.errors import BackendError, ConfigError
+from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import config_from_dict
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
-from mvmoe_deploy.models.train.folders import image_files
 
 PLACE = PurePosixPath("/data/local/tmp")
 """The only folder of a stock phone that the shell's user may write to and run programs from."""

@@ -40,7 +40,7 @@ def measure(paths: Sequence[Path], images: Path | None, threads: int, rounds: in
     from mvmoe_deploy.bench.measure.run import Images, Plan
     from mvmoe_deploy.bench.measure.run import measure as measure_here
     from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
-    from mvmoe_deploy.models.train.folders import image_files
+    from mvmoe_deploy.imagefiles import image_files
 
     files = image_files(images) if images else []
     shown = Images(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ class ImageSet:
         labels: int64 ``[n]``, indices into ``class_ids``.
         class_ids: the class folders' names, sorted.
         skipped: images that could not be read, each with the reason.
+        left_out: in words, what of the data set is not among these images: unreadable, hidden, no images.
     """
 
     pixels: Tensor
     labels: Tensor
     class_ids: list[str]
     skipped: list[str]
+    left_out: list[str] = field(default_factory=list)
+
+    def describe(self, split: str) -> str:
+        """What was found, in a line."""
+        left_out = "".join(f"; left out: {what}" for what in self.left_out)
+        return f"{split}: {len(self.labels):,} images of {len(self.class_ids)} classes{left_out}"
 
     def sha256(self) -> str:
         """Of the pixels and labels, to tell one set from another."""
@@ -40,7 +47,7 @@ class ImageSet:
         if count >= total:
             return self
         rows = torch.linspace(0, total - 1, count).long()
-        return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped)
+        return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped, self.left_out)
 
 
 def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,17 +1,26 @@
-"""Data sets on disk: image folders and zips of them, decoded once, and the tables that name and group their classes."""
+"""Data sets on disk: image folders and zips of them, decoded once, and the tables that name and group their classes.
+
+One rule says what a class is, for folders and zips alike: an image is ``CLASS/NAME`` or, as in Tiny ImageNet,
+``CLASS/images/NAME``, or ``images/NAME`` with ``val_annotations.txt`` beside it to name its class. An image anywhere
+else is refused. What is hidden or no image is left out and counted.
+"""
 
 from __future__ import annotations
 
-import csv
-import functools
+import codecs
+import hashlib
 import math
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +28,59 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import DataError, ImageError
+from mvmoe_deploy.imagefiles import HEAD, claims_to_be_image, image_format, is_hidden, walk
 from mvmoe_deploy.images import Preprocessing, to_pixels
 from mvmoe_deploy.models.train.data import ImageSet
 
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_IMAGE = "file that is no image", "files that are no images"
+HIDDEN = "hidden file", "hidden files"
+UNREADABLE = "unreadable image", "unreadable images"
+
+ANNOTATIONS = "val_annotations.txt"
+"""Tiny ImageNet's table of (file name, class id, box) beside its folder ``images``."""
+
+ALL = -1
+MAX_FILE_BYTES = 1 << 30
+"""Largest file that is read; an image of the largest size that is decoded takes 600 MB as a TIFF of 16 bits."""
 
 
-@dataclass
-class _Entry:
-    """One image of a data set: its class, its name for errors, and how to read its bytes."""
+@dataclass(frozen=True)
+class _File:
+    """A file of a split, in a folder or a zip.
 
-    class_id: str
+    Attributes:
+        parts: of its path inside the split.
+        name: what to call it in errors.
+        read: its first so many bytes, or :data:`ALL`; raises ImageError.
+    """
+
+    parts: tuple[str, ...]
     name: str
-    read: Callable[[], bytes]
+    read: Callable[[int], bytes]
+
+    def is_image(self) -> bool:
+        """By what it holds, or by its name: an image that is damaged or cannot be read here is one as well."""
+        if claims_to_be_image(self.parts[-1]):
+            return True
+        try:
+            return image_format(self.read(HEAD)) is not None
+        except ImageError:
+            return True  # so that it is reported as unreadable
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What one split of a data set holds.
+
+    Attributes:
+        where: the folder or zip.
+        images: per class id, sorted, its images, sorted by path.
+        left_out: what else there is, in words.
+    """
+
+    where: Path
+    images: dict[str, list[_File]]
+    left_out: list[str]
 
 
 def read_images(
@@ -39,84 +88,245 @@ def read_images(
     split: str,
     preprocessing: Preprocessing,
     class_ids: list[str] | None = None,
+    *,
     skip_unreadable: bool = False,
     memory_limit: int = 4 << 30,
+    val_share: float = 0.0,
     hold_out: int = 0,
     held_out_only: bool = False,
-    progress: Callable[[Iterator, int], Iterator] | None = None,
+    progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
 ) -> ImageSet:
-    """Reads ``data/split/CLASS/*`` or ``data/split.zip`` and decodes every image to the model's size.
+    """Reads a split of a data set, a folder ``data/split`` or a file ``data/split.zip``, at the model's size.
 
     Args:
         data: the data set's folder.
         split: ``train`` or ``val``.
         preprocessing: gives size, crop and interpolation; the pixels are not normalised yet.
-        class_ids: the classes to expect; by default the folders found.
+        class_ids: the classes to expect; by default those found.
         skip_unreadable: leave out images that cannot be read instead of refusing the data set.
         memory_limit: decoded images that take more bytes than this go into a temporary file that is mapped into
             memory, so that the system may drop what it needs the memory for; it vanishes with the process.
+        val_share: where the data set has no ``val``, this share of each class of ``train`` (or of the class folders in
+            ``data`` itself) is ``val``: the images whose names hash lowest, so that every run, whatever its seed, and a
+            later evaluation see the same split.
         hold_out: the last images of every class, so many, are left out.
         held_out_only: instead, only these are read.
         progress: wraps the iterator over images, given it and its length (a progress bar).
 
     Raises:
-        DataError: no such data, an empty or unknown class, an unreadable image, a class with no more images than are
-            held out, or no room for the temporary file.
+        DataError: no such data, an image that lies in no class, an empty or unknown class, an unreadable image, a class
+            with no more images than are held out, or no room for the temporary file.
     """
-    with _Split(data, split) as entries:
-        found = sorted({entry.class_id for entry in entries})
-        where = f"{data}/{split}"
+    with _open_split(data, split, val_share) as found:
+        where = found.where
         if class_ids is None:
-            class_ids = found
-        elif found != sorted(class_ids):
-            odd = sorted(set(found) ^ set(class_ids))
+            class_ids = list(found.images)
+        elif list(found.images) != sorted(class_ids):
+            odd = sorted(set(found.images) ^ set(class_ids))
             raise DataError(f"{where}: class {odd[0]!r} is in one of the two splits only ({len(odd)} such classes)")
-        if hold_out:
-            entries = _held_out(entries, hold_out, held_out_only)
+        by_class = _held_out(found.images, hold_out, held_out_only) if hold_out else found.images
+        files = [file for each in by_class.values() for file in each]
         size = preprocessing.size
-        pixels = _empty((len(entries), 3, size, size), memory_limit)
+        pixels = _empty((len(files), 3, size, size), memory_limit)
 
         def decode(index: int) -> str | None:
+            file = files[index]
             try:
                 # channels first here saves a transposition of every batch later
-                pixels[index] = to_pixels(entries[index].read(), preprocessing, entries[index].name).transpose(2, 0, 1)
+                pixels[index] = to_pixels(file.read(ALL), preprocessing, file.name).transpose(2, 0, 1)
                 return None
             except ImageError as error:
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
-            results = pool.map(decode, range(len(entries)))
-            errors = list(progress(results, len(entries)) if progress else results)
+            results = pool.map(decode, range(len(files)))
+            errors = list(progress(results, len(files)) if progress else results)
     skipped = [error for error in errors if error]
     if skipped and not skip_unreadable:
-        raise DataError(
-            f"{skipped[0]} ({len(skipped)} unreadable images in {where}; --skip-unreadable leaves them out)"
-        )
+        count = f"{len(skipped)} {UNREADABLE[len(skipped) > 1]}"
+        raise DataError(f"{skipped[0]} ({count} in {where}; --skip-unreadable leaves them out)")
     keep = np.array([error is None for error in errors], dtype=bool)
     index_of = {class_id: index for index, class_id in enumerate(class_ids)}
-    labels = np.array([index_of[entry.class_id] for entry in entries])[keep]
+    labels = np.array([index_of[class_id] for class_id, each in by_class.items() for _ in each])[keep]
     empty = [class_id for index, class_id in enumerate(class_ids) if index not in set(labels.tolist())]
     if empty:
         raise DataError(f"{where}: class {empty[0]!r} has no readable image")
+    left_out = found.left_out
     if skipped:
+        left_out = [f"{len(skipped)} {UNREADABLE[len(skipped) > 1]} (first: {skipped[0]})", *left_out]
         kept = np.flatnonzero(keep)
         for place, index in enumerate(kept):  # in place: a copy of the rest could be too large
             pixels[place] = pixels[index]
         pixels = pixels[: len(kept)]
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), class_ids, skipped)
+    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), class_ids, skipped, left_out)
 
 
-def _held_out(entries: list[_Entry], count: int, only: bool) -> list[_Entry]:
-    """The last ``count`` entries of every class, or all but these."""
-    by_class: dict[str, list[_Entry]] = {}
-    for entry in entries:
-        by_class.setdefault(entry.class_id, []).append(entry)
-    for class_id, each in by_class.items():
+def has_split(data: Path, split: str) -> bool:
+    """Whether a data set has a folder or a zip for this split."""
+    return (data / split).is_dir() or (data / f"{split}.zip").is_file()
+
+
+@contextmanager
+def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
+    """A split's images by class; a zip stays open while they are read."""
+    divided = bool(val_share) and not has_split(data, "val")
+    source = "train" if divided else split
+    folder, archive = data / source, data / f"{source}.zip"
+    if divided and not has_split(data, "train"):
+        folder = data
+    if folder.is_dir():
+        found = _sort_out(folder, source, _files_of_folder(folder))
+        yield _divide(found, split, val_share) if divided else found
+    elif archive.is_file():
+        try:
+            opened = zipfile.ZipFile(archive)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise DataError(f"{archive}: not a readable zip file ({error})") from None
+        with opened:
+            found = _sort_out(archive, source, _files_of_zip(archive, opened))
+            yield _divide(found, split, val_share) if divided else found
+    else:
+        raise DataError(f"{data}: has neither a folder {split}/ nor a file {split}.zip")
+
+
+def _files_of_folder(folder: Path) -> list[_File]:
+    def read(path: Path, count: int) -> bytes:
+        try:
+            if path.exists() and not path.is_file():  # a pipe would wait for a writer
+                raise ImageError(f"{path}: is not a regular file")
+            with open(path, "rb") as file:
+                _check_size(str(path), os.fstat(file.fileno()).st_size)
+                return file.read(count)
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror}") from None
+
+    try:
+        paths = [(parts, folder.joinpath(*parts)) for parts in walk(folder)]
+    except ImageError as error:
+        raise DataError(str(error)) from None
+    return [_File(parts, str(path), partial(read, path)) for parts, path in paths]
+
+
+def _files_of_zip(path: Path, archive: zipfile.ZipFile) -> list[_File]:
+    def read(entry: zipfile.ZipInfo, count: int) -> bytes:
+        name = f"{path}:{entry.filename}"
+        _check_size(name, entry.file_size)
+        try:
+            with archive.open(entry) as file:
+                return file.read(count)
+        except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError where it is encrypted, …
+            raise ImageError(f"{name}: damaged in the zip file ({error})") from None
+
+    files: dict[tuple[str, ...], _File] = {}
+    for entry in archive.infolist():
+        # some programs on Windows write backslashes
+        *parts, last = entry.filename.replace("\\", "/").split("/")
+        key = (*(part for part in parts if part not in ("", ".")), last)
+        if key in files and last:
+            raise DataError(f"{path}:{entry.filename}: is in the zip file twice")
+        files[key] = _File(key, f"{path}:{entry.filename}", partial(read, entry))
+    # as in a folder, an entry for a folder tells something only where nothing is inside
+    filled = {key[:depth] for key in files if key[-1] for depth in range(len(key))}
+    return [file for key, file in sorted(files.items()) if key[-1] or (key[:-1] and key[:-1] not in filled)]
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: takes {size / 1e9:.1f} GB, more than the {MAX_FILE_BYTES / 1e9:.1f} GB of an image")
+
+
+def _sort_out(where: Path, split: str, files: list[_File]) -> _Split:
+    """Sorts a split's files into classes, images that lie in none refused, and tells what is left out.
+
+    Raises:
+        DataError: no images, a class without any, or an image that lies in no class.
+    """
+    top = {file.parts[0] for file in files if not any(map(is_hidden, file.parts))}
+    if top == {split} and not any(file.parts == (split,) for file in files):
+        # train.zip holds a folder train
+        files = [replace(file, parts=file.parts[1:]) if file.parts[0] == split else file for file in files]
+    hidden, seen = _partition(files, lambda file: any(map(is_hidden, file.parts)))
+    folders = {file.parts[0] for file in files if len(file.parts) > 1 and not is_hidden(file.parts[0])}
+    tables = [file for file in seen if file.parts == (ANNOTATIONS,)]
+    class_of = _annotations(tables[0]) if tables and "images" in folders else {}
+    images, others = _partition([file for file in seen if file.parts[-1]], _File.is_image)
+    by_class: dict[str, list[_File]] = {}
+    for file in images:
+        match file.parts:
+            case ("images", name) if class_of:
+                if name not in class_of:
+                    raise DataError(f"{file.name}: {ANNOTATIONS} does not name its class")
+                class_id = class_of[name]
+            case (class_id, _) | (class_id, "images", _) if class_id != "images":
+                pass
+            case _:
+                raise DataError(
+                    f"{file.name}: lies in no class; expected CLASS/NAME, CLASS/images/NAME, or images/NAME with "
+                    f"{ANNOTATIONS} beside images"
+                )
+        by_class.setdefault(class_id, []).append(file)
+    if not by_class:
+        there = f", but {_count(others, *NO_IMAGE)}" if others else ""
+        raise DataError(f"{where}: no images found{there}; expected CLASS/*.JPEG inside")
+    if class_of:
+        folders = (folders - {"images"}) | set(class_of.values())
+    if missing := sorted(folders - set(by_class)):
+        raise DataError(f"{where}: {missing[0]}: class folder without images")
+    others = [file for file in others if file not in tables]
+    left_out = [_count(each, *what) for each, what in ((others, NO_IMAGE), (hidden, HIDDEN)) if each]
+    if absent := sorted(set(class_of) - {file.parts[-1] for file in images}):
+        left_out.append(f"{len(absent)} of {ANNOTATIONS}, which are not there (first: {absent[0]})")
+    return _Split(where, {class_id: by_class[class_id] for class_id in sorted(by_class)}, left_out)
+
+
+def _partition(files: list[_File], is_so: Callable[[_File], bool]) -> tuple[list[_File], list[_File]]:
+    """Those files of which it is so, and the others."""
+    answers = [(file, is_so(file)) for file in files]
+    return [file for file, answer in answers if answer], [file for file, answer in answers if not answer]
+
+
+def _count(files: list[_File], one: str, many: str) -> str:
+    return f"{len(files)} {one if len(files) == 1 else many} (first: {files[0].name})"
+
+
+def _annotations(table: _File) -> dict[str, str]:
+    """File name → class id."""
+    try:
+        content = table.read(ALL)
+    except ImageError as error:
+        raise DataError(str(error)) from None
+    class_of: dict[str, str] = {}
+    for number, (name, class_id, *_) in _rows(table.name, content, 2):
+        if class_of.setdefault(name, class_id) != class_id:
+            raise DataError(f"{table.name}: line {number}: {name!r} has another class further up")
+    return class_of
+
+
+def _divide(found: _Split, split: str, share: float) -> _Split:
+    """Of every class the ``val`` images, or the others: see :func:`read_images`."""
+    images = {}
+    for class_id, files in found.images.items():
+        if len(files) < 2:
+            raise DataError(f"{found.where}: class {class_id!r} has one image, too few for train and val")
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        val = set(sorted(files, key=_hash)[:count])
+        images[class_id] = [file for file in files if (file in val) == (split == "val")]
+    return replace(found, images=images)
+
+
+def _hash(file: _File) -> bytes:
+    """Of the name of the image, wherever the data set lies and whether it is a folder or a zip."""
+    return hashlib.sha256(os.fsencode(file.parts[-1])).digest()
+
+
+def _held_out(images: dict[str, list[_File]], count: int, only: bool) -> dict[str, list[_File]]:
+    """The last ``count`` images of every class, or all but these."""
+    for class_id, each in images.items():
         if len(each) <= count:
             raise DataError(
                 f"class {class_id} has {len(each)} images, holding out {count} would leave none to train on"
             )
-    return [entry for each in by_class.values() for entry in (each[-count:] if only else each[:-count])]
+    return {class_id: each[-count:] if only else each[:-count] for class_id, each in images.items()}
 
 
 def _empty(shape: tuple[int, ...], memory_limit: int) -> NDArray[np.uint8]:
@@ -139,92 +349,28 @@ def _empty(shape: tuple[int, ...], memory_limit: int) -> NDArray[np.uint8]:
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All image files in a folder and its sub-folders, sorted.
-
-    Raises:
-        DataError: no such folder.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-
-
-class _Split:
-    """The entries of a split, sorted by class and name; keeps a zip open while they are read."""
-
-    def __init__(self, data: Path, split: str) -> None:
-        self.archive: zipfile.ZipFile | None = None
-        folder, archive = data / split, data / f"{split}.zip"
-        self.where = folder
-        if folder.is_dir():
-            self.entries = [
-                _Entry(directory.name, str(file), lambda file=file: _read_file(file))  # type: ignore[misc]
-                for directory in sorted(folder.iterdir())
-                if directory.is_dir()
-                for file in self._images(directory)
-            ]
-        elif archive.is_file():
-            self.where = archive
-            try:
-                self.archive = zipfile.ZipFile(archive)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise DataError(f"{archive}: not a readable zip file ({error})") from None
-            names = sorted(name for name in self.archive.namelist() if not name.endswith("/"))
-            self.entries = [
-                _Entry(PurePosixPath(name).parent.name, f"{archive}:{name}", functools.partial(self._read, name))
-                for name in names
-                if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and PurePosixPath(name).parent.name
-            ]
-        else:
-            raise DataError(f"{data}: has neither a folder {split}/ nor a file {split}.zip")
-        if not self.entries:
-            raise DataError(f"{self.where}: no images found; expected CLASS/*.JPEG inside")
-
-    def _images(self, directory: Path) -> list[Path]:
-        files = sorted(file for file in directory.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise DataError(f"{directory}: class folder without images")
-        return files
-
-    def _read(self, name: str) -> bytes:
-        assert self.archive is not None
-        try:
-            return self.archive.read(name)
-        except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError where it is encrypted, …
-            raise ImageError(f"{self.where}:{name}: damaged in the zip file ({error})") from None
-
-    def __enter__(self) -> list[_Entry]:
-        return self.entries
-
-    def __exit__(self, *_: object) -> None:
-        if self.archive is not None:
-            self.archive.close()
-
-
-def _read_file(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{file}: {error.strerror}") from None
-
-
 def read_class_names(data: Path, class_ids: list[str]) -> list[str]:
-    """Readable class names from ``data/classes.tsv`` (id, name), where there is one; else the folder names.
+    """Readable class names from ``data/classes.tsv`` (id, name), where there is one; else the class ids.
 
     Only the first of several comma-separated synonyms is kept.
 
     Raises:
-        DataError: the file lacks a class.
+        DataError: the file lacks a class, or names one twice.
     """
     path = data / "classes.tsv"
     if not path.is_file():
         return list(class_ids)
-    names = {row[0]: row[1] for row in _rows(path, 2)}
+    names: dict[str, str] = {}
+    for number, (class_id, synonyms, *_) in _rows(str(path), _read_table(path), 2):
+        name = next((each.strip() for each in synonyms.split(",") if each.strip()), "")
+        if not name:
+            raise DataError(f"{path}: line {number}: class {class_id!r} has no name")
+        if names.setdefault(class_id, name) != name:
+            raise DataError(f"{path}: line {number}: class {class_id!r} has another name further up")
     missing = [class_id for class_id in class_ids if class_id not in names]
     if missing:
         raise DataError(f"{path}: has no name for class {missing[0]!r} ({len(missing)} missing)")
-    return [names[class_id].split(",")[0].strip() for class_id in class_ids]
+    return [names[class_id] for class_id in class_ids]
 
 
 def read_superclasses(path: Path, class_ids: list[str]) -> Superclasses:
@@ -235,32 +381,61 @@ def read_superclasses(path: Path, class_ids: list[str]) -> Superclasses:
     Raises:
         DataError: a class without a super-class, or in two, or an unknown class.
     """
-    rows = _rows(path, 2)
-    names = list(dict.fromkeys(row[1] for row in rows))
     of_class: dict[str, int] = {}
-    for class_id, name, *_ in rows:
+    names: list[str] = []
+    for number, (class_id, name, *_) in _rows(str(path), _read_table(path), 2):
         if class_id not in class_ids:
-            raise DataError(f"{path}: {class_id!r} is not a class of the data set")
-        if of_class.get(class_id, names.index(name)) != names.index(name):
-            raise DataError(f"{path}: class {class_id!r} stands in two super-classes")
-        of_class[class_id] = names.index(name)
+            raise DataError(f"{path}: line {number}: {class_id!r} is not a class of the data set")
+        if name not in names:
+            names.append(name)
+        if of_class.setdefault(class_id, names.index(name)) != names.index(name):
+            raise DataError(f"{path}: line {number}: class {class_id!r} stands in two super-classes")
     missing = [class_id for class_id in class_ids if class_id not in of_class]
     if missing:
         raise DataError(f"{path}: class {missing[0]!r} has no super-class ({len(missing)} missing)")
     return Superclasses(names, [of_class[class_id] for class_id in class_ids])
 
 
-def _rows(path: Path, columns: int) -> list[list[str]]:
+def _read_table(path: Path) -> bytes:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable TSV file ({error})") from None
-    for number, row in enumerate(rows, 1):
-        if len(row) < columns or not all(cell.strip() for cell in row[:columns]):
-            raise DataError(f"{path}: line {number} needs {columns} tab-separated columns, a class first")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable TSV file ({error.strerror})") from None
+
+
+def _rows(name: str, content: bytes, columns: int) -> list[tuple[int, list[str]]]:
+    """The rows of a TSV file, each with its line's number, blank ones left out.
+
+    Spreadsheets and editors on Windows may have written it: a byte order mark is dropped, lines may end in any way,
+    cells lose the space around them and the quotes that a spreadsheet put there.
+
+    Raises:
+        DataError: not UTF-8, no rows, or one with an empty cell in its first ``columns``.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise DataError(f"{name}: not a readable TSV file: it seems to be UTF-16; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not a readable TSV file ({error}); save it as UTF-8") from None
+    rows = []
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        row = [_unquoted(cell.strip()) for cell in line.split("\t")]
+        if not any(row):
+            continue
+        if len(row) < columns or not all(row[:columns]):
+            raise DataError(f"{name}: line {number} needs {columns} tab-separated columns, a class first")
+        rows.append((number, row))
     if not rows:
-        raise DataError(f"{path}: is empty")
+        raise DataError(f"{name}: is empty")
     return rows
+
+
+def _unquoted(cell: str) -> str:
+    """Without the quotes that a spreadsheet puts around a cell, which double those inside."""
+    inner = cell[1:-1].replace('""', "")
+    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner:
+        return cell[1:-1].replace('""', '"').strip()
+    return cell

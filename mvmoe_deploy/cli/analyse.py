@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -70,7 +70,7 @@ def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
     if args.threads:
         torch.set_num_threads(args.threads)
     model, header = load_checkpoint(args.model)
-    images = _images(args, header.preprocessing, header.class_ids)
+    images = _images(args, header.preprocessing, header.class_ids, val_share(header))
     predictions = predict(model, images, header.preprocessing, progress=_bar("classifying"))
     if isinstance(predictions.routing, TokenRouting):
         return analyse_tokens(predictions, header.class_names)
@@ -104,8 +104,10 @@ def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
     return analyse_images(predictions, manifest.class_names, superclasses, forced)
 
 
-def _images(args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str]) -> ImageSet:
-    images = read_split(args.data, args.split, preprocessing, class_ids)
+def _images(
+    args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str], share: float = 0.0
+) -> ImageSet:
+    images = read_split(args.data, args.split, preprocessing, class_ids, val_share=share)
     return images.spaced(args.count) if args.count else images
 
 

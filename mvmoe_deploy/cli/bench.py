@@ -164,7 +164,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _images(args: argparse.Namespace) -> Images:
     from mvmoe_deploy.bench.measure.run import Images
     from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
-    from mvmoe_deploy.models.train.folders import image_files
+    from mvmoe_deploy.imagefiles import image_files
 
     if args.data:
         return Images([], f"validation images of {args.data.name}", args.data)

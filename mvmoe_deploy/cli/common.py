@@ -17,6 +17,7 @@ from mvmoe_deploy import __version__
 from mvmoe_deploy.errors import CheckFailed, MvmoeError
 
 if TYPE_CHECKING:
+    from mvmoe_deploy.checkpoint import Header
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.train.data import ImageSet
 
@@ -220,6 +221,12 @@ def read_split(
         progress=lambda items, total: progress_bar(items, total, f"reading {split}"),
         **options,
     )
+
+
+def val_share(header: Header) -> float:
+    """The ``--val-share`` that a checkpoint was trained with, so that it is judged on the images that it never saw."""
+    share = header.training.get("val_share", 0.0)
+    return float(share) if isinstance(share, int | float) and 0 < share < 1 else 0.0
 
 
 def positive_int(text: str) -> int:

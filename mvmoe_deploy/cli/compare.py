@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvmoe_deploy.cli.common import command, parser, progress_bar, read_split
+from mvmoe_deploy.cli.common import command, parser, progress_bar, read_split, val_share
 from mvmoe_deploy.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     candidates = []
     for name, (model, header) in zip(_names(args.checkpoints), loaded, strict=True):
         preprocessing = header.preprocessing
+        share = val_share(header)
+        if share != val_share(loaded[0][1]):
+            raise DataError(f"{name}: has another --val-share than {args.checkpoints[0]}, so other validation images")
         if preprocessing not in read:
-            read[preprocessing] = read_split(args.data, args.split, preprocessing, class_ids)
+            read[preprocessing] = read_split(args.data, args.split, preprocessing, class_ids, val_share=share)
         predictions = predict(
             model,
             read[preprocessing],

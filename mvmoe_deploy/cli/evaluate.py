@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, read_split
+from mvmoe_deploy.cli.common import command, parser, read_split, val_share
 from mvmoe_deploy.errors import DataError
 
 EXAMPLES = """\
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             raise DataError(f"{args.checkpoint}: has no capacity; --capacity-factor and --order are for a V-MoE")
         factor = model.config.capacity_factor if args.capacity_factor is None else args.capacity_factor
         model.set_capacity(factor, args.order)
-    images = read_split(args.data, "val", header.preprocessing, header.class_ids)
+    images = read_split(args.data, "val", header.preprocessing, header.class_ids, val_share=val_share(header))
     result = evaluate(model, images, header.preprocessing, header.superclasses)
     if args.json:
         print(json.dumps({"images": len(images.labels), **dataclasses.asdict(result)}))

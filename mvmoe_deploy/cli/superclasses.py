@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, read_split
+from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, val_share
 from mvmoe_deploy.errors import DataError
 
 EXAMPLES = """\
@@ -57,7 +57,13 @@ def main(argv: list[str] | None = None) -> None:
             "or give --hold-out N here to use training images, on which it confuses less"
         )
     images = read_split(
-        args.data, "train", header.preprocessing, header.class_ids, hold_out=held_out, held_out_only=True
+        args.data,
+        "train",
+        header.preprocessing,
+        header.class_ids,
+        val_share=val_share(header),
+        hold_out=held_out,
+        held_out_only=True,
     )
     matrix = confusion(model, images, header.preprocessing)
     groups = group(matrix, args.experts, args.slack, args.seed)

@@ -41,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder with train/ and val/ (CLASS/*.JPEG inside), or train.zip and val.zip; classes.tsv names classes",
+        help="folder with train/ and val/ (CLASS/*.JPEG inside), or train.zip and val.zip; or, with --val-share, with "
+        "class folders alone; classes.tsv names classes",
     )
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.pt or .safetensors)")
     p.add_argument("--model", default="mvmoe_6x64", help="vit_DEPTHxWIDTH, mvmoe_…, vmoe_… or resnet_BLOCKSxWIDTH")
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16 is faster on a GPU")
     run = p.add_argument_group("running")
     run.add_argument("--hold-out", type=int, default=0, metavar="N", help="training images per class to leave unused")
+    run.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=VAL_SHARE_HELP)
     run.add_argument("--resume", action="store_true", help="go on after the last whole epoch, if there was one")
     run.add_argument("--force", action="store_true", help="start again although --out or a state of it exists")
     run.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
@@ -102,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 MEMORY_HELP = "decoded images that take more go into a temporary file (in TMPDIR) that is mapped into memory"
+VAL_SHARE_HELP = "where --data has no val: validate on this share of each class, chosen by the images' names (0.1)"
 RECIPE_FLAGS = [
     ("epochs", "--epochs", "passes over the training images"),
     ("batch", "--batch", "images per step"),
@@ -151,7 +154,7 @@ def train(argv: list[str] | None = None) -> None:
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.architectures.vit import ViTConfig
     from mvmoe_deploy.models.study.superclasses import random_groups
-    from mvmoe_deploy.models.train.folders import read_class_names, read_superclasses
+    from mvmoe_deploy.models.train.folders import has_split, read_class_names, read_superclasses
     from mvmoe_deploy.models.train.teacher import ResNet, ResNetConfig, Teacher, load_teacher, resnet_config_from_name
     from mvmoe_deploy.models.train.trainer import Recipe, Trainer
 
@@ -187,6 +190,7 @@ def train(argv: list[str] | None = None) -> None:
             class_ids,
             skip_unreadable=args.skip_unreadable,
             memory_limit=int(args.memory_limit * 1e9),
+            val_share=args.val_share,
             hold_out=hold_out,
         )
 
@@ -196,6 +200,10 @@ def train(argv: list[str] | None = None) -> None:
             raise DataError(f"{path}: was trained on other classes than {args.data}")
         return {"file": path.name, "sha256": sha256(path), "training": header.training}
 
+    if args.val_share and has_split(args.data, "val"):
+        raise DataError(f"--val-share {args.val_share}: {args.data} has a val split of its own")
+    if not 0 <= args.val_share < 1:
+        raise DataError(f"--val-share {args.val_share}: expected a share of at least 0 and below 1")
     val = read("val")
     class_ids = val.class_ids
     moe = args.model.startswith("mvmoe")
@@ -228,6 +236,8 @@ def train(argv: list[str] | None = None) -> None:
         }
     torch.manual_seed(recipe.seed)
     training: dict[str, Any] = {"data": args.data.name, "held_out_per_class": args.hold_out}
+    if args.val_share:
+        training["val_share"] = args.val_share
     model: nn.Module
     config: ViTConfig | ResNetConfig
     if args.model.startswith("resnet"):
@@ -264,8 +274,8 @@ def train(argv: list[str] | None = None) -> None:
         config.to_dict(), class_ids, read_class_names(args.data, class_ids), preprocessing, superclasses, training
     )
     trainer = Trainer(model, header, images, val, recipe, args.out, device, teacher)
-    if skipped := images.skipped + val.skipped:
-        print(f"left out {len(skipped)} unreadable images, first: {skipped[0]}")
+    for split, found in (("train", images), ("val", val)):
+        print(found.describe(split))
     if args.resume and trainer.resume():
         print(f"resuming after epoch {trainer.epoch}")
     trainer.run(progress_bar, report=lambda line: print(_describe(line), flush=True))

@@ -21,7 +21,7 @@ from mvmoe_deploy import bundle as bundles
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.bundle import Bundle, open_bundle
-from mvmoe_deploy.errors import BundleError, CheckpointError, DataError, ExportError, ImageError, VerificationError
+from mvmoe_deploy.errors import BundleError, CheckpointError, ExportError, ImageError, VerificationError
 from mvmoe_deploy.exporters import job as targets
 from mvmoe_deploy.exporters import onnx as onnx_target
 from mvmoe_deploy.exporters import pipeline
@@ -148,7 +148,7 @@ def test_folders_of_images_that_are_none(moe_checkpoint: Path, tmp_path: Path) -
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.jpg").write_bytes(b"no image")
     for folder, error, message in (
-        ("missing", DataError, "missing: no such folder"),
+        ("missing", ImageError, "missing: no such file or folder"),
         ("empty", ImageError, "empty: holds no images"),
         ("bad", ImageError, r"x\.jpg: not an image"),
     ):

@@ -34,8 +34,8 @@ def test_groups_are_numbered_as_they_appear(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a\tx\nb\ty\n", r"class 'c' has no super-class \(1 missing\)"),
-        ("a\tx\nb\ty\nc\tx\nd\ty\n", "'d' is not a class of the data set"),
-        ("a\tx\nb\ty\nc\tx\na\ty\n", "class 'a' stands in two super-classes"),
+        ("a\tx\nb\ty\nc\tx\nd\ty\n", "line 4: 'd' is not a class of the data set"),
+        ("a\tx\nb\ty\nc\tx\na\ty\n", "line 4: class 'a' stands in two super-classes"),
         ("a\tx\nb\nc\tx\n", "line 2 needs 2 tab-separated columns"),
         ("a\tx\nb\t \nc\tx\n", "line 2 needs 2 tab-separated columns"),
         ("a\tx\nb\tx\nc\tx\n\ty\n", "line 4 needs 2 tab-separated columns, a class first"),

@@ -503,14 +503,40 @@ def test_unreadable_images_are_counted_and_left_out_only_when_asked(
     spoilt = Path(shutil.copytree(data, tmp_path / "spoilt"))
     (spoilt / "train" / "n0002" / "000.png").write_bytes(b"no image")
     (spoilt / "train" / "n0003" / "001.png").unlink()
-    (spoilt / "train" / "n0003" / "001.png").mkdir()  # a folder named like an image
+    (spoilt / "train" / "n0003" / "001.png").symlink_to("nowhere")
     out = tmp_path / "moe.pt"
     error = fails(capsys, *moe(spoilt, out, 1))
     assert "000.png: not an image" in error
     assert "(2 unreadable images in " in error
     assert train.main(moe(spoilt, out, 1, "--skip-unreadable")) == 0
-    assert "left out 2 unreadable images, first: " in capsys.readouterr().out
+    out_lines = capsys.readouterr().out.splitlines()
+    assert out_lines[0].startswith(
+        f"train: {12 * CLASSES - 2} images of {CLASSES} classes; left out: 2 unreadable images (first: "
+    )
+    assert out_lines[1] == f"val: {4 * CLASSES} images of {CLASSES} classes"
     assert checkpoints.load(out).header.training["training_images"] == 12 * CLASSES - 2
+
+
+def test_a_data_set_without_a_validation_split_is_divided_alike_by_all_commands(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat, out = Path(shutil.copytree(data / "train", tmp_path / "flat")), tmp_path / "dense.pt"
+    argv = ["--data", str(flat), "--model", "vit_2x32", *SHAPE, "--epochs", "2", "--out", str(out)]
+    assert "has neither a folder val/ nor a file val.zip" in fails(capsys, *argv)
+    assert train.main([*argv, "--val-share", "0.25", "--seed", "5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"train: {9 * CLASSES} images of {CLASSES} classes",
+        f"val: {3 * CLASSES} images of {CLASSES} classes",
+    ]
+    training = checkpoints.load(out).header.training
+    assert (training["val_share"], training["training_images"]) == (0.25, 9 * CLASSES)
+    assert train.main(["evaluate", "--checkpoint", str(out), "--data", str(flat), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["images"], result["accuracy"]) == (3 * CLASSES, training["val_accuracy"])
+    argv = ["--data", str(data), "--model", "vit_2x32", "--out", str(tmp_path / "x.pt"), "--val-share"]
+    assert "has a val split of its own" in fails(capsys, *argv, "0.1")
+    assert "expected a share of at least 0 and below 1" in fails(capsys, *argv[:1], str(flat), *argv[2:], "1")
 
 
 @pytest.mark.parametrize("damage", ["bytes", "encrypted", "truncated", "none"])
