@@ -1,65 +1,33 @@
-"""What an export target is: one module per format, imported at first use, each with the same function ``convert``."""
+"""What passes between the pipeline and a target's ``convert``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import Manifest, Piece, TensorSpec
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.split import PieceModule, Split
-
-MODULES = {
-    "onnx": "mvmoe_deploy.exporters.onnx",
-    "executorch": "mvmoe_deploy.exporters.executorch.convert",
-    "coreml": "mvmoe_deploy.exporters.coreml.convert",
-}
 
 Progress = Callable[[str], None]
 """Called with what is about to be done, such as ``trunk: tracing``."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to convert.
-
-    Attributes:
-        precision: ``fp32``, ``fp16`` or what else the target offers (its ``PRECISIONS``).
-        layout: ``separate`` or what else the target offers (its ``LAYOUTS``).
-        separate_router: make the router a piece of its own.
-        max_batch: ExecuTorch's; the largest batch that a piece takes at once.
-        minimum_deployment_target: Core ML's, such as ``iOS17``.
-        image_input: Core ML's; the trunk takes an image and normalises it itself, instead of a normalised tensor.
-        classifier: Core ML's; what returns logits also returns the class label and the probabilities.
-        author: Core ML's metadata, shown by Xcode.
-        licence: likewise.
-    """
-
-    precision: str = "fp32"
-    layout: str = "separate"
-    separate_router: bool = False
-    max_batch: int = 16
-    minimum_deployment_target: str = "iOS17"
-    image_input: bool = False
-    classifier: bool = False
-    author: str = ""
-    licence: str = ""
+OptionsType = TypeVar("OptionsType", bound=Options)
 
 
 @dataclass
-class Job:
+class Job(Generic[OptionsType]):
     """What a target's ``convert`` is given.
 
     Attributes:
         split: the pieces as torch modules.
         directory: an empty directory to write into.
-        options: how to convert.
+        options: how to convert, of the target's own type, with its precision and layout filled in.
         manifest: everything known before conversion (no files, pieces or verification): preprocessing, class names,
             what each expert is for, source.
         images: preprocessed images ``[n, 3, S, S]`` float32, for calibration.
@@ -69,7 +37,7 @@ class Job:
 
     split: Split
     directory: Path
-    options: Options
+    options: OptionsType
     manifest: Manifest
     images: Tensor
     piece_flops: Callable[[str], int]
@@ -91,23 +59,6 @@ class Converted:
     tools: dict[str, str]
     notes: dict[str, Any] = field(default_factory=dict)
     backends: tuple[str | None, ...] = (None,)
-
-
-def target_module(target: str) -> ModuleType:
-    """The module of a target: ``convert(job) -> Converted``, ``PRECISIONS``, ``LAYOUTS``.
-
-    Raises:
-        ExportError: an unknown target, or one whose toolchain is not installed.
-    """
-    if target not in MODULES:
-        raise ExportError(f"unknown target {target!r}: expected one of {', '.join(MODULES)}")
-    try:
-        return import_module(MODULES[target])
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise ExportError(
-            f"target {target} needs the package {package}: pip install 'mvmoe-deploy[{target}]'"
-        ) from None
 
 
 def describe_piece(

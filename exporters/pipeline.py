@@ -19,7 +19,8 @@ from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, Expert, Manifest, Source
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ExportError, ImageError
-from mvmoe_deploy.exporters.job import Job, Options, target_module
+from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
+from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.split import Split, split
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
@@ -48,15 +49,16 @@ def export_checkpoint(
 
     Args:
         checkpoint: ``.pt`` or ``.safetensors``.
-        target: ``onnx``, ``executorch`` or ``coreml``.
+        target: one of :func:`mvmoe_deploy.targets.known`, such as ``onnx``.
         out: the bundle's directory; by default ``CHECKPOINT-TARGET.mvmoe`` in the working directory.
-        options: how to convert.
+        options: how to convert, of the target's own type (such as ``CoreMLOptions``) or the common ones alone.
         images: folder of real images to verify (and calibrate) with; without it, synthetic ones.
         force: replace an existing bundle.
         progress: called with each step.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ConfigError: there is no such target.
         ExportError: it cannot be converted, or ``out`` exists.
         VerificationError: the written pieces do not agree with PyTorch; no bundle is written.
     """
@@ -102,22 +104,21 @@ def export_model(
         model: the model, whose own forward is the reference; or what :func:`split` made of it, to export that
             several times (its router is then fused or separate as it was split).
         header: class names, preprocessing, super-classes. ``header.model`` is free form for foreign models.
-        target: ``onnx``, ``executorch`` or ``coreml``.
+        target: one of :func:`mvmoe_deploy.targets.known`, such as ``onnx``.
         out: the bundle's directory.
         source: where the weights came from.
-        options: how to convert.
+        options: how to convert, of the target's own type (such as ``CoreMLOptions``) or the common ones alone.
         images: folder of real images, or images preprocessed already, ``[n, 3, S, S]`` float32.
         force: replace an existing bundle.
         progress: called with each step.
 
     Raises:
+        ConfigError: there is no such target.
         ExportError: it cannot be converted, or ``out`` exists.
         VerificationError: the written pieces do not agree with PyTorch; no bundle is written.
     """
-    options = options or Options()
-    module = target_module(target)
-    _check_option("precision", options.precision, module.PRECISIONS, target)
-    _check_option("layout", options.layout, module.LAYOUTS, target)
+    options = complete_options(options, target)
+    convert = converter_of(target)
     if out.exists():
         if not force:
             raise ExportError(f"{out}: exists already; --force replaces it, --out names another")
@@ -129,9 +130,7 @@ def export_model(
         size = header.preprocessing.size
         pieces = model if isinstance(model, Split) else split(model, size, options.separate_router)
         manifest = _manifest(header, target, options, pieces.routing, source or Source("", "0" * 64))
-        converted = module.convert(
-            Job(pieces, directory, options, manifest, tensors, _flops_of(header.model), progress)
-        )
+        converted = convert(Job(pieces, directory, options, manifest, tensors, _flops_of(header.model), progress))
         paths = sorted({path for piece in converted.pieces for path in piece.files})
         manifest = msgspec.structs.replace(
             manifest,
@@ -192,13 +191,8 @@ def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:
     return (128 + 60 * fields).clip(0, 255).astype(np.uint8)
 
 
-def _check_option(name: str, value: str, allowed: tuple[str, ...], target: str) -> None:
-    if value not in allowed:
-        raise ExportError(f"target {target} has no {name} {value!r}: expected one of {', '.join(allowed)}")
-
-
 def _manifest(
-    header: Header, target: Any, options: Options, routing: bundles.Routing | None, source: Source
+    header: Header, target: str, options: Options, routing: bundles.Routing | None, source: Source
 ) -> Manifest:
     experts: list[Expert] = []
     if routing is not None:

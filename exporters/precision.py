@@ -1,4 +1,4 @@
-"""How exact an export of each precision has to be. Imports no PyTorch, so that ``mvmoe-export --help`` stays fast."""
+"""What a precision is: how weights are stored, and how exact an export has to be."""
 
 from __future__ import annotations
 
@@ -20,16 +20,42 @@ class Tolerance:
     margin: float
 
 
-TOLERANCES = {
-    # fp32 engines sum in another order and approximate erf and exp: about 1e-6 per operator, seen to reach 1e-5
-    # after twelve blocks. A wrong expert shows 1e-2 and more.
-    "fp32": Tolerance(1e-4, 1.0, 1e-5),
-    # 11 bits of mantissa: 5e-4 per weight (and per operator, where arithmetic is fp16 too), adding up over blocks.
-    "fp16": Tolerance(2e-2, 0.995, 2e-3),
-    # One scale per output channel, 1/254 of its largest weight; activations are quantised as well where dynamic.
-    "int8": Tolerance(0.25, 0.97, 5e-2),
-    "palette6": Tolerance(0.25, 0.97, 5e-2),
-    # 16 values per tensor: known to cost accuracy, exported for those who measure what it costs them.
-    "palette4": Tolerance(1.0, 0.75, 1e-1),
-}
-"""By precision of the bundle."""
+@dataclass(frozen=True)
+class Precision:
+    """A precision that a target exports in.
+
+    Attributes:
+        name: as in ``--precision`` and in manifests.
+        bytes_per_weight: of a large weight, as stored.
+        tolerance: what its exports may differ by from PyTorch.
+        reason: why that much.
+        note: for ``--help``, where the name does not say it all.
+    """
+
+    name: str
+    bytes_per_weight: float
+    tolerance: Tolerance
+    reason: str
+    note: str = ""
+
+
+FP32 = Precision(
+    "fp32",
+    4,
+    Tolerance(1e-4, 1.0, 1e-5),
+    "Engines sum in another order and approximate erf and exp: about 1e-6 per operator, seen to reach 1e-5 after "
+    "twelve blocks. A wrong expert shows 1e-2 and more.",
+)
+FP16 = Precision(
+    "fp16",
+    2,
+    Tolerance(2e-2, 0.995, 2e-3),
+    "11 bits of mantissa: 5e-4 per weight, and per operator where arithmetic is fp16 too, which adds up over blocks.",
+)
+INT8 = Precision(
+    "int8",
+    1,
+    Tolerance(0.25, 0.97, 5e-2),
+    "One scale per output channel: a weight is off by up to 1/254 of the largest in its channel. Activations are "
+    "quantised as well where that is dynamic.",
+)

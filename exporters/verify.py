@@ -14,7 +14,8 @@ from torch import Tensor
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
-from mvmoe_deploy.exporters.precision import TOLERANCES, Tolerance
+from mvmoe_deploy.exporters.exporter import exporter_of
+from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, Split
 from mvmoe_deploy.runtime import Runtime, top_k
 
@@ -82,7 +83,7 @@ def verify(
     Raises:
         VerificationError: a piece or the whole is out of tolerance; the message says which and by how much.
     """
-    tolerance = TOLERANCES[bundle.manifest.precision]
+    tolerance = exporter_of(bundle.manifest.target).precision(bundle.manifest.precision).tolerance
     results = []
     for piece, inputs in _reference_inputs(split, images):
         progress(f"{piece.name}: verifying")

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from mvmoe_deploy.errors import BundleError
+from mvmoe_deploy import targets
+from mvmoe_deploy.errors import BundleError, ConfigError
 from mvmoe_deploy.images import Preprocessing
 
 FORMAT = "mvmoe-bundle"
@@ -25,7 +26,6 @@ WEIGHT_ALIGNMENT = 64
 
 MAX_MANIFEST_BYTES = 32 << 20
 
-Target = Literal["onnx", "executorch", "coreml"]
 Role = Literal["model", "trunk", "router", "tail", "attention", "expert_layer", "head"]
 Index = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
@@ -142,7 +142,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         format: always ``mvmoe-bundle``.
         version: format version.
-        target: export format of the pieces.
+        target: export format of the pieces; one of :func:`mvmoe_deploy.targets.known`.
         layout: how pieces are laid out in files: ``separate``, ``packed`` or ``swappable``.
         precision: of the stored weights.
         model: model config, with its ``architecture``.
@@ -161,7 +161,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: str
     version: int
-    target: Target
+    target: str
     layout: str
     precision: str
     model: dict[str, Any]
@@ -316,6 +316,10 @@ def _unsafe(path: str) -> bool:
 
 def _inconsistency(manifest: Manifest) -> str | None:
     """What a schema cannot say; None where all is well."""
+    try:
+        targets.get(manifest.target)
+    except ConfigError as error:
+        return str(error)
     paths = [file.path for file in manifest.files]
     for path in [*paths, *(piece.graph for piece in manifest.pieces)]:
         if _unsafe(path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+from mvmoe_deploy import targets
 from mvmoe_deploy.bundle import Bundle, Manifest, Piece
 from mvmoe_deploy.errors import BundleError
 
@@ -13,21 +15,16 @@ def snippet(bundle: Bundle, language: str) -> str:
 
     Args:
         bundle: of a model with one expert per image.
-        language: ``swift`` (Core ML and ExecuTorch bundles) or ``kotlin`` (ExecuTorch and ONNX bundles).
+        language: one that the bundle's target has a snippet in, such as ``swift``.
 
     Raises:
         BundleError: no snippet for this language and target, or not such a model.
     """
     m = bundle.manifest
-    makers = {
-        ("swift", "coreml"): _swift_coreml,
-        ("swift", "executorch"): _swift_executorch,
-        ("kotlin", "executorch"): _kotlin_executorch,
-        ("kotlin", "onnx"): _kotlin_onnx,
-    }
-    if (language, m.target) not in makers:
-        other = [known for known, target in makers if target == m.target]
-        raise BundleError(f"{bundle.path}: no {language} snippet for {m.target} bundles, there is one in {other[0]}")
+    target = targets.get(m.target)
+    if language not in target.snippets:
+        others = f", there is one in {', '.join(target.snippets)}" if target.snippets else ""
+        raise BundleError(f"{bundle.path}: no {language} snippet for {m.target} bundles{others}")
     if m.routing is None or m.routing.k != 1 or m.routing.router != "fused":
         raise BundleError(f"{bundle.path}: snippets are for models with one expert per image and a fused router")
     if m.layout == "swappable":
@@ -37,7 +34,14 @@ def snippet(bundle: Bundle, language: str) -> str:
     for name in [m.source.checkpoint, trunk.graph, trunk.function or "", *(spec.name for spec in specs)]:
         if not re.fullmatch(r"[\w./ -]*", name):  # it would become part of a program
             raise BundleError(f"{bundle.path}: the manifest's name {name!r} cannot stand in source code")
-    return makers[language, m.target](m, trunk, tail)
+    write: Callable[[Manifest, Piece, Piece], str]
+    write = targets.resolve(target.snippets[language], f"the {language} snippet", target.requirement, BundleError)
+    return write(m, trunk, tail)
+
+
+def languages() -> list[str]:
+    """All that some target has a snippet in."""
+    return sorted({language for target in targets.known().values() for language in target.snippets})
 
 
 def _facts(m: Manifest, comment: str = "//") -> str:
@@ -63,7 +67,8 @@ def _shape(piece: Piece, index: int, inputs: bool = True) -> list[int]:
     return [extent if isinstance(extent, int) else 1 for extent in spec.shape]
 
 
-def _swift_coreml(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def swift_coreml(m: Manifest, trunk: Piece, tail: Piece) -> str:
+    """The class in Swift for Core ML."""
     packed = trunk.function is not None
     size = m.preprocessing.size
     configure = "\n        configuration.functionName = name  // iOS 18" if packed else ""
@@ -113,7 +118,8 @@ final class RoutedModel {{
 """
 
 
-def _swift_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def swift_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
+    """The class in Swift for ExecuTorch."""
     packed = m.layout == "packed"
     opened = (
         f'Module(filePath: folder + "/{trunk.graph}", loadMode: .mmap)'
@@ -152,7 +158,8 @@ final class RoutedModel {{
 """
 
 
-def _kotlin_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def kotlin_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
+    """The class in Kotlin for ExecuTorch."""
     packed = m.layout == "packed"
     path = f"$folder/{trunk.graph}" if packed else "$folder/$name.pte"
     method = "name" if packed else f'"{trunk.function or "forward"}"'
@@ -207,7 +214,8 @@ class RoutedModel(private val folder: String, private val resident: Int = 1) : A
 """
 
 
-def _kotlin_onnx(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def kotlin_onnx(m: Manifest, trunk: Piece, tail: Piece) -> str:
+    """The class in Kotlin for ONNX Runtime."""
     shape = ", ".join(f"{extent}L" for extent in _shape(trunk, 0))
     return f"""{_facts(m)}
 import ai.onnxruntime.OnnxTensor

@@ -13,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mvmoe_deploy
-from mvmoe_deploy.backends import MODULES
+from mvmoe_deploy import targets
 from mvmoe_deploy.bench.results import Kind, Paper
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.runtime import RoutedBatch, Stats
 
 Floats = NDArray[np.float32]
+
+TORCH = targets.Engine("torch", "mvmoe_deploy.models:load_checkpoint", ("torch",))
+"""Runs checkpoints as they are, without a bundle."""
 
 
 class Configuration(msgspec.Struct, frozen=True):
@@ -60,7 +63,7 @@ class Configuration(msgspec.Struct, frozen=True):
     @property
     def opened_as(self) -> str:
         """``bundle``, ``graph`` or ``checkpoint``."""
-        if self.backend == "torch":
+        if self.backend == TORCH.name:
             return "checkpoint"
         return "graph" if self.path.endswith(".onnx") else "bundle"
 
@@ -91,16 +94,22 @@ def import_engine(backend: str) -> None:
     Raises:
         ConfigError: the backend's package is not installed.
     """
+    found = engine(backend)
     try:
-        if backend == "torch":
-            import_module("mvmoe_deploy.models")
-        else:
-            import_module(MODULES[backend])
-        if backend == "executorch":
-            import_module("executorch.runtime")
+        for module in (found.opens.partition(":")[0], *found.imports):
+            import_module(module)
     except ModuleNotFoundError as error:
-        extra = "train" if backend == "torch" else backend
-        raise ConfigError(f"backend {backend} needs {error.name}: pip install 'mvmoe-deploy[{extra}]'") from None
+        needed = "mvmoe-deploy[train]" if backend == TORCH.name else targets.of_backend(backend).requirement
+        raise ConfigError(f"backend {backend} needs {error.name}: pip install '{needed}'") from None
+
+
+def engine(backend: str) -> targets.Engine:
+    """What stands behind a row's backend.
+
+    Raises:
+        BackendError: there is no such backend.
+    """
+    return TORCH if backend == TORCH.name else targets.of_backend(backend).backend(backend)
 
 
 def open_configuration(

@@ -17,12 +17,12 @@ from mvmoe_deploy.errors import ConfigError
 
 
 def count_bundle(bundle: Bundle) -> int | None:
-    """MACs of one image through a bundle: of every piece that it runs through; None for targets other than ONNX."""
+    """MACs of one image through a bundle: of every piece that it runs through; None where they are no ONNX graphs."""
     manifest = bundle.manifest
-    if manifest.target != "onnx":
-        return None
     k = manifest.routing.k if manifest.routing else 0
     pieces: list[Piece] = [piece for piece in manifest.pieces if piece.expert is None or piece.expert < k]
+    if not all(piece.graph.endswith(".onnx") for piece in pieces):
+        return None
     return sum(count_graph(bundle.path / piece.graph) for piece in pieces)
 
 

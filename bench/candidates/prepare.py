@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy import targets
 from mvmoe_deploy.bench.candidates.baselines import (
     RANDOM,
     AllExperts,
@@ -23,7 +24,7 @@ from mvmoe_deploy.bench.candidates.baselines import (
     random_checkpoint,
     vmoe_config,
 )
-from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.candidates.configuration import TORCH, Configuration
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bench.results import Kind
 from mvmoe_deploy.bundle import Bundle, open_bundle
@@ -32,9 +33,6 @@ from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_checkpoint
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
-
-TARGETS = {"onnxruntime": "onnx", "executorch": "executorch", "coreml": "coreml"}
-"""What a checkpoint is exported to for a backend; ``torch`` runs it as it is."""
 
 BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
 
@@ -62,7 +60,7 @@ def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = N
         name=name or path.stem,
         group=group,
         kind=kind or ("mobile-vmoe" if routing else "dense"),
-        backend=next(backend for backend, target in TARGETS.items() if target == manifest.target),
+        backend=targets.get(manifest.target).backend().name,
         precision=manifest.precision,
         layout=manifest.layout if routing else "one graph",
         path=str(path),
@@ -110,7 +108,7 @@ def of_checkpoint(path: Path, name: str = "", group: str = "") -> Configuration:
         name=name or path.stem,
         group=group,
         kind=kinds.get(config.architecture, "dense"),
-        backend="torch",
+        backend=TORCH.name,
         precision="fp32",
         layout="checkpoint",
         path=str(path),
@@ -153,7 +151,7 @@ def prepare(
     Raises:
         MvmoeError: something cannot be read or exported; baselines without a routed checkpoint.
     """
-    for what, names, known in (("backend", backends, [*TARGETS, "torch"]), ("baseline", baselines, BASELINES)):
+    for what, names, known in (("backend", backends, backend_names()), ("baseline", baselines, BASELINES)):
         for name in names:
             if name not in known:
                 raise ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
@@ -177,6 +175,11 @@ def prepare(
     return made
 
 
+def backend_names() -> list[str]:
+    """Backends that a checkpoint can be measured on: the default one of each target, and PyTorch."""
+    return [*(target.backend().name for target in targets.known().values()), TORCH.name]
+
+
 def unique(names: Sequence[str]) -> list[str]:
     """Names with a number where several are the same."""
     return [
@@ -186,9 +189,9 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def _of_backend(path: Path, backend: str, folder: Path, name: str, group: str, progress: Progress) -> Configuration:
-    if backend == "torch":
+    if backend == TORCH.name:
         return of_checkpoint(path, name, group)
-    target = TARGETS[backend]
+    target = targets.of_backend(backend).name
     out = folder / f"{name.replace(' ', '-').replace('#', '')}-{target}.mvmoe"
     if not out.exists():
         progress(f"exporting {path.name} for {backend}")
@@ -230,7 +233,7 @@ def _baseline(
         vmoe, _ = load_checkpoint(path)
         assert isinstance(vmoe, VMoE)
         rows = [_exported(VMoEGraph(vmoe), header, shape.to_dict(), "vmoe", group, folder, progress)]
-        return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if "torch" in backends else [])]
+        return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if TORCH.name in backends else [])]
     path = folder / "random-dense.pt"
     if not path.exists():
         random_checkpoint(config.dense, path)

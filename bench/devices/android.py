@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import mvmoe_deploy
+from mvmoe_deploy import targets
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.noise import MAX_INTERVAL, MAX_VARIATION
 from mvmoe_deploy.bench.report.publish import add_outputs, publish
@@ -248,8 +249,47 @@ def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: S
     return Timing(1e3 * float(load[1]), float(first[1]), [1e3 * each for each in seconds[WARMUP:]], max(peaks))
 
 
-RUNNERS = {"executorch": run_executorch, "onnx": run_onnxruntime}
-ENGINES = {"executorch": "executorch", "onnx": "onnxruntime"}
+@dataclass(frozen=True)
+class Runner:
+    """An engine's own program that runs one graph on a phone; a target's record names one.
+
+    Attributes:
+        program: what it is called.
+        run: runs a piece ``runs`` times beyond :data:`WARMUP`, in the folder that holds its files and inputs.
+        encode: an input as the program reads it from a file, from its name and value.
+    """
+
+    program: str
+    run: Callable[[Place, PurePosixPath, Piece, Sequence[str], int], Timing]
+    encode: Callable[[str, np.ndarray[Any, Any]], bytes]
+
+
+def _raw(name: str, value: np.ndarray[Any, Any]) -> bytes:
+    return value.tobytes()
+
+
+def _tensor_proto(name: str, value: np.ndarray[Any, Any]) -> bytes:
+    from onnx import numpy_helper
+
+    return bytes(numpy_helper.from_array(value, name).SerializeToString())
+
+
+EXECUTORCH = Runner("executor_runner", run_executorch, _raw)
+ONNXRUNTIME = Runner("onnxruntime_perf_test", run_onnxruntime, _tensor_proto)
+
+
+def _runner_of(bundle: Bundle) -> Runner:
+    """The program that runs a bundle's pieces.
+
+    Raises:
+        ConfigError: its target has none, or the package that has it is not installed.
+    """
+    target = targets.get(bundle.manifest.target)
+    if not target.android:
+        able = ", ".join(name for name, other in targets.known().items() if other.android)
+        raise ConfigError(f"{bundle.path}: --device android takes bundles of {able}; this is a {target.name} bundle")
+    runner: Runner = targets.resolve(target.android, f"target {target.name}", target.requirement, ConfigError)
+    return runner
 
 
 @dataclass
@@ -299,7 +339,7 @@ def measure(
         ConfigError: a bundle that the runner cannot run.
     """
     bundles = [open_bundle(path) for path in paths]
-    target = _check(bundles, runner)
+    program = _check(bundles, runner)
     per_pass = -(-runs // PASSES)
     with _folder(adb) as folder, TemporaryDirectory() as local:
         for file in [runner, *sorted(runner.parent.glob("*.so"))]:
@@ -316,7 +356,7 @@ def measure(
         turns = [(each, piece) for each in measured for piece in each.bundle.manifest.pieces]
         order = [turns[number % len(turns) :] + turns[: number % len(turns)] for number in range(PASSES)]
         for each, piece in progress((turn for one_pass in order for turn in one_pass), PASSES * len(turns)):
-            timing = RUNNERS[target](place, each.folder, piece, each.inputs[piece.name], per_pass)
+            timing = program.run(place, each.folder, piece, each.inputs[piece.name], per_pass)
             each.timings.setdefault(piece.name, []).append(timing)
         after = describe(adb)
     throttled = (
@@ -379,14 +419,14 @@ def temperatures(adb: Adb) -> dict[str, float] | None:
     return found or None
 
 
-def _check(bundles: Sequence[Bundle], runner: Path) -> str:
-    """The bundles' one target, if the runner can run them all."""
+def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
+    """How the runner is used, if it can run all bundles, which are of one target."""
     if not runner.is_file():
         raise ConfigError(f"{runner}: no such file; give --runner the engine's runner, built for the phone")
-    targets = {bundle.manifest.target for bundle in bundles}
-    if len(targets) != 1 or not targets <= set(RUNNERS):
-        found = ", ".join(sorted(targets))
-        raise ConfigError(f"--device android: takes bundles of one target, onnx or executorch; these are {found}")
+    programs = [_runner_of(bundle) for bundle in bundles]
+    found = sorted({bundle.manifest.target for bundle in bundles})
+    if len(found) != 1:
+        raise ConfigError(f"--device android: takes bundles of one target; these are {', '.join(found)}")
     for bundle in bundles:
         bundle.check()
         if bundle.manifest.layout not in ("separate", "packed"):
@@ -399,7 +439,7 @@ def _check(bundles: Sequence[Bundle], runner: Path) -> str:
                 f"{bundle.path}: is for batches of up to {batch} images, and executor_runner always runs the largest; "
                 "export it with --max-batch 1"
             )
-    return targets.pop()
+    return programs[0]
 
 
 @contextlib.contextmanager
@@ -436,18 +476,10 @@ def _push(
             if spec.name == "gate":
                 value = np.full(shape, 0.5, np.float32)
             file_name = f"input_{piece.name}_{number}"
-            content = value.tobytes() if bundle.manifest.target == "executorch" else _tensor_proto(spec.name, value)
-            (local / file_name).write_bytes(content)
+            (local / file_name).write_bytes(_runner_of(bundle).encode(spec.name, value))
             adb.run("push", str(local / file_name), str(folder / file_name), timeout=timeout)
             inputs[piece.name].append(file_name)
     return _Measured(bundle, name, folder, inputs)
-
-
-def _tensor_proto(name: str, value: np.ndarray[Any, Any]) -> bytes:
-    """A tensor as onnxruntime_perf_test reads it."""
-    from onnx import numpy_helper
-
-    return bytes(numpy_helper.from_array(value, name).SerializeToString())
 
 
 def _parts(bundle: Bundle, choice: int) -> list[str]:
@@ -478,7 +510,7 @@ def _rows(measured: _Measured, base: list[float], throttled: bool | None, load: 
             name=name,
             group="android",
             kind="mobile-vmoe" if manifest.routing else "dense",
-            backend=ENGINES[manifest.target],
+            backend=targets.get(manifest.target).backend().name,
             precision=manifest.precision,
             layout=manifest.layout,
             counted_macs=None,

@@ -18,11 +18,11 @@ def bundle(backend: str, path: str, image: str, threads: int) -> list[float]:
     import numpy as np
 
     import mvmoe_deploy
-    from mvmoe_deploy.backends import MODULES
+    from mvmoe_deploy import targets
 
-    import_module(MODULES[backend])
-    if backend == "executorch":
-        import_module("executorch.runtime")  # which the backend imports when it is opened
+    engine = targets.of_backend(backend).backend(backend)
+    for module in (engine.opens.partition(":")[0], *engine.imports):
+        import_module(module)
     pixels = np.load(image)[0]
     imported = time.monotonic()
     runtime = mvmoe_deploy.load(path, threads=threads, check="lazy", backend=backend)

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mvmoe_deploy
-
-PACKAGES = {"onnxruntime": ["onnxruntime"], "executorch": ["executorch", "torch"], "torch": ["torch"]}
-"""What a row's times depend on, by backend."""
+from mvmoe_deploy.bench.candidates.configuration import engine
 
 
 def machine(backends: Iterable[str]) -> dict[str, Any]:
@@ -22,7 +20,7 @@ def machine(backends: Iterable[str]) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
-    packages = dict.fromkeys(name for backend in backends for name in PACKAGES.get(backend, []))
+    packages = dict.fromkeys(name for backend in backends for name in engine(backend).packages)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

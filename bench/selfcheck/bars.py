@@ -32,7 +32,7 @@ from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.errors import BackendError, CheckFailed
-from mvmoe_deploy.exporters.job import Options, target_module
+from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
@@ -81,9 +81,8 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
     )
     yield from cold_start(of_bundle(routed.path), whole, folder)
     yield _in_fresh_process("expert_switch", "12x192", 1, rounds, folder)
-    if "swappable" in target_module("onnx").LAYOUTS:
-        yield _in_fresh_process("swappable_switch", "12x192", 1, rounds, folder)
-        yield _in_fresh_process("swappable_warm", "12x192", 1, rounds, folder)
+    yield _in_fresh_process("swappable_switch", "12x192", 1, rounds, folder)
+    yield _in_fresh_process("swappable_warm", "12x192", 1, rounds, folder)
     yield _in_fresh_process("predict_overhead", "12x192", 1, rounds, folder)
     code = (
         "import sys, mvmoe_deploy; print(sum(m in sys.modules for m in ('torch', 'onnx', 'executorch', 'coremltools')))"

@@ -30,7 +30,8 @@ from mvmoe_deploy.bench.selfcheck.lowering_timing import measure_exports
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.cli.common import command, positive_int
-from mvmoe_deploy.exporters.executorch.convert import MAX_BATCH, Lowered, delegation, examples, export, lower
+from mvmoe_deploy.exporters.executorch.convert import Lowered, delegation, examples, export, lower
+from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
 from mvmoe_deploy.exporters.split import PieceModule, split

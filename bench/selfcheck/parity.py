@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mvmoe_deploy import targets
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.cli.common import command, positive_int
 from mvmoe_deploy.errors import MvmoeError, VerificationError
-from mvmoe_deploy.exporters.job import MODULES, Options, target_module
+from mvmoe_deploy.exporters.exporter import Options, converter_of, exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.models import ZOO, load_checkpoint
 from mvmoe_deploy.models.train.data import normaliser
@@ -50,13 +51,13 @@ def measure(checkpoint: Path, data: Path, count: int) -> list[list[Any]]:
     with torch.no_grad():
         accuracy = float((model(images).argmax(1).numpy() == labels).mean())
     rows: list[list[Any]] = [["PyTorch", "fp32", None, None, None, f"{accuracy:.1%}", None, None]]
-    for target in MODULES:
+    for target in targets.known():
         try:
-            precisions = target_module(target).PRECISIONS
+            converter_of(target)
         except MvmoeError as error:
             print(error, file=sys.stderr)
             continue
-        for precision in precisions:
+        for precision in (precision.name for precision in exporter_of(target).precisions):
             print(f"{target} {precision} …", file=sys.stderr)
             with tempfile.TemporaryDirectory() as folder:
                 try:

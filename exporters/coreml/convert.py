@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import Manifest, Piece
 from mvmoe_deploy.errors import ExportError, first_line
-from mvmoe_deploy.exporters.job import Converted, Job, Options, describe_piece
+from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
+from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.quiet import quiet
@@ -38,9 +39,6 @@ with quiet():
     import coremltools.optimize.coreml as cto
     from coremltools.proto import MIL_pb2, Model_pb2
 
-PRECISIONS = ("fp16", "fp32", "int8", "palette6", "palette4")
-LAYOUTS = ("separate", "packed")
-DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18")
 PACKED = "model.mlpackage"
 
 CLASS_LABEL, CLASS_PROBABILITIES = "classLabel", "classLabel_probs"
@@ -136,7 +134,7 @@ class WithProbabilities(nn.Module):
         return logits, logits.softmax(-1)
 
 
-def convert(job: Job) -> Converted:
+def convert(job: Job[CoreMLOptions]) -> Converted:
     """Converts every piece of a split and writes the packages into ``job.directory``.
 
     Raises:
@@ -183,14 +181,7 @@ def convert(job: Job) -> Converted:
     )
 
 
-def _check(options: Options, manifest: Manifest) -> None:
-    for value, allowed, what in (
-        (options.precision, PRECISIONS, "precision"),
-        (options.layout, LAYOUTS, "layout"),
-        (options.minimum_deployment_target, DEPLOYMENT_TARGETS, "minimum deployment target"),
-    ):
-        if value not in allowed:
-            raise ExportError(f"coreml: unknown {what} {value!r}, expected one of {', '.join(allowed)}")
+def _check(options: CoreMLOptions, manifest: Manifest) -> None:
     if options.layout == "packed" and options.minimum_deployment_target != "iOS18":
         raise ExportError(
             "coreml: layout packed is a multifunction package, which needs iOS 18; ask for "
@@ -200,7 +191,7 @@ def _check(options: Options, manifest: Manifest) -> None:
         raise ExportError("coreml: a classifier needs class names, and the checkpoint has none")
 
 
-def _convert_family(family: list[PieceModule], job: Job) -> list[Package]:
+def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[Package]:
     """Converts pieces that are the same graph with other weights.
 
     One of them is traced with random numbers in place of the weights that are its own. These numbers are then found
@@ -229,7 +220,7 @@ def _convert_family(family: list[PieceModule], job: Job) -> list[Package]:
 
 
 def _put_weights(
-    template: Package, traced: nn.Module, module: nn.Module, own: list[str], options: Options
+    template: Package, traced: nn.Module, module: nn.Module, own: list[str], options: CoreMLOptions
 ) -> Package | None:
     """The template with ``module``'s weights in place of ``traced``'s; None where they cannot be found exactly."""
     places = {template.weights[start : start + size]: start for start, size in _blobs(template)}
@@ -245,7 +236,7 @@ def _put_weights(
     return Package(copy.deepcopy(template.model), bytes(weights))
 
 
-def _stored(weight: Tensor, options: Options) -> NDArray[Any]:
+def _stored(weight: Tensor, options: CoreMLOptions) -> NDArray[Any]:
     """A weight as the converter stores it."""
     with np.errstate(over="ignore"):
         return weight.detach().numpy().astype(np.float32 if options.precision == "fp32" else np.float16)
@@ -263,7 +254,7 @@ def _blobs(package: Package) -> Iterator[tuple[int, int]]:
                         yield start, size
 
 
-def _convert_module(piece: PieceModule, module: nn.Module, job: Job) -> Package:
+def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOptions]) -> Package:
     """Traces and converts one module, for one image at a time."""
     options, manifest = job.options, job.manifest
     outputs = piece.outputs
@@ -320,7 +311,7 @@ def class_labels(manifest: Manifest) -> list[str]:
     ]
 
 
-def _classifies(piece: PieceModule, options: Options) -> bool:
+def _classifies(piece: PieceModule, options: CoreMLOptions) -> bool:
     return options.classifier and "logits" in piece.outputs
 
 
@@ -407,7 +398,7 @@ def _pack(packages: dict[str, Package], default: str, scratch: Path) -> Package:
     return Package.read(scratch / PACKED)
 
 
-def _describe(package: Package, piece: PieceModule | None, job: Job) -> None:
+def _describe(package: Package, piece: PieceModule | None, job: Job[CoreMLOptions]) -> None:
     """Writes the metadata that Xcode shows, and drops the date; ``piece`` is None for a packed package."""
     manifest, options, description = job.manifest, job.options, package.model.description
     texts = {
@@ -469,7 +460,9 @@ def _purpose(piece: PieceModule, manifest: Manifest) -> str:
     return f"{does}; expert {piece.expert} {expert.name}".rstrip() + (f", for {classes}" if classes else "")
 
 
-def _manifest_piece(piece: PieceModule, graph: str, files: list[Path], function: str | None, job: Job) -> Piece:
+def _manifest_piece(
+    piece: PieceModule, graph: str, files: list[Path], function: str | None, job: Job[CoreMLOptions]
+) -> Piece:
     """The manifest entry: batch 1, and the bytes its weights really take."""
     described = describe_piece(
         piece,

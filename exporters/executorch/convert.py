@@ -15,8 +15,9 @@ from torch.export import Dim, ExportedProgram
 
 from mvmoe_deploy.bundle import Piece
 from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH, ExecuTorchOptions
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
-from mvmoe_deploy.exporters.job import Converted, Job, Options, count_parameters, describe_piece
+from mvmoe_deploy.exporters.job import Converted, Job, count_parameters, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.quiet import quiet
 
@@ -37,16 +38,9 @@ with quiet():
     from torch.fx.passes.infra.partitioner import Partition
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-PRECISIONS = ("fp32", "int8")
-LAYOUTS = ("separate", "packed")
 PACKED = "model.pte"
 METHOD = "forward"
 """The method of a separate file; what Swift's and Kotlin's ``Module`` call by default."""
-
-MAX_BATCH = Options.max_batch
-"""Upper bound of the batch dimension, unless asked otherwise. Tensors that pass between delegates are planned for it
-(0.1 MB an image in the trunk of mvmoe_12x192), so it costs memory. A dynamic batch costs no time at batch 1; larger
-batches gain a tenth."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class Lowered:
     delegation: Delegation
 
 
-def convert(job: Job) -> Converted:
+def convert(job: Job[ExecuTorchOptions]) -> Converted:
     """Writes ``trunk.pte``, ``expert_00.pte`` … (layout ``separate``) or ``model.pte`` (``packed``).
 
     Each family of pieces (the tails, say) is lowered once, and the others' weights are put into the result.
@@ -341,7 +335,7 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _describe(piece: PieceModule, lowered: Lowered, job: Job) -> Piece:
+def _describe(piece: PieceModule, lowered: Lowered, job: Job[ExecuTorchOptions]) -> Piece:
     packed = job.options.layout == "packed"
     graph = PACKED if packed else f"{piece.name}.pte"
     # Weights as stored, which in int8 means some of them; the rest of the file is a few kB.

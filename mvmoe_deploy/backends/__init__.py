@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from mvmoe_deploy import targets
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError
 
@@ -19,7 +19,7 @@ class Backend(Protocol):
     """What every backend offers.
 
     Attributes:
-        name: as in :data:`MODULES`.
+        name: as in the target's record, see :class:`mvmoe_deploy.targets.Engine`.
         unloads: whether dropping a loaded piece gives its memory back.
     """
 
@@ -37,35 +37,22 @@ class Backend(Protocol):
         ...
 
 
-MODULES = {
-    "onnxruntime": "mvmoe_deploy.backends.onnxruntime",
-    "executorch": "mvmoe_deploy.backends.executorch",
-    "coreml": "mvmoe_deploy.backends.coreml",
-    "reference": "mvmoe_deploy.backends.mil",  # interprets Core ML bundles where Core ML does not run
-}
-DEFAULT = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coreml"}
-"""The backend that runs a target's bundles."""
-
-
 def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 1) -> Backend:
     """Opens a backend on a bundle.
 
     Args:
         bundle: the bundle whose pieces it will load.
-        name: a key of :data:`MODULES`; by default the one for the bundle's target.
+        name: one of the target's backends; by default its first.
         threads: threads a piece may use; None for as many as the engine uses in this process already, or else one.
 
     Raises:
-        BackendError: an unknown backend, or one that cannot run this target or does not run here.
+        BackendError: the target has no such backend, or it is not installed or does not run here.
     """
-    name = name or DEFAULT[bundle.manifest.target]
-    if name not in MODULES:
-        raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(MODULES)}")
+    target = targets.get(bundle.manifest.target)
     try:
-        module = import_module(MODULES[name])
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise BackendError(
-            f"backend {name} needs the package {package}: pip install 'mvmoe-deploy[{bundle.manifest.target}]'"
-        ) from None
-    return module.open_backend(bundle, threads)
+        engine = target.backend(name)
+    except BackendError as error:
+        raise BackendError(f"{bundle.path}: {error}") from None
+    opens: Callable[[Bundle, int | None], Backend]
+    opens = targets.resolve(engine.opens, f"backend {engine.name}", target.requirement, BackendError)
+    return opens(bundle, threads)

@@ -55,8 +55,6 @@ class CoreMLBackend:
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> CoreMLBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`; Core ML decides about threads by itself."""
-    if bundle.manifest.target != "coreml":
-        raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, coreml runs coreml bundles")
     if sys.platform != "darwin":
         raise BackendError(
             f"{bundle.path}: Core ML runs on Apple devices only; use --backend reference (the interpreter)"

@@ -129,8 +129,6 @@ class _LoadedPiece:
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> ExecuTorchBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`."""
-    if bundle.manifest.target != "executorch":
-        raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, executorch runs executorch bundles")
     return ExecuTorchBackend(bundle, threads)
 
 

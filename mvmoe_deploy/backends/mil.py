@@ -226,10 +226,6 @@ class ReferenceBackend:
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> ReferenceBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`; numpy decides about threads by itself."""
-    if bundle.manifest.target != "coreml":
-        raise BackendError(
-            f"{bundle.path}: is a {bundle.manifest.target} bundle, the reference interpreter runs coreml bundles"
-        )
     return ReferenceBackend(bundle)
 
 

@@ -115,8 +115,6 @@ class OnnxRuntimeBackend:
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> OnnxRuntimeBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`."""
-    if bundle.manifest.target != "onnx":
-        raise BackendError(f"{bundle.path}: is a {bundle.manifest.target} bundle, onnxruntime runs onnx bundles")
     return OnnxRuntimeBackend(bundle, threads)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.cli.common import command, parser, positive_int
-from mvmoe_deploy.errors import ExportError, MvmoeError, VerificationError
+from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.errors import ConfigError, ExportError, MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell, table
 
 EXAMPLES = """\
@@ -28,58 +28,80 @@ layouts:
 """
 
 
+class _NotGiven:
+    """In place of an option of one target, where the command line does not name it."""
+
+
 def build_parser() -> argparse.ArgumentParser:
+    from mvmoe_deploy import targets
+    from mvmoe_deploy.exporters.exporter import exporter_of
+
     p = parser("Split a checkpoint, export its pieces, and verify each against PyTorch.", EXAMPLES)
     p.add_argument("checkpoint", type=Path, help="trained model (.pt or .safetensors), routed or dense")
-    p.add_argument("--target", required=True, help="onnx, executorch, coreml, or all three")
+    p.add_argument("--target", required=True, help=f"{', '.join(targets.known())}, or all of them")
     p.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="bundle to write (default: CHECKPOINT-TARGET.mvmoe); with --target all, the folder for the three",
+        help="bundle to write (default: CHECKPOINT-TARGET.mvmoe); with --target all, the folder for all bundles",
     )
     p.add_argument("--images", type=Path, metavar="DIR", help="real images to verify with (default: synthetic ones)")
-    p.add_argument(
-        "--precision",
-        help="onnx: fp32, fp16 (weights stored in half the bytes, arithmetic in fp32); executorch: fp32, int8; "
-        "coreml: fp16, fp32, int8, palette6, palette4 (default: the first named)",
-    )
-    p.add_argument("--layout", default="separate", help="separate, packed or swappable, see below")
+    p.add_argument("--precision", default="", help="how weights are stored (default: the target's first, see below)")
+    p.add_argument("--layout", default="", help="how pieces lie in files (default: the target's first, see below)")
     p.add_argument("--separate-router", action="store_true", help="export the router as a piece of its own")
-    p.add_argument_group("ExecuTorch").add_argument(
-        "--max-batch", type=positive_int, default=16, metavar="N",
-        help="largest batch a piece takes at once; 1 for ExecuTorch's executor_runner, which always runs the largest",
-    )  # fmt: skip
-    coreml = p.add_argument_group("Core ML")
-    coreml.add_argument("--minimum-deployment-target", default="iOS17", metavar="OS", help="iOS16, iOS17 or iOS18")
-    coreml.add_argument("--image-input", action="store_true", help="the trunk takes an image, preprocessing folded in")
-    coreml.add_argument("--classifier", action="store_true", help="tails return class labels with probabilities")
-    coreml.add_argument("--author", default="", help="metadata that Xcode shows")
-    coreml.add_argument("--licence", default="", help="likewise")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     p.add_argument("--json", action="store_true", help="print the verification report as JSON (of all targets: a list)")
+    for name, target in targets.known().items():
+        exporter = exporter_of(name)
+        precisions = (f"{each.name} ({each.note})" if each.note else each.name for each in exporter.precisions)
+        offered = f"precisions: {', '.join(precisions)}\n  layouts: {', '.join(exporter.layouts)}"
+        group = p.add_argument_group(f"{target.title} (--target {name})", offered)
+        try:
+            exporter.add_arguments(group)
+        except argparse.ArgumentError as error:
+            raise ConfigError(f"target {name}: its options clash with others ({error})") from None
     return p
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    from mvmoe_deploy.exporters.job import MODULES
-    from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model, read_checkpoint
+    from mvmoe_deploy import targets
+    from mvmoe_deploy.exporters.exporter import exporter_of
+
+    owners = {name: exporter_of(name).own_options for name in targets.known()}
+    # What stands in the namespace before is left there unless the command line names it.
+    unset: dict[str, Any] = dict.fromkeys(frozenset().union(*owners.values()), _NotGiven)
+    args = build_parser().parse_args(argv, argparse.Namespace(**unset))
+    given = {name: value for name in unset if (value := getattr(args, name)) is not _NotGiven}
+    if args.target == "all":
+        _export_all(
+            args, {target: {name: given[name] for name in given if name in owners[target]} for target in owners}
+        )
+        return
+    targets.get(args.target)
+    for name in given:
+        if name not in owners[args.target]:
+            able = ", ".join(target for target in owners if name in owners[target])
+            raise ExportError(f"--{name.replace('_', '-')}: target {args.target} has no such option, {able} has")
+    from mvmoe_deploy.exporters.pipeline import export_checkpoint
+
+    bundle = export_checkpoint(args.checkpoint, args.target, args.out, **_arguments(args, args.target, given))
+    print(json.dumps(as_json(bundle), indent=1) if args.json else describe(bundle))
+
+
+def _export_all(args: argparse.Namespace, own: dict[str, dict[str, Any]]) -> None:
+    """Exports for every target; ``own`` holds by target the options that it knows, of those that were given."""
+    from mvmoe_deploy.exporters.pipeline import export_model, read_checkpoint
     from mvmoe_deploy.exporters.split import split
 
-    if args.target != "all":
-        bundle = export_checkpoint(args.checkpoint, args.target, args.out, **_arguments(args, args.target))
-        print(json.dumps(as_json(bundle), indent=1) if args.json else describe(bundle))
-        return
     model, header, source = read_checkpoint(args.checkpoint)
     pieces = split(model, header.preprocessing.size, args.separate_router)
     failed: list[MvmoeError] = []
     done: list[dict[str, Any]] = []
-    for target in MODULES:
+    for target, given in own.items():
         out = (args.out or Path()) / f"{args.checkpoint.stem}-{target}.mvmoe"
         try:
-            bundle = export_model(pieces, header, target, out, source=source, **_arguments(args, target))
+            bundle = export_model(pieces, header, target, out, source=source, **_arguments(args, target, given))
             done.append(as_json(bundle))
             if not args.json:
                 print(describe(bundle))
@@ -90,22 +112,14 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(done, indent=1))
     if failed:
         kind = VerificationError if any(isinstance(error, VerificationError) for error in failed) else ExportError
-        raise kind(f"{len(failed)} of {len(MODULES)} targets failed, see above")
+        raise kind(f"{len(failed)} of {len(own)} targets failed, see above")
 
 
-def _arguments(args: argparse.Namespace, target: str) -> dict[str, Any]:
-    from mvmoe_deploy.exporters.job import Options, target_module
+def _arguments(args: argparse.Namespace, target: str, own: dict[str, Any]) -> dict[str, Any]:
+    from mvmoe_deploy.exporters.exporter import exporter_of
 
-    options = Options(
-        precision=args.precision or target_module(target).PRECISIONS[0],
-        layout=args.layout,
-        separate_router=args.separate_router,
-        max_batch=args.max_batch,
-        minimum_deployment_target=args.minimum_deployment_target,
-        image_input=args.image_input,
-        classifier=args.classifier,
-        author=args.author,
-        licence=args.licence,
+    options = exporter_of(target).options(
+        precision=args.precision, layout=args.layout, separate_router=args.separate_router, **own
     )
     return {"options": options, "images": args.images, "force": args.force, "progress": _Steps()}
 

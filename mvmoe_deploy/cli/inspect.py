@@ -10,7 +10,7 @@ import msgspec
 
 from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
 from mvmoe_deploy.cli.common import command, parser
-from mvmoe_deploy.snippets import snippet
+from mvmoe_deploy.snippets import languages, snippet
 from mvmoe_deploy.terminal import table
 
 
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("bundle", type=Path, help="directory written by mvmoe-export")
     p.add_argument("--verify", action="store_true", help="compare every file with its sha256; exit 2 if one differs")
     p.add_argument("--json", action="store_true", help="print the manifest as JSON")
-    p.add_argument("--snippet", choices=["swift", "kotlin"], help="print source code that runs this bundle in an app")
+    p.add_argument("--snippet", choices=languages(), help="print source code that runs this bundle in an app")
     return p
 
 

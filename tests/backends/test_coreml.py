@@ -20,7 +20,7 @@ from mvmoe_deploy.backends.mil import read_package
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.cli.run import main as run_command
 from mvmoe_deploy.errors import BackendError
-from mvmoe_deploy.exporters.job import Options
+from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.quiet import quiet
 
@@ -33,7 +33,7 @@ CONFIG = tiny.moe_config(experts=2)
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """One multifunction package whose trunk takes an image."""
-    options = Options("fp32", "packed", minimum_deployment_target="iOS18", image_input=True)
+    options = CoreMLOptions("fp32", "packed", minimum_deployment_target="iOS18", image_input=True)
     path = tmp_path_factory.mktemp("coreml") / "b.mvmoe"
     return export_model(tiny.lively_model(CONFIG), tiny.header_for(CONFIG), "coreml", path, options=options)
 
@@ -84,7 +84,7 @@ def test_the_command_says_so_in_one_line(
 def test_it_runs_core_ml_bundles_only(bundle: Bundle, tmp_path: Path) -> None:
     copy = tiny.copy_of(bundle.path, tmp_path)
     tiny.edit_manifest(copy, lambda manifest: manifest.update(target="onnx"))
-    with pytest.raises(BackendError, match="is a onnx bundle, coreml runs coreml bundles"):
+    with pytest.raises(BackendError, match="backend 'coreml' does not run onnx bundles: expected onnxruntime"):
         open_backend(open_bundle(copy), "coreml")
 
 

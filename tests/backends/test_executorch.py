@@ -20,7 +20,7 @@ from executorch_bundles import altered, bundle, pieces, routed_model
 import mvmoe_deploy
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.errors import BackendError, BundleError
-from mvmoe_deploy.exporters.executorch.convert import MAX_BATCH
+from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH
 
 
 def in_subprocess(code: str, *arguments: str) -> list[object]:

@@ -20,7 +20,7 @@ from mvmoe_deploy.backends import mil, open_backend
 from mvmoe_deploy.backends.mil import MODEL_FILE, OPS, WEIGHTS_FILE, Program, read_package
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import BackendError, VerificationError
-from mvmoe_deploy.exporters.job import Options
+from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
 from mvmoe_deploy.exporters.verify import verify
@@ -226,7 +226,7 @@ CONFIG = tiny.moe_config(width=64, experts=2)
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mil") / "good.mvmoe"
-    options = Options(precision="fp16", minimum_deployment_target="iOS17")
+    options = CoreMLOptions(precision="fp16", minimum_deployment_target="iOS17")
     return export_model(tiny.lively_model(CONFIG), tiny.header_for(CONFIG), "coreml", path, options=options).path
 
 
@@ -450,5 +450,5 @@ def test_the_runtime_runs_core_ml_bundles_with_it(good: Path) -> None:
 
 def test_it_runs_no_other_bundles(copied: Path) -> None:
     tiny.edit_manifest(copied, lambda manifest: manifest.update(target="onnx"))
-    with pytest.raises(BackendError, match="is a onnx bundle, the reference interpreter runs coreml bundles"):
+    with pytest.raises(BackendError, match="backend 'reference' does not run onnx bundles: expected onnxruntime"):
         open_backend(open_bundle(copied), "reference")

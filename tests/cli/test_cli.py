@@ -17,12 +17,12 @@ import tiny
 from exported import kept_traces
 from PIL import Image
 
+from mvmoe_deploy import targets
 from mvmoe_deploy.bench.results import read_json
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.cli import bench, evaluate, export, inspect, run, superclasses, train
-from mvmoe_deploy.exporters import job as targets
-from mvmoe_deploy.exporters import onnx as onnx_target
 from mvmoe_deploy.exporters import split
+from mvmoe_deploy.exporters.onnx import convert as onnx_target
 from mvmoe_deploy.models.flops import model_flops, model_macs, total_parameters
 
 COMMANDS = {
@@ -119,6 +119,12 @@ def test_export_refuses(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert "unknown target 'tflite'" in fails(capsys, export.main, moe_checkpoint, "--target", "tflite")
     error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path)
     assert "exists already; --force replaces it" in error
+    error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--image-input")
+    assert error == "error: --image-input: target onnx has no such option, coreml has\n"
+    error = fails(capsys, export.main, moe_checkpoint, "--target", "coreml", "--max-batch", "16")  # the default, too
+    assert error == "error: --max-batch: target coreml has no such option, executorch has\n"
+    error = fails(capsys, export.main, moe_checkpoint, "--target", "executorch", "--max-batch", "0")
+    assert error == "error: --max-batch is 0, it must be at least 1\n"
     error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path, "--force")
     assert "is not a bundle, so --force does not replace it" in error
     assert foreign.exists()
@@ -171,7 +177,9 @@ def test_run_refuses(bundle_path: Path, photo: Path, tmp_path: Path, capsys: pyt
     assert "notes.jpg: not an image" in fails(capsys, run.main, bundle_path, notes)
     assert "cannot hold expert_00" in fails(capsys, run.main, bundle_path, photo, "--memory-budget", "1kB")
     assert "expected a size such as '8MB'" in fails(capsys, run.main, bundle_path, photo, "--memory-budget", "lots")
-    assert "unknown backend 'tpu'" in fails(capsys, run.main, bundle_path, photo, "--backend", "tpu")
+    assert "backend 'tpu' does not run onnx bundles: expected onnxruntime" in fails(
+        capsys, run.main, bundle_path, photo, "--backend", "tpu"
+    )
 
 
 @pytest.mark.parametrize("option", ["--top", "--threads", "--max-resident"])
@@ -299,12 +307,15 @@ def test_export_to_all_targets_goes_on_after_one_failed(
     splits: list[object] = []
     real = split.split
     monkeypatch.setattr(split, "split", lambda *args: splits.append(args) or real(*args))
-    monkeypatch.setattr(targets, "MODULES", {"coreml": "no_such_toolchain", "onnx": targets.MODULES["onnx"]})
+    two = {name: targets.get(name) for name in ("coreml", "onnx")}
+    monkeypatch.setattr(targets, "known", lambda: two)
+    monkeypatch.delitem(sys.modules, "mvmoe_deploy.exporters.coreml.convert", raising=False)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
     with kept_traces(tiny.moe_config()):
         assert export.main([str(moe_checkpoint), "--target", "all", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "wrote" in out
-    assert "coreml: target coreml needs the package no_such_toolchain: pip install 'mvmoe-deploy[coreml]'" in err
+    assert "coreml: target coreml needs the package coremltools: pip install 'mvmoe-deploy[coreml]'" in err
     assert err.endswith("error: 1 of 2 targets failed, see above\n")
     assert open_bundle(tmp_path / "moe-onnx.mvmoe").manifest.target == "onnx"
     assert not (tmp_path / "moe-coreml.mvmoe").exists()

@@ -19,8 +19,9 @@ from mvmoe_deploy import models
 from mvmoe_deploy.backends.mil import Package, ReferenceBackend, read_package
 from mvmoe_deploy.bundle import Bundle, Manifest, Source
 from mvmoe_deploy.errors import ExportError, ImageError
-from mvmoe_deploy.exporters.coreml.convert import convert as coreml
-from mvmoe_deploy.exporters.job import Job, Options
+from mvmoe_deploy.exporters.coreml import convert as coreml
+from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
+from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
 from mvmoe_deploy.images import Preprocessing, normalise
@@ -38,7 +39,12 @@ def export(path: Path, config: models.ViTConfig = CONFIG, *, source: Source | No
     """A verified bundle of a tiny model."""
     options = {"precision": "fp16", **options}
     return export_model(
-        tiny.lively_model(config), tiny.header_for(config), "coreml", path, source=source, options=Options(**options)
+        tiny.lively_model(config),
+        tiny.header_for(config),
+        "coreml",
+        path,
+        source=source,
+        options=CoreMLOptions(**options),
     )
 
 
@@ -136,7 +142,7 @@ def test_separate_packages(tmp_path: Path) -> None:
     assert on_disk == {file.path for file in bundle.manifest.files} | {"manifest.json"}
 
 
-def job(model: models.ViT, folder: Path, **options: Any) -> Job:
+def job(model: models.ViT, folder: Path, **options: Any) -> Job[CoreMLOptions]:
     """What the pipeline would hand to ``convert``; for tests that need no verification."""
     config, header = model.config, tiny.header_for(model.config)
     pieces = split(model, config.image_size)
@@ -144,7 +150,7 @@ def job(model: models.ViT, folder: Path, **options: Any) -> Job:
         "mvmoe-bundle", 1, "coreml", "separate", "fp16", header.model, pieces.routing, header.preprocessing,
         header.class_ids, header.class_names, [], [], [], {}, Source("", "0" * 64), {},
     )  # fmt: skip
-    given = Options(**{"precision": "fp16", **options})
+    given = CoreMLOptions(**{"precision": "fp16", **options})
     return Job(pieces, folder, given, manifest, torch.zeros(0), lambda role: 0, lambda what: None)
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.errors import ExportError, VerificationError
-from mvmoe_deploy.exporters.executorch.convert import convert as target
-from mvmoe_deploy.exporters.executorch.convert import rewrite as xnnpack
-from mvmoe_deploy.exporters.job import Job, Options
-from mvmoe_deploy.exporters.precision import TOLERANCES
+from mvmoe_deploy.exporters.executorch import convert as target
+from mvmoe_deploy.exporters.executorch import rewrite as xnnpack
+from mvmoe_deploy.exporters.executorch.exporter import ExecuTorchOptions
+from mvmoe_deploy.exporters.job import Job
+from mvmoe_deploy.exporters.precision import FP32
 from mvmoe_deploy.exporters.split import PieceModule, split
 from mvmoe_deploy.exporters.verify import check_piece
 from mvmoe_deploy.models.architectures.vit import Attention
@@ -140,8 +141,8 @@ def test_wrong_expert_is_noticed(tmp_path: Path) -> None:
     tails = pieces().of("tail")
     inputs = [value.contiguous() for value in tails[0].inputs.values()]
     with pytest.raises(VerificationError, match="expert_00: differs from PyTorch"):
-        check_piece(tails[0], inputs, wrong, backend, TOLERANCES["fp32"])
-    check_piece(tails[2], inputs, wrong, backend, TOLERANCES["fp32"])
+        check_piece(tails[0], inputs, wrong, backend, FP32.tolerance)
+    check_piece(tails[2], inputs, wrong, backend, FP32.tolerance)
 
 
 def test_packed_file_holds_every_method_and_shared_weights_once() -> None:
@@ -178,7 +179,13 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
 
     manifest = bundle("foreign").manifest
     job = Job(
-        split(DataDependent(), 16), tmp_path, Options(), manifest, torch.empty(0), lambda role: 0, lambda what: None
+        split(DataDependent(), 16),
+        tmp_path,
+        ExecuTorchOptions("fp32", "separate"),
+        manifest,
+        torch.empty(0),
+        lambda role: 0,
+        lambda what: None,
     )
     with pytest.raises(ExportError, match="model: executorch cannot lower it"):
         target.convert(job)
@@ -187,8 +194,8 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
 SAME_AGAIN = """
 import hashlib
 from executorch_bundles import pieces
-from mvmoe_deploy.exporters.executorch.convert import convert as executorch
-from mvmoe_deploy.exporters.executorch.convert import rewrite as xnnpack
+from mvmoe_deploy.exporters.executorch import convert as executorch
+from mvmoe_deploy.exporters.executorch import rewrite as xnnpack
 trunk = pieces().of("trunk")[0]
 print(hashlib.sha256(executorch.lower(executorch.export(xnnpack.rewrite(trunk), trunk)).data).hexdigest())
 """

@@ -20,8 +20,8 @@ from mvmoe_deploy import models
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import BackendError, BundleError, ExportError
-from mvmoe_deploy.exporters.job import Options
-from mvmoe_deploy.exporters.onnx import INLINE_BYTES
+from mvmoe_deploy.exporters.exporter import Options
+from mvmoe_deploy.exporters.onnx.convert import INLINE_BYTES
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.flops import active_parameters, model_flops, router_flops

@@ -21,11 +21,19 @@ from mvmoe_deploy import bundle as bundles
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.bundle import Bundle, open_bundle
-from mvmoe_deploy.errors import BundleError, CheckpointError, ExportError, ImageError, VerificationError
-from mvmoe_deploy.exporters import job as targets
-from mvmoe_deploy.exporters import onnx as onnx_target
+from mvmoe_deploy.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    ImageError,
+    VerificationError,
+)
 from mvmoe_deploy.exporters import pipeline
-from mvmoe_deploy.exporters.job import Converted, Job, Options
+from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
+from mvmoe_deploy.exporters.exporter import Options
+from mvmoe_deploy.exporters.job import Converted, Job
+from mvmoe_deploy.exporters.onnx import convert as onnx_target
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model, synthetic_pixels
 
 
@@ -109,7 +117,7 @@ def test_synthetic_images_are_smooth_and_always_the_same() -> None:
 
 
 def test_a_target_that_does_not_exist(moe_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="unknown target 'tflite': expected one of onnx, executorch, coreml"):
+    with pytest.raises(ConfigError, match="unknown target 'tflite': expected one of onnx, executorch, coreml"):
         export_checkpoint(moe_checkpoint, "tflite", tmp_path / "x.mvmoe")
     assert nothing_in(tmp_path)
 
@@ -117,8 +125,9 @@ def test_a_target_that_does_not_exist(moe_checkpoint: Path, tmp_path: Path) -> N
 def test_a_target_whose_toolchain_is_missing(
     moe_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(targets.MODULES, "coreml", "no_such_toolchain.at_all")
-    message = r"target coreml needs the package no_such_toolchain: pip install 'mvmoe-deploy\[coreml\]'"
+    monkeypatch.delitem(sys.modules, "mvmoe_deploy.exporters.coreml.convert", raising=False)
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    message = r"target coreml needs the package coremltools: pip install 'mvmoe-deploy\[coreml\]'"
     with pytest.raises(ExportError, match=message):
         export_checkpoint(moe_checkpoint, "coreml", tmp_path / "x.mvmoe")
 
@@ -127,7 +136,8 @@ def test_a_target_whose_toolchain_is_missing(
     ("options", "message"),
     [
         (Options(precision="fp8"), "target onnx has no precision 'fp8': expected one of fp32, fp16"),
-        (Options(layout="packed"), "target onnx has no layout 'packed'"),
+        (Options(layout="packed"), "target onnx has no layout 'packed': expected one of separate, swappable"),
+        (CoreMLOptions(author="A"), "target onnx takes Options, it was given CoreMLOptions of another target"),
     ],
 )
 def test_an_option_the_target_does_not_have(
@@ -199,7 +209,7 @@ def corrupt_after_converting(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter with a bug: one expert's weights are another's."""
     real = onnx_target.convert
 
-    def convert(job: Job) -> Converted:
+    def convert(job: Job[Options]) -> Converted:
         converted = real(job)
         (job.directory / "expert_02.bin").write_bytes((job.directory / "expert_01.bin").read_bytes())
         return converted
@@ -235,8 +245,8 @@ def no_space(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        "mvmoe_deploy.exporters.onnx._WeightFile.place",  # writing weights
-        "mvmoe_deploy.exporters.onnx.ir.save",  # writing a graph
+        "mvmoe_deploy.exporters.onnx.convert._WeightFile.place",  # writing weights
+        "mvmoe_deploy.exporters.onnx.convert.ir.save",  # writing a graph
         "mvmoe_deploy.bundle.write_manifest",
         "mvmoe_deploy.files._sync",  # where a full disk may show first
         "mvmoe_deploy.files.tempfile.mkdtemp",
@@ -255,8 +265,8 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from mvmoe_deploy.bundle import open_bundle
-from mvmoe_deploy.exporters import onnx
-from mvmoe_deploy.exporters import job as targets
+from mvmoe_deploy.exporters.job import Converted
+from mvmoe_deploy.exporters.onnx import convert as onnx
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 
 checkpoint, good, out, step = sys.argv[1:]
@@ -268,7 +278,7 @@ def convert(job):
         shutil.copy(Path(good) / file.path, job.directory / file.path)
         if number == 3:
             job.progress("half converted")
-    return targets.Converted(manifest.pieces, {})
+    return Converted(manifest.pieces, {})
 
 def progress(what):
     if what == step:

@@ -246,7 +246,7 @@ def absurd_routing(manifest: dict[str, Any]) -> None:
         (put("version", value=True), r"Expected `int`"),
         (put("version", value="1"), "format version '1'"),
         (drop("version"), "format version None"),
-        (put("target", value="tflite"), r"Invalid enum value 'tflite' - at `\$\.target`"),
+        (put("target", value="tflite"), "unknown target 'tflite': expected one of onnx, executorch, coreml"),
         (put("colour", value=1), "unknown field `colour`"),
         (put("pieces", 0, "colour", value=1), "unknown field `colour`"),
         (put("routing", "colour", value=1), "unknown field `colour`"),

@@ -463,7 +463,7 @@ def test_an_image_that_cannot_be_read_changes_nothing(bundle_path: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt"}, "unknown backend 'tensorrt': expected one of onnxruntime"),
+        ({"backend": "tensorrt"}, "backend 'tensorrt' does not run onnx bundles: expected onnxruntime"),
         ({"threads": 0}, "threads=0: must be at least 1"),
         ({"threads": -2}, "threads=-2"),
     ],
@@ -478,7 +478,9 @@ def test_a_bundle_for_another_backend(bundle_copy: Path) -> None:
         manifest["target"] = "executorch"
 
     tiny.edit_manifest(bundle_copy, edit)
-    with pytest.raises(BackendError, match="is a executorch bundle, onnxruntime runs onnx bundles"):
+    with pytest.raises(
+        BackendError, match="backend 'onnxruntime' does not run executorch bundles: expected executorch"
+    ):
         mvmoe_deploy.load(bundle_copy, backend="onnxruntime")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint
 from mvmoe_deploy.bundle import Bundle, describe_files, open_bundle, write_manifest
-from mvmoe_deploy.exporters.job import Options
+from mvmoe_deploy.exporters.executorch.exporter import ExecuTorchOptions
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import Split, split
 from mvmoe_deploy.images import Preprocessing
@@ -75,11 +75,11 @@ def bundle(name: str) -> Bundle:
     """An exported, verified bundle: ``separate``, ``packed`` (k = 2), ``int8`` (separate router), ``foreign`` or
     ``single`` (batches of one image)."""
     model, options = {
-        "separate": (routed_model(), Options()),
-        "packed": (routed_model(2), Options(layout="packed")),
-        "int8": (routed_model(), Options(precision="int8", separate_router=True)),
-        "foreign": (foreign_model(), Options()),
-        "single": (routed_model(), Options(max_batch=1)),
+        "separate": (routed_model(), ExecuTorchOptions()),
+        "packed": (routed_model(2), ExecuTorchOptions(layout="packed")),
+        "int8": (routed_model(), ExecuTorchOptions(precision="int8", separate_router=True)),
+        "foreign": (foreign_model(), ExecuTorchOptions()),
+        "single": (routed_model(), ExecuTorchOptions(max_batch=1)),
     }[name]
     names = [f"class {index}" for index in range(CLASSES)]
     config = model.config.to_dict() if isinstance(model, MobileVMoE) else {"architecture": "foreign"}

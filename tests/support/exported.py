@@ -16,8 +16,8 @@ from torch import nn
 
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.exporters import onnx as onnx_target
-from mvmoe_deploy.exporters.job import Options
+from mvmoe_deploy.exporters.exporter import Options
+from mvmoe_deploy.exporters.onnx import convert as onnx_target
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.models import MobileVMoEConfig, ViTConfig

@@ -289,7 +289,7 @@ def test_executor_runner_would_run_the_largest_batch(phone: Phone, dense_path: P
 
 
 def test_what_no_runner_can_run_is_refused(phone: Phone, dense_path: Path, bundle_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="of one target, onnx or executorch; these are executorch, onnx"):
+    with pytest.raises(ConfigError, match="takes bundles of one target; these are executorch, onnx"):
         phone.measure(executorch_like(dense_path, tmp_path), bundle_path)
     (phone.folder / "host" / "executor_runner").unlink()
     with pytest.raises(ConfigError, match="executor_runner: no such file"):

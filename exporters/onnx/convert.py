@@ -19,12 +19,10 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.models.architectures.vit import Attention
-
-PRECISIONS = ("fp32", "fp16")
-LAYOUTS = ("separate", "swappable")
 
 OPSET = 23
 """The first with Attention as one operator."""
@@ -108,7 +106,7 @@ def rewrite(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     return done[module]
 
 
-def convert(job: Job) -> Converted:
+def convert(job: Job[Options]) -> Converted:
     """Writes one ``.onnx`` per piece and the files of weights they refer to.
 
     Raises:
@@ -243,7 +241,7 @@ def _write_swappable(
     states: list[dict[str, Tensor]],
     shared: set[str],
     store: _WeightFile,
-    job: Job,
+    job: Job[Options],
 ) -> list[Piece]:
     """Saves one graph for a whole family, which takes as inputs what differs between its pieces."""
     model = graph.clone()
@@ -269,7 +267,7 @@ def _write_swappable(
     return pieces
 
 
-def _describe(piece: PieceModule, graph: ir.Model, name: str, files: list[str], job: Job) -> Piece:
+def _describe(piece: PieceModule, graph: ir.Model, name: str, files: list[str], job: Job[Options]) -> Piece:
     described = describe_piece(piece, name, [name, *files], job.piece_flops(piece.role))
     outputs = described.outputs
     if outputs[-1].name == "logits":

@@ -1,0 +1,77 @@
+"""What the Core ML target offers."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.exporters.exporter import Exporter, Options
+from mvmoe_deploy.exporters.precision import FP16, FP32, INT8, Precision, Tolerance
+
+DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18")
+DEPLOYMENT_TARGET = "iOS17"
+"""Unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class CoreMLOptions(Options):
+    """How to convert to Core ML.
+
+    Attributes:
+        minimum_deployment_target: the oldest system that the packages run on.
+        image_input: the trunk takes an image and normalises it itself, instead of a normalised tensor.
+        classifier: what returns logits also returns the class label and the probabilities.
+        author: metadata that Xcode shows.
+        licence: likewise.
+
+    Raises:
+        ExportError: no such system.
+    """
+
+    minimum_deployment_target: str = DEPLOYMENT_TARGET
+    image_input: bool = False
+    classifier: bool = False
+    author: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.minimum_deployment_target not in DEPLOYMENT_TARGETS:
+            raise ExportError(
+                f"--minimum-deployment-target {self.minimum_deployment_target!r} is unknown: expected one of "
+                f"{', '.join(DEPLOYMENT_TARGETS)}"
+            )
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Adds the fields of :class:`CoreMLOptions`."""
+    group.add_argument(
+        "--minimum-deployment-target", default=DEPLOYMENT_TARGET, metavar="OS", help=", ".join(DEPLOYMENT_TARGETS)
+    )
+    group.add_argument("--image-input", action="store_true", help="the trunk takes an image, preprocessing folded in")
+    group.add_argument("--classifier", action="store_true", help="tails return class labels with probabilities")
+    group.add_argument("--author", default="", help="metadata that Xcode shows")
+    group.add_argument("--licence", default="", help="metadata that Xcode shows")
+
+
+PALETTE6 = Precision(
+    "palette6",
+    0.75,
+    Tolerance(0.25, 0.97, 5e-2),
+    "64 values per tensor, placed by k-means: errors like those of int8.",
+    "64 values per weight tensor",
+)
+PALETTE4 = Precision(
+    "palette4",
+    0.5,
+    Tolerance(1.0, 0.75, 1e-1),
+    "16 values per tensor: known to cost accuracy, exported for those who measure what it costs them.",
+    "16 values per weight tensor",
+)
+EXPORTER = Exporter(
+    converts="mvmoe_deploy.exporters.coreml.convert:convert",
+    precisions=(FP16, FP32, INT8, PALETTE6, PALETTE4),
+    layouts=("separate", "packed"),
+    options=CoreMLOptions,
+    add_arguments=add_arguments,
+)
