@@ -12,6 +12,9 @@ from mvmoe_deploy.errors import ImageError
 HEAD = 32
 """Bytes that :func:`image_format` needs of a file."""
 
+MAX_FILE_BYTES = 1 << 30
+"""Largest file that is read; an image of the largest size that is decoded takes 600 MB as a TIFF of 16 bits."""
+
 MAX_DEPTH = 32
 """Of the folders that are searched for images."""
 

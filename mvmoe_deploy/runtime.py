@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import Backend, LoadedPiece, open_backend
+from mvmoe_deploy.backends import Backend, LoadedPiece, check_threads, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, BudgetError, ImageError
 from mvmoe_deploy.images import ImageSource, preprocess
@@ -133,8 +134,9 @@ def load(
     opened = open_bundle(bundle)
     if check == "all":
         opened.check()
-    if threads < 1:
-        raise BackendError(f"threads={threads}: must be at least 1")
+    check_threads(threads)
+    # absolute, so that experts are found after the process has changed its directory
+    opened = replace(opened, path=opened.path.absolute())
     return Runtime(
         opened,
         open_backend(opened, backend, threads),
@@ -219,12 +221,13 @@ class Runtime:
                 self._loaded_once.add(expert)
         return loaded
 
-    def predict(self, image: ImageSource, top: int = 5) -> Prediction:
+    def predict(self, image: ImageSource, top: int = 5, name: str = "image") -> Prediction:
         """Classifies one image.
 
         Args:
             image: a path, the bytes of an image file, a PIL image, or a uint8 array ``[H, W, 3]``.
             top: how many classes to return.
+            name: what to call the image in errors, when it has no path.
 
         Raises:
             ImageError: the image cannot be read.
@@ -233,7 +236,7 @@ class Runtime:
         pieces = self._open_pieces()
         manifest = self.bundle.manifest
         started = perf_counter()
-        batch = preprocess(image, manifest.preprocessing)[None]
+        batch = preprocess(image, manifest.preprocessing, name)[None]
         timings = {"preprocess": 1e3 * (perf_counter() - started)}
         experts: list[int] = []
         gates: list[float] = []

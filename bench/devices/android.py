@@ -608,7 +608,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--adb", default="adb", metavar="PATH", help="the adb program")
     p.add_argument("--serial", help="which device, if there are several (adb devices lists them)")
-    p.add_argument("--images", type=Path, metavar="DIR", help="the first image here is what trunks are run on")
+    p.add_argument("--images", type=Path, metavar="PATH", help="image that trunks are run on, or its folder")
     p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
     p.add_argument("--rounds", type=positive_int, default=100, help="runs kept per piece")
     p.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds that one process may take")

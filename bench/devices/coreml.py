@@ -15,7 +15,7 @@ import msgspec
 from mvmoe_deploy.bench.report.publish import add_outputs, publish
 from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bundle import Bundle, open_bundle
-from mvmoe_deploy.cli.common import command, parser, positive_int
+from mvmoe_deploy.cli.common import command, parser, positive_int, thread_count
 from mvmoe_deploy.errors import BackendError, ConfigError
 
 
@@ -78,8 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.prog = "mvmoe-bench --device coreml"
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of target coreml; ratios are to the first")
     p.add_argument("--device", choices=["coreml"], default="coreml", help=argparse.SUPPRESS)
-    p.add_argument("--images", type=Path, metavar="DIR", help="real images (default: synthetic ones)")
-    p.add_argument("--threads", type=positive_int, default=1, help="of other engines; Core ML decides by itself")
+    p.add_argument("--images", type=Path, metavar="PATH", help="image or folder (default: synthetic ones)")
+    p.add_argument("--threads", type=thread_count, default=1, help="of other engines; Core ML decides by itself")
     p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     add_outputs(p)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mvmoe_deploy.bench.selfcheck.lowering_timing import measure_exports
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
-from mvmoe_deploy.cli.common import command, positive_int
+from mvmoe_deploy.cli.common import command, positive_int, thread_count
 from mvmoe_deploy.exporters.executorch.convert import Lowered, delegation, examples, export, lower
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="mvmoe_12x192", help="a scale by name (default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=200, help="samples per candidate (default: %(default)s)")
-    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=thread_count, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     arguments = parser.parse_args(argv)
     config = config_from_name(arguments.model)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bench.measure.latency import interleave
-from mvmoe_deploy.cli.common import command, parser, positive_int
+from mvmoe_deploy.cli.common import command, parser, positive_int, thread_count
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import build, config_from_name
@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", default=Recipe().optimizer, help="of both loops, as of mvmoe-train")
     p.add_argument("--steps", type=positive_int, default=4, help="per round")
     p.add_argument("--rounds", type=positive_int, default=20, help="rounds that are kept")
-    p.add_argument("--threads", type=positive_int, help="CPU threads (default: all)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the raw times too")
     return p

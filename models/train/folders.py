@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import DataError, ImageError
-from mvmoe_deploy.imagefiles import HEAD, claims_to_be_image, image_format, is_hidden, walk
+from mvmoe_deploy.imagefiles import HEAD, MAX_FILE_BYTES, claims_to_be_image, image_format, is_hidden, walk
 from mvmoe_deploy.images import Preprocessing, to_pixels
 from mvmoe_deploy.models.train.data import ImageSet
 
@@ -40,8 +40,6 @@ ANNOTATIONS = "val_annotations.txt"
 """Tiny ImageNet's table of (file name, class id, box) beside its folder ``images``."""
 
 ALL = -1
-MAX_FILE_BYTES = 1 << 30
-"""Largest file that is read; an image of the largest size that is decoded takes 600 MB as a TIFF of 16 bits."""
 
 
 @dataclass(frozen=True)

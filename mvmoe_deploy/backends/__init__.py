@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -35,6 +36,24 @@ class Backend(Protocol):
             BackendError: the engine cannot read it.
         """
         ...
+
+
+MAX_THREADS_PER_CPU = 4
+"""More only wait for each other: 256 threads on two CPUs take a thousand times as long as one."""
+
+
+def check_threads(threads: int) -> None:
+    """Refuses a number of threads that would only wait for each other.
+
+    Raises:
+        BackendError: less than 1, or more than :data:`MAX_THREADS_PER_CPU` for each CPU.
+    """
+    if threads < 1:
+        raise BackendError(f"threads={threads}: must be at least 1")
+    cpus = os.cpu_count() or 1
+    if threads > MAX_THREADS_PER_CPU * cpus:
+        most = MAX_THREADS_PER_CPU * cpus
+        raise BackendError(f"threads={threads}: must be at most {most}, {MAX_THREADS_PER_CPU} for each CPU here")
 
 
 def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 1) -> Backend:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, val_share
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, thread_count, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="val", help="which of its folders or zips")
     p.add_argument("--count", type=positive_int, metavar="N", help="use N images, evenly spaced (default: all)")
     p.add_argument("--backend", help="engine to run a bundle with (default: the one for its target)")
-    p.add_argument("--threads", type=positive_int, help="CPU threads (default: all, 1 for a bundle)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all, 1 for a bundle)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw it all")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
     return p

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvmoe_deploy.cli.common import command, parser, positive_int
+from mvmoe_deploy.cli.common import command, parser, positive_int, thread_count
 from mvmoe_deploy.errors import BackendError, ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--baselines", default="", metavar="LIST", help=f"made from the first routed checkpoint: some of {BASELINES}"
     )
     images = p.add_mutually_exclusive_group()
-    images.add_argument("--images", type=Path, metavar="DIR", help="real images (default: synthetic ones)")
+    images.add_argument("--images", type=Path, metavar="PATH", help="image or folder (default: synthetic ones)")
     images.add_argument(
         "--data", type=Path, metavar="DIR", help="labelled images, as mvmoe-train takes them: accuracy and routing too"
     )
     p.add_argument("--count", type=positive_int, default=1000, help="labelled images used, evenly spaced")
-    p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
+    p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
     p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
     p.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="shortest time per kind of latency")
     p.add_argument("--cold-starts", type=positive_int, default=5, metavar="N", help="processes started per row")

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, read_split
+from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if not isinstance(model, VMoE):
         raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
     factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})
-    images = read_split(args.data, args.split, header.preprocessing, header.class_ids)
+    images = read_split(args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(header))
     with tqdm(total=2 * len(factors), desc="capacity", delay=2, disable=None, leave=False, file=sys.stderr) as bar:
 
         def progress(done: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mvmoe_deploy import __version__
-from mvmoe_deploy.errors import CheckFailed, MvmoeError
+from mvmoe_deploy.errors import BackendError, CheckFailed, MvmoeError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.checkpoint import Header
@@ -237,4 +237,16 @@ def positive_int(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, is {text!r}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """An argparse type: a number of threads that this machine can use."""
+    from mvmoe_deploy.backends import check_threads  # imports numpy
+
+    value = positive_int(text)
+    try:
+        check_threads(value)
+    except BackendError as error:
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2] + f", is {text}") from None
     return value

@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="bundle to write (default: CHECKPOINT-TARGET.mvmoe); with --target all, the folder for all bundles",
     )
-    p.add_argument("--images", type=Path, metavar="DIR", help="real images to verify with (default: synthetic ones)")
+    p.add_argument(
+        "--images", type=Path, metavar="PATH", help="image or folder to verify with (default: synthetic ones)"
+    )
     p.add_argument("--precision", default="", help="how weights are stored (default: the target's first, see below)")
     p.add_argument("--layout", default="", help="how pieces lie in files (default: the target's first, see below)")
     p.add_argument("--separate-router", action="store_true", help="export the router as a piece of its own")

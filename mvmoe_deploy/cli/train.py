@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split
+from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, thread_count
 from mvmoe_deploy.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     run.add_argument("--memory-limit", type=float, default=4.0, metavar="GB", help=MEMORY_HELP)
     run.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    run.add_argument("--threads", type=positive_int, help="CPU threads (default: all)")
+    run.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     return p
 
 

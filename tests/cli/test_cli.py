@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -191,6 +192,59 @@ def test_numbers_are_checked(
         run.main([str(bundle_path), str(photo), option, value])
     assert exit_.value.code == 2
     assert option in capsys.readouterr().err
+
+
+def test_run_goes_on_after_an_image_that_cannot_be_read(
+    bundle_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes, empty = tmp_path / "notes.jpg", tmp_path / "empty"
+    notes.write_text("no image")
+    empty.mkdir()
+    bad = [str(notes), str(tmp_path / "none.jpg"), str(empty), str(tmp_path / "*.webp")]
+    assert run.main([str(bundle_path), bad[0], str(photo), *bad[1:], str(photo), "--json"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert [record["image"] for record in report["predictions"]] == [bad[0], str(photo), *bad[1:], str(photo)]
+    assert [record["error"].partition(": ")[0] for record in report["predictions"] if "error" in record] == bad
+    assert [record["expert"] for record in report["predictions"] if "error" not in record] == [2, 2]
+    lines = [f"error: {record['error']}" for record in report["predictions"] if "error" in record]
+    assert err.splitlines() == [*lines, "error: 4 of 6 images cannot be read"]
+    assert run.main([str(bundle_path), *bad]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", [*lines, "error: none of the 4 images can be read"])
+
+
+def test_run_takes_folders_patterns_and_standard_input(
+    bundle_path: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "photos" / "inner"
+    inner.mkdir(parents=True)
+    odd = tmp_path / "photos" / "a[1].png"
+    for copy in (inner / "without a name", odd, inner / ".hidden.png"):
+        copy.write_bytes(photo.read_bytes())
+    (inner / "notes.txt").write_text("no image")
+
+    def images(*arguments: object) -> list[str]:
+        assert run.main([str(bundle_path), *map(str, arguments), "--json"]) == 0
+        records = json.loads(capsys.readouterr().out)["predictions"]
+        assert {record["expert"] for record in records} == {2}
+        return [record["image"] for record in records]
+
+    assert images(tmp_path / "photos") == [str(odd), str(inner / "without a name")]
+    assert images(tmp_path / "photos" / "**" / "*[!t]") == [str(odd), *2 * [str(inner / "without a name")]]
+    assert images(odd) == [str(odd)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo.read_bytes())))
+    assert images("-") == ["-"]
+    assert "standard input: not an image" in fails(capsys, run.main, bundle_path, "-")
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "train"])
+def test_more_threads_than_make_sense_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        COMMANDS[command].main(["x", "--threads", "99999"])
+    assert exit_.value.code == 2
+    most = 4 * (os.cpu_count() or 1)
+    assert f"argument --threads: must be at most {most}, 4 for each CPU here, is 99999" in capsys.readouterr().err
 
 
 # mvmoe-inspect

@@ -83,6 +83,26 @@ def test_a_path_an_image_and_an_array_give_the_same(bundle_path: Path, tmp_path:
             assert runtime.predict(source).top == first.top
 
 
+def test_a_relative_path_still_leads_to_the_experts_after_a_change_of_directory(
+    bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle_path.parent)
+    with mvmoe_deploy.load(bundle_path.name, check="lazy") as runtime:
+        monkeypatch.chdir(tmp_path)
+        assert runtime.predict(tiny.images(1)[0]).expert is not None
+        assert runtime.bundle.path == bundle_path
+
+
+def test_threads_that_would_only_wait_for_each_other_are_refused(bundle_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"threads=99999: must be at most \d+, 4 for each CPU here"):
+        mvmoe_deploy.load(bundle_path, threads=99999)
+
+
+def test_an_image_without_a_path_is_called_by_its_name(bundle_path: Path) -> None:
+    with mvmoe_deploy.load(bundle_path) as runtime, pytest.raises(ImageError, match=r"^upload 7: not an image"):
+        runtime.predict(b"no image", name="upload 7")
+
+
 def test_top_is_bounded_by_the_number_of_classes(bundle_path: Path) -> None:
     with mvmoe_deploy.load(bundle_path) as runtime:
         image = tiny.images(1)[0]
