@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mvmoe_deploy
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``dist`` with a wheel and an sdist, built from a copy of what git would ship."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git would ship."""
     source = tmp_path_factory.mktemp("source") / "project"
-    ignore = shutil.ignore_patterns(".*", "tests", "docs", "build", "dist", "*.egg-info", "__pycache__", "*.mvmoe")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    left = (".*", "tests", "docs", "site", "build", "dist", "*.egg-info", "__pycache__", "*.mvmoe")
+    return Path(shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left)))
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> Path:
+    """``dist`` with a wheel and an sdist."""
     # the sdist first and the wheel from it, so that an sdist lacking a file shows
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", source / "dist", source)
     return source / "dist"
@@ -48,27 +62,74 @@ def test_wheel_and_sdist_hold_every_module(built: Path) -> None:
     assert {"pyproject.toml", "LICENSE", "README.md", "models/architectures/vit.py", "mvmoe_deploy/py.typed"} <= shipped
 
 
-def test_the_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None:
-    """Its dependencies come from this environment, so that nothing is fetched; the project does not."""
-    (wheel,) = built.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=False)
-    binaries = tmp_path / "venv" / "bin"
-    python = binaries / "python"
+def fresh_environment(folder: Path) -> tuple[Path, list[object]]:
+    """An environment's python, and the pip call that installs into it.
+
+    Dependencies come from this environment, so that nothing is fetched; the project does not.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mvmoe" not in entry.name and entry.suffix != ".pth" and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    dependencies = [path for path in sys.path if path.endswith("site-packages")] or [sysconfig.get_path("purelib")]
-    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
-    code = (
-        "import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.page, mvmoe_deploy.models as m;"
-        "from mvmoe_deploy.bench.candidates.suite import choose_scales; assert len(choose_scales(None)) == 12;"
-        "print(mvmoe_deploy.__file__); print(m.__file__); print(len(m.SCALES))"
-    )
-    done = run(python, "-I", "-c", code, cwd=tmp_path)
-    package, models, scales = done.stdout.split()
-    assert Path(package).is_relative_to(site)
-    assert Path(models).is_relative_to(site)
+    return python, [*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+
+
+IMPORTS = """
+import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.page, mvmoe_deploy.models as m
+from mvmoe_deploy.bench.candidates.suite import choose_scales
+assert len(choose_scales(None)) == 12
+assert (m.ZOO / "moe.safetensors").is_file()
+print(mvmoe_deploy.__file__, m.__file__, len(m.SCALES), mvmoe_deploy.__version__)
+"""
+"""A module of every folder, and files that are no modules."""
+
+
+def test_the_wheel_works_in_a_fresh_environment(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    python, install = fresh_environment(tmp_path / "venv")
+    run(*install, wheel)
+    package, models, scales, version = run(python, "-I", "-c", IMPORTS, cwd=tmp_path).stdout.split()
+    assert Path(package).is_relative_to(tmp_path / "venv")
+    assert Path(models).is_relative_to(tmp_path / "venv")
     assert scales == "12"
+    assert wheel.name.startswith(f"mvmoe_deploy-{version}-")
     for name in ("export", "run", "inspect", "train", "bench"):
-        assert (binaries / f"mvmoe-{name}").is_file()
-    assert "usage: mvmoe-inspect" in run(binaries / "mvmoe-inspect", "--help", cwd=tmp_path).stdout
+        assert (python.parent / f"mvmoe-{name}").is_file()
+    assert "usage: mvmoe-inspect" in run(python.parent / "mvmoe-inspect", "--help", cwd=tmp_path).stdout
+
+
+def test_an_editable_installation_has_every_folder(source: Path, tmp_path: Path) -> None:
+    """Three of the four lie beside the package, not in it, and what Python finds first in the checkout lacks them."""
+    checkout = Path(shutil.copytree(source, tmp_path / "project"))
+    python, install = fresh_environment(tmp_path / "venv")
+    run(*install, "--no-build-isolation", "--editable", checkout)
+    with (checkout / "models" / "__init__.py").open("a") as file:
+        file.write("\nEDITED = True\n")
+    package, models, *_ = run(python, "-c", f"{IMPORTS}\nassert m.EDITED", cwd=checkout).stdout.split()
+    assert Path(package) == checkout / "mvmoe_deploy" / "__init__.py"
+    assert Path(models) == checkout / "models" / "__init__.py"
+    assert "usage: mvmoe-inspect" in run(python.parent / "mvmoe-inspect", "--help", cwd=tmp_path).stdout
+
+
+def test_the_version_is_said_once() -> None:
+    version = mvmoe_deploy.__version__
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"{version}"' not in project
+    assert 'version = { attr = "mvmoe_deploy.__version__" }' in project
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_dependency_is_pinned() -> None:
+    """What an extra names has a version in constraints.txt, which make installs and which satisfies it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(p.name): p.specifier for p in map(Requirement, lines[1:])}
+    for extra, texts in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        for wanted in map(Requirement, texts):
+            if wanted.name != project["name"]:
+                (pin,) = pinned.get(canonicalize_name(wanted.name), [None])
+                assert pin is not None, f"[{extra}] needs {wanted.name}, which constraints.txt does not pin"
+                assert wanted.specifier.contains(pin.version), f"[{extra}] needs {wanted}, pinned is {pin.version}"

@@ -1,0 +1,72 @@
+"""The README's examples, run as they are written there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def block(title: str) -> str:
+    """The fenced block behind the README's ``<!-- tested: TITLE -->``."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    match = re.search(rf"<!-- tested: {title} -->\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert match, f"README.md has no block marked {title!r}"
+    return match[1]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone; what the examples write stays in it."""
+    folder = tmp_path_factory.mktemp("clone")
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def run(program: list[str], text: str, folder: Path) -> str:
+    """Gives a program the text to run, in the folder, as a reader would: with this environment's commands."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        program, input=text, capture_output=True, text=True, cwd=folder, env=environment, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_five_minutes(clone: Path) -> None:
+    """Export, run and inspect in a shell, then the same bundle from Python."""
+    output = run(["bash", "-e"], block("five minutes"), clone)
+    assert "espresso 85.6%" in " ".join(output.split())
+    assert "1 evictions" in output
+    assert "match their sha256" in output
+    assert run([sys.executable, "-"], block("python"), clone).startswith("espresso 0.85")
+
+
+def test_from_your_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On coloured noise, in this process: starting six would take longer than training does."""
+    monkeypatch.chdir(tmp_path)
+    tiny.image_folder(tmp_path / "photos", "train", classes=4, per_class=6, size=16)
+    tiny.image_folder(tmp_path / "photos", "val", classes=4, per_class=1, size=16)
+    done = []
+    for line in block("own images").replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] != "mvmoe-bench":  # which takes a minute; tests/docs/test_pages.py parses it
+            code = import_module(f"mvmoe_deploy.cli.{words[0].removeprefix('mvmoe-')}").main(words[1:])
+            assert code == 0, f"{line}\n{capsys.readouterr()}"
+            done.append(words[0])
+    assert done == ["mvmoe-train"] * 4 + ["mvmoe-export"]
+    assert (tmp_path / "photos.mvmoe" / "manifest.json").is_file()
