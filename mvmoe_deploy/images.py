@@ -217,3 +217,11 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
+    """Indices of ``count`` of ``total`` things in order, first and last included; all of them where there are no more.
+
+    Data sets are sorted by class, so that none is left out.
+    """
+    return np.linspace(0, total - 1, min(count, total)).astype(np.int64)

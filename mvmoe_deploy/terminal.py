@@ -79,6 +79,11 @@ def table(
     return "\n\n".join(_render(part) for part in _fit(columns, width))
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def folded(text: str, width: int | None = None) -> str:
     """A text of one or several lines, none longer than the terminal is wide."""
     width = width or terminal_width()

@@ -24,6 +24,9 @@ Floats = NDArray[np.float32]
 TORCH = targets.Engine("torch", "mvmoe_deploy.models:load_checkpoint", ("torch",))
 """Runs checkpoints as they are, without a bundle."""
 
+BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
+"""What can be made from a routed checkpoint to compare it with; see :data:`mvmoe_deploy.bench.results.Kind`."""
+
 
 class Configuration(msgspec.Struct, frozen=True):
     """One thing to measure; what it shares with :class:`mvmoe_deploy.bench.results.Row` is described there.

@@ -24,7 +24,7 @@ from mvmoe_deploy.bench.candidates.baselines import (
     random_checkpoint,
     vmoe_config,
 )
-from mvmoe_deploy.bench.candidates.configuration import TORCH, Configuration
+from mvmoe_deploy.bench.candidates.configuration import BASELINES, TORCH, Configuration
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bench.results import Kind
 from mvmoe_deploy.bundle import Bundle, open_bundle
@@ -33,8 +33,6 @@ from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_checkpoint
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
-
-BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
 
 Progress = Callable[[str], None]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import csv
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from mvmoe_deploy.bench.candidates.baselines import random_checkpoint
+from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.candidates.prepare import prepare
-from mvmoe_deploy.bench.measure.run import Images, Plan, Progress, measure
-from mvmoe_deploy.bench.results import Paper, Results
+from mvmoe_deploy.bench.results import Paper
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.models import config_from_name
 
@@ -53,53 +52,38 @@ def all_scales() -> str:
     return ", ".join(paper_scales())
 
 
-def run_suite(
-    scales: Sequence[str],
-    images: Images,
-    plan: Plan,
+def prepare_scale(
+    scale: str,
     folder: Path,
     backends: Sequence[str] = ("onnxruntime",),
     baselines: Sequence[str] = (),
-    progress: Progress = lambda what, done, total: None,
-) -> Results:
-    """Exports and measures each scale beside its dense baseline; the rows of a scale are a group.
+    progress: Callable[[str], None] = lambda what: None,
+) -> list[Configuration]:
+    """A scale with random weights and its dense baseline, exported, with the paper's figures where it has any.
 
     Args:
-        scales: such as ``12x192``; those that are not the paper's have nothing of it beside them.
-        images: what the models are shown; random routers send most of them to few experts.
-        plan: what to measure.
-        folder: for exports.
-        backends: for each scale.
-        baselines: further ones, for each scale.
-        progress: as in :func:`mvmoe_deploy.bench.measure.run.measure`.
+        scale: such as ``12x192``.
+        folder: for checkpoints and exports; made if there is none.
+        backends: to run the checkpoints with.
+        baselines: further ones.
+        progress: called with what is about to be done.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = []
+    for kind in ("vit", "mvmoe"):
+        path = folder / f"{kind}_{scale}.pt"
+        if not path.exists():
+            random_checkpoint(config_from_name(f"{kind}_{scale}"), path)
+        checkpoints.append(path)
     papers = paper_scales()
-    parts: list[Results] = []
-    for done, scale in enumerate(scales):
-
-        def step(what: str, part: int, total: int, scale: str = scale, done: int = done) -> None:
-            progress(f"{scale} ({done + 1} of {len(scales)}): {what}", part, total)
-
-        within = folder / scale
-        within.mkdir(parents=True, exist_ok=True)
-        checkpoints = []
-        for kind in ("vit", "mvmoe"):
-            path = within / f"{kind}_{scale}.pt"
-            if not path.exists():
-                random_checkpoint(config_from_name(f"{kind}_{scale}"), path)
-            checkpoints.append(path)
-        prepared = prepare(checkpoints, within, backends, baselines, scale, functools.partial(step, part=0, total=1))
-        configurations = [
-            msgspec.structs.replace(
-                c,
-                name=c.name if scale in c.name else f"{c.name} {scale}",
-                paper=papers[scale][c.kind == "mobile-vmoe"] if scale in papers and c.kind in OF_PAPER else None,
-            )
-            for c in prepared
-        ]
-        parts.append(measure(configurations, images, plan, step))
-    rows = [row for part in parts for row in part.rows]
-    return msgspec.structs.replace(parts[0], rows=rows, method={**parts[0].method, "suite": "paper, random weights"})
+    return [
+        msgspec.structs.replace(
+            c,
+            name=c.name if scale in c.name else f"{c.name} {scale}",
+            paper=papers[scale][c.kind == "mobile-vmoe"] if scale in papers and c.kind in OF_PAPER else None,
+        )
+        for c in prepare(checkpoints, folder, backends, baselines, group=scale, progress=progress)
+    ]
 
 
 OF_PAPER = ("dense", "mobile-vmoe")

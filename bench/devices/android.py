@@ -1,4 +1,4 @@
-"""``mvmoe-bench --device android``: a bundle's pieces on a phone or emulator, over adb, with the engine's own runner.
+"""A bundle's pieces on a phone or emulator, over adb, with the engine's own runner.
 
 The runner times one graph at a time, so what is measured is pieces: the trunk and every tail, each run in several
 passes. A row for the whole image adds the pieces up; see :func:`measure`.
@@ -6,15 +6,12 @@ passes. A row for the whole image adds the pieces up; see :func:`measure`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
 import secrets
 import shlex
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -26,13 +23,10 @@ import numpy as np
 import mvmoe_deploy
 from mvmoe_deploy import targets
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
-from mvmoe_deploy.bench.measure.noise import MAX_INTERVAL, MAX_VARIATION
-from mvmoe_deploy.bench.report.publish import add_outputs, publish
+from mvmoe_deploy.bench.measure.noise import scatter
 from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar
 from mvmoe_deploy.errors import BackendError, ConfigError
-from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import config_from_dict
 from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
@@ -562,14 +556,8 @@ def _rows(measured: _Measured, base: list[float], throttled: bool | None, load: 
 
 def _latency(samples: list[float], first: float, throttled: bool | None, load: float) -> Latency:
     p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
-    variation = float(np.std(samples) / np.mean(samples))
-    width = (p50.high - p50.low) / 2 / p50.value
-    reasons = [
-        (variation > MAX_VARIATION, f"times scatter (coefficient of variation {variation:.2f})"),
-        (width > MAX_INTERVAL, f"the median is known to ±{width:.0%} only"),
-        (bool(throttled), "the phone was throttling"),
-    ]
-    noise = Noise(variation, load, throttled, [reason for holds, reason in reasons if holds])
+    variation, doubts = scatter(samples, p50)
+    noise = Noise(variation, load, throttled, [*doubts, *(["the phone was throttling"] if throttled else [])])
     return Latency(first, PASSES * WARMUP, p50, p90, p99, noise, samples)
 
 
@@ -586,48 +574,3 @@ def _each(measured: Sequence[_Measured], pick: Callable[[Timing], float | None])
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("pid ")]
     return lines[-1][:300] if lines else "it printed nothing"
-
-
-EXAMPLES = """\
-examples:
-  mvmoe-bench --device android birds.mvmoe --runner build/onnxruntime_perf_test --json phone.json
-  mvmoe-bench --device android dense.mvmoe moe.mvmoe --runner cmake-out/executor_runner --serial emulator-5554
-
-The runner is the engine's own, built for the phone: onnxruntime_perf_test for onnx bundles, executor_runner (ExecuTorch
-1.3 or newer) for executorch bundles, which must be exported with --max-batch 1. docs/benchmarking.md says how.
-"""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Measure bundles on an Android phone or emulator, over adb.", EXAMPLES)
-    p.prog = "mvmoe-bench --device android"
-    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of one target; ratios are to the first")
-    p.add_argument("--device", choices=["android"], default="android", help=argparse.SUPPRESS)
-    p.add_argument(
-        "--runner", type=Path, required=True, metavar="PATH", help="the engine's runner, built for the phone"
-    )
-    p.add_argument("--adb", default="adb", metavar="PATH", help="the adb program")
-    p.add_argument("--serial", help="which device, if there are several (adb devices lists them)")
-    p.add_argument("--images", type=Path, metavar="PATH", help="image that trunks are run on, or its folder")
-    p.add_argument("--threads", type=positive_int, default=1, help="CPU threads")
-    p.add_argument("--rounds", type=positive_int, default=100, help="runs kept per piece")
-    p.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds that one process may take")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
-    add_outputs(p)
-    return p
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    adb = find_device(shutil.which(args.adb) or args.adb, args.serial)
-    images = image_files(args.images) if args.images else []
-    results = measure(
-        adb, args.runner, args.bundles, args.threads, args.rounds, images, args.timeout,
-        lambda items, total: progress_bar(items, total, "runs on the phone"),
-    )  # fmt: skip
-    publish(results, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
-"""``mvmoe-bench --device coreml``: Core ML bundles on a Mac, and which compute device Core ML plans each piece for."""
+"""Core ML bundles on a Mac, and which compute device Core ML plans each piece for."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -12,10 +11,8 @@ from typing import Any
 
 import msgspec
 
-from mvmoe_deploy.bench.report.publish import add_outputs, publish
 from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.bundle import Bundle, open_bundle
-from mvmoe_deploy.cli.common import command, parser, positive_int, thread_count
 from mvmoe_deploy.errors import BackendError, ConfigError
 
 
@@ -37,17 +34,13 @@ def measure(paths: Sequence[Path], images: Path | None, threads: int, rounds: in
                 f"{bundle.path}: is an {bundle.manifest.target} bundle, --device coreml takes coreml ones"
             )
     from mvmoe_deploy.bench.candidates.prepare import prepare
-    from mvmoe_deploy.bench.measure.run import Images, Plan
+    from mvmoe_deploy.bench.measure.images import choose_images
+    from mvmoe_deploy.bench.measure.run import Plan
     from mvmoe_deploy.bench.measure.run import measure as measure_here
-    from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
-    from mvmoe_deploy.imagefiles import image_files
 
-    files = image_files(images) if images else []
-    shown = Images(
-        files or list(synthetic_pixels(256, SYNTHETIC_IMAGES)), f"{len(files)} files" if files else "synthetic"
-    )
     with tempfile.TemporaryDirectory() as folder:
-        results = measure_here(prepare(paths, Path(folder)), shown, Plan(threads=threads, rounds=rounds))
+        plan = Plan(threads=threads, rounds=rounds)
+        results = measure_here(prepare(paths, Path(folder)), choose_images(images), plan)
     plans = {f"{bundle.path.stem}/{piece}": counts for bundle in bundles for piece, counts in planned(bundle).items()}
     return msgspec.structs.replace(results, method={**results.method, "operations by compute device": plans})
 
@@ -71,27 +64,3 @@ def count_devices(plan: Any, function: str) -> dict[str, int]:
     # MLCPUComputeDevice, MLGPUComputeDevice, MLNeuralEngineComputeDevice
     names = [type(usage.preferred_compute_device).__name__ for usage in usages if usage is not None]
     return dict(Counter(name.removeprefix("ML").removesuffix("ComputeDevice") for name in names))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Measure Core ML bundles on a Mac.")
-    p.prog = "mvmoe-bench --device coreml"
-    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of target coreml; ratios are to the first")
-    p.add_argument("--device", choices=["coreml"], default="coreml", help=argparse.SUPPRESS)
-    p.add_argument("--images", type=Path, metavar="PATH", help="image or folder (default: synthetic ones)")
-    p.add_argument("--threads", type=thread_count, default=1, help="of other engines; Core ML decides by itself")
-    p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
-    add_outputs(p)
-    return p
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    results = measure(args.bundles, args.images, args.threads, args.rounds)
-    publish(results, args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

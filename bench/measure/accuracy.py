@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mvmoe_deploy.bench.candidates.configuration import Configuration, Opened
 from mvmoe_deploy.bench.results import Accuracy
 from mvmoe_deploy.errors import DataError
-from mvmoe_deploy.images import Preprocessing, normalise
+from mvmoe_deploy.images import Preprocessing, evenly_spaced, normalise
 
 BATCH = 32
 
@@ -35,7 +35,7 @@ def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Label
     from mvmoe_deploy.models.train.folders import read_images
 
     val = read_images(data, "val", preprocessing)
-    rows = np.linspace(0, len(val.labels) - 1, min(count, len(val.labels))).astype(int)
+    rows = evenly_spaced(len(val.labels), count)
     return Labelled(val.pixels[rows].permute(0, 2, 3, 1).numpy(), val.labels[rows].numpy(), val.class_ids)
 
 

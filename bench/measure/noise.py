@@ -69,21 +69,35 @@ def judge(samples: Sequence[float], p50: Estimate, stable: bool, since: Moment, 
         since: when they began.
         until: when they ended.
     """
-    variation = float(np.std(samples) / np.mean(samples))
-    width = (p50.high - p50.low) / 2 / p50.value
+    variation, doubts = scatter(samples, p50)
     seconds = max(until.at - since.at, 1e-9)
     elsewhere = max(0.0, (until.busy - since.busy) - (until.own - since.own)) / seconds
     steal = (until.steal - since.steal) / seconds / (os.cpu_count() or 1)
     throttled = None if since.throttled is None or until.throttled is None else until.throttled > since.throttled
     reasons = [
-        (variation > MAX_VARIATION, f"times scatter (coefficient of variation {variation:.2f})"),
-        (width > MAX_INTERVAL, f"the median is known to ±{width:.0%} only"),
         (not stable, "times had not settled when warming up was given up"),
         (elsewhere > MAX_ELSEWHERE, f"other processes kept {elsewhere:.1f} cores busy"),
         (steal > MAX_STEAL, f"the host of this virtual machine took {steal:.0%} of the time"),
         (bool(throttled), "the processor was throttled"),
     ]
-    return Noise(variation, os.getloadavg()[0], throttled, [reason for holds, reason in reasons if holds])
+    doubts += [reason for holds, reason in reasons if holds]
+    return Noise(variation, os.getloadavg()[0], throttled, doubts)
+
+
+def scatter(samples: Sequence[float], p50: Estimate) -> tuple[float, list[str]]:
+    """The samples' coefficient of variation, and what in the samples themselves speaks against quoting them.
+
+    Args:
+        samples: milliseconds.
+        p50: their median.
+    """
+    variation = float(np.std(samples) / np.mean(samples))
+    width = (p50.high - p50.low) / 2 / p50.value
+    doubts = [
+        (variation > MAX_VARIATION, f"times scatter (coefficient of variation {variation:.2f})"),
+        (width > MAX_INTERVAL, f"the median is known to ±{width:.0%} only"),
+    ]
+    return variation, [reason for holds, reason in doubts if holds]
 
 
 def _throttle_count() -> int | None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, Floats, Opened, expert_turn, open_configuration
+from mvmoe_deploy.bench.candidates.suite import prepare_scale
 from mvmoe_deploy.bench.measure import latency, noise
-from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, measure_accuracy, read_labelled
+from mvmoe_deploy.bench.measure.accuracy import labels_for, measure_accuracy
 from mvmoe_deploy.bench.measure.bootstrap import median_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
 from mvmoe_deploy.bench.measure.energy import measure_energy, open_meter
+from mvmoe_deploy.bench.measure.images import Images, Shown
 from mvmoe_deploy.bench.measure.latency import Timed, interleave
 from mvmoe_deploy.bench.measure.machine import machine
 from mvmoe_deploy.bench.measure.memory import PREDICTIONS, measure_memory
@@ -35,12 +39,9 @@ from mvmoe_deploy.bench.results import (
     Throughput,
 )
 from mvmoe_deploy.errors import BackendError, ConfigError
-from mvmoe_deploy.images import ImageSource, Preprocessing, normalise, to_pixels
+from mvmoe_deploy.images import normalise
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MAX_IMAGES = 256
-"""Decoded images that are shown in turn; more would say nothing new and fill the memory."""
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -71,32 +72,38 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Images:
-    """What the models are shown.
+class _Run:
+    """What every phase of a run is given."""
 
-    Attributes:
-        sources: real images, or synthetic ones.
-        what: says which.
-        data: a folder with labelled validation images, for accuracies; where given, its images are shown.
-    """
+    configurations: Sequence[Configuration]
+    shown: Shown
+    plan: Plan
+    progress: Progress
 
-    sources: Sequence[ImageSource]
-    what: str
-    data: Path | None = None
+    def within(self, what: str) -> Callable[[int, int], None]:
+        """The progress of one phase."""
+        return lambda done, total: self.progress(what, done, total)
 
 
-@dataclass
-class _Measured:
-    """What the phases found, by the configurations' names."""
+@dataclass(frozen=True)
+class _Together:
+    """What is measured in this process with all models open, by the configurations' names."""
 
     warm: Timed
-    alternating: Timed | None
-    memory: dict[str, Memory | None]
-    cold_start: dict[str, ColdStart]
     throughput: dict[str, list[Throughput]]
     energy: dict[str, Estimate] | None
     accuracy: dict[str, Accuracy]
-    residency: dict[str, list[Residency]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the phases found, by the configurations' names."""
+
+    memory: dict[str, Memory | None]
+    cold_start: dict[str, ColdStart]
+    together: _Together
+    alternating: Timed | None
+    residency: dict[str, list[Residency]]
 
 
 def measure(
@@ -119,124 +126,150 @@ def measure(
     if len({c.name for c in configurations}) < len(configurations) or not configurations:
         raise ConfigError("nothing to measure, or two configurations of one name")
     with tempfile.TemporaryDirectory() as folder:
-        shown = _Shown(images, plan.count, Path(folder))
-        found = _measure(configurations, shown, plan, progress)
-    rows = [_row(c, _baseline_of(c, configurations), found) for c in configurations]
+        run = _Run(configurations, Shown(images, plan.count, Path(folder)), plan, progress)
+        found = _Measured(
+            memory=_memory(run),
+            cold_start=_cold_starts(run),
+            together=_together(run),
+            alternating=_hit_and_switch(run),
+            residency=_residency(run),
+        )
+    rows = [_row(c, baseline_of(c, configurations), found) for c in configurations]
     routed = next((c for c in configurations if c.experts), None)
-    names = (routed.class_names, routed.expert_names) if routed else ([], [])
-    return Results(FORMAT, rows, machine(c.backend for c in configurations), method(plan, shown), *names)
+    return Results(
+        format=FORMAT,
+        rows=rows,
+        machine=machine(c.backend for c in configurations),
+        method=method(plan, images.what),
+        class_names=routed.class_names if routed else [],
+        expert_names=routed.expert_names if routed else [],
+    )
 
 
-class _Shown:
-    """The images as each preprocessing wants them, decoded once."""
+def measure_suite(
+    scales: Sequence[str],
+    images: Images,
+    plan: Plan,
+    folder: Path,
+    backends: Sequence[str] = ("onnxruntime",),
+    baselines: Sequence[str] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Results:
+    """Exports and measures each scale beside its dense baseline; the rows of a scale are a group.
 
-    def __init__(self, images: Images, count: int, folder: Path) -> None:
-        self.images, self.count, self._folder = images, count, folder
-        self._pixels: dict[Preprocessing, NDArray[np.uint8]] = {}
-        self._files: dict[Preprocessing, Path] = {}
-        self._labelled: dict[Preprocessing, Labelled] = {}
+    Args:
+        scales: such as ``12x192``; those that are not the paper's have nothing of it beside them.
+        images: what the models are shown; random routers send most of them to few experts.
+        plan: what to measure.
+        folder: for exports.
+        backends: for each scale.
+        baselines: further ones, for each scale.
+        progress: as in :func:`measure`.
+    """
+    parts: list[Results] = []
+    for done, scale in enumerate(scales):
 
-    def labelled(self, preprocessing: Preprocessing) -> Labelled | None:
-        """Labelled images, or None."""
-        if self.images.data is not None and preprocessing not in self._labelled:
-            self._labelled[preprocessing] = read_labelled(self.images.data, preprocessing, self.count)
-        return self._labelled.get(preprocessing)
+        def step(what: str, part: int, total: int, scale: str = scale, done: int = done) -> None:
+            progress(f"{scale} ({done + 1} of {len(scales)}): {what}", part, total)
 
-    def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-        """``[n, S, S, 3]``: how large the photos are says nothing about the models, so they are resampled before."""
-        if preprocessing not in self._pixels:
-            labelled = self.labelled(preprocessing)
-            if labelled is not None:
-                self._pixels[preprocessing] = _evenly(labelled.pixels)
-            else:
-                sources = self.images.sources
-                rows = _evenly(np.arange(len(sources)))
-                self._pixels[preprocessing] = np.stack([to_pixels(sources[row], preprocessing) for row in rows])
-        return self._pixels[preprocessing]
-
-    def file(self, preprocessing: Preprocessing) -> Path:
-        """The same for a fresh process to read."""
-        if preprocessing not in self._files:
-            self._files[preprocessing] = self._folder / f"pixels-{len(self._files)}.npy"
-            np.save(self._files[preprocessing], self.pixels(preprocessing))
-        return self._files[preprocessing]
-
-
-def _evenly(rows: NDArray[Any]) -> NDArray[Any]:
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).astype(int)]
+        configurations = prepare_scale(
+            scale, folder / scale, backends, baselines, progress=functools.partial(step, part=0, total=1)
+        )
+        parts.append(measure(configurations, images, plan, step))
+    rows = [row for part in parts for row in part.rows]
+    return msgspec.structs.replace(parts[0], rows=rows, method={**parts[0].method, "suite": "paper, random weights"})
 
 
-def _measure(configurations: Sequence[Configuration], shown: _Shown, plan: Plan, progress: Progress) -> _Measured:
-    memory = {}
-    for done, c in enumerate(configurations):
-        progress("memory", done, len(configurations))
-        memory[c.name] = measure_memory(c, plan.threads, plan.memory_by_resident)
-    cold_start: dict[str, ColdStart] = {}
-    if plan.cold_starts:
-        for preprocessing in dict.fromkeys(c.preprocessing for c in configurations):
-            alike = [c for c in configurations if c.preprocessing == preprocessing]
-            cold_start |= measure_cold_start(
-                alike, shown.file(preprocessing), plan.threads, plan.cold_starts, _part(progress, "cold start")
-            )
+def _memory(run: _Run) -> dict[str, Memory | None]:
+    found = {}
+    for done, c in enumerate(run.configurations):
+        run.progress("memory", done, len(run.configurations))
+        found[c.name] = measure_memory(c, run.plan.threads, sweep=run.plan.memory_by_resident)
+    return found
+
+
+def _cold_starts(run: _Run) -> dict[str, ColdStart]:
+    found: dict[str, ColdStart] = {}
+    if not run.plan.cold_starts:
+        return found
+    for preprocessing in dict.fromkeys(c.preprocessing for c in run.configurations):
+        found |= measure_cold_start(
+            [c for c in run.configurations if c.preprocessing == preprocessing],
+            run.shown.file(preprocessing),
+            threads=run.plan.threads,
+            repeats=run.plan.cold_starts,
+            progress=run.within("cold start"),
+        )
+    return found
+
+
+def _together(run: _Run) -> _Together:
+    """All models open at once, every expert resident."""
     with contextlib.ExitStack() as stack:
         models: dict[str, Opened] = {}
-        for c in configurations:
-            models[c.name] = open_configuration(c, plan.threads, preload=True)
+        for c in run.configurations:
+            models[c.name] = open_configuration(c, run.plan.threads, preload=True)
             stack.callback(models[c.name].close)
-        predictors = {c.name: _predictor(models[c.name], shown.pixels(c.preprocessing)) for c in configurations}
-        warm = interleave(predictors, plan.rounds, plan.min_seconds, _part(progress, "warm latency"))
-        throughput: dict[str, list[Throughput]] = {}
-        if plan.throughput:
-            throughput = _throughput(configurations, models, shown, progress)
-        progress("energy", 0, 1)
+        predictors = {c.name: _predictor(models[c.name], run.shown.pixels(c.preprocessing)) for c in run.configurations}
+        warm = interleave(predictors, run.plan.rounds, run.plan.min_seconds, progress=run.within("warm latency"))
+        throughput = _throughput(run, models)
+        run.progress("energy", 0, 1)
         energy = measure_energy(predictors, open_meter())
-        accuracy: dict[str, Accuracy] = {}
-        for c in configurations:
-            labelled = shown.labelled(c.preprocessing)
-            if labelled is not None and c.trained:
-                labels = labels_for(c, labelled)
-                accuracy[c.name] = measure_accuracy(
-                    c, models[c.name], labelled.pixels, labels, _part(progress, "accuracy")
-                )
-    alternating = _hit_and_switch(configurations, shown, plan, progress)
-    found = _Measured(warm, alternating, memory, cold_start, throughput, energy, accuracy)
-    for c in configurations:
-        if plan.residency and c.experts and c.opened_as == "bundle":
-            found.residency[c.name] = measure_residency(
-                c,
-                shown.file(c.preprocessing),
-                _super_classes(c, shown),
-                plan.threads,
-                plan.residency_predictions,
-                _part(progress, "residency"),
+        return _Together(warm, throughput, energy, _accuracy(run, models))
+
+
+def _accuracy(run: _Run, models: Mapping[str, Opened]) -> dict[str, Accuracy]:
+    found = {}
+    for c in run.configurations:
+        labelled = run.shown.labelled(c.preprocessing)
+        if labelled is not None and c.trained:
+            labels = labels_for(c, labelled)
+            found[c.name] = measure_accuracy(
+                c, models[c.name], labelled.pixels, labels, progress=run.within("accuracy")
             )
     return found
+
+
+def _residency(run: _Run) -> dict[str, list[Residency]]:
+    if not run.plan.residency:
+        return {}
+    return {
+        c.name: measure_residency(
+            c,
+            run.shown.file(c.preprocessing),
+            run.shown.super_classes(c),
+            threads=run.plan.threads,
+            predictions=run.plan.residency_predictions,
+            progress=run.within("residency"),
+        )
+        for c in run.configurations
+        if c.experts and c.opened_as == "bundle"
+    }
 
 
 def _predictor(model: Opened, pixels: NDArray[np.uint8]) -> Callable[[int], object]:
     return lambda number: model.predict(pixels[number % len(pixels)])
 
 
-def _hit_and_switch(
-    configurations: Sequence[Configuration], shown: _Shown, plan: Plan, progress: Progress
-) -> Timed | None:
+def _hit_and_switch(run: _Run) -> Timed | None:
     """Preprocessed images through routed bundles with as few resident experts as an image needs.
 
     Experts are forced, so that every image of ``hit`` finds its own resident and every one of ``switch`` has to load
     it; each has a runtime of its own. Below 2k experts no two images in turn would need different ones.
     """
-    routed = [c for c in configurations if c.opened_as == "bundle" and c.experts >= 2 * c.k > 0]
+    routed = [c for c in run.configurations if c.opened_as == "bundle" and c.experts >= 2 * c.k > 0]
     if not routed:
         return None
     with contextlib.ExitStack() as stack:
         candidates: dict[str, Callable[[int], object]] = {}
         for c in routed:
-            batches = normalise(shown.pixels(c.preprocessing), c.preprocessing)
+            batches = normalise(run.shown.pixels(c.preprocessing), c.preprocessing)
             for kind, turn in (("hit", lambda number: 0), ("switch", lambda number: number)):
-                model = open_configuration(c, plan.threads, max_resident=c.k)
+                model = open_configuration(c, run.plan.threads, max_resident=c.k)
                 stack.callback(model.close)
                 candidates[f"{kind} {c.name}"] = _forced(c, model, batches, turn)
-        return interleave(candidates, plan.rounds, plan.min_seconds, _part(progress, "expert hit and switch"))
+        progress = run.within("expert hit and switch")
+        return interleave(candidates, run.plan.rounds, run.plan.min_seconds, progress=progress)
 
 
 def _forced(c: Configuration, model: Opened, batches: Floats, turn: Callable[[int], int]) -> Callable[[int], object]:
@@ -247,15 +280,15 @@ def _forced(c: Configuration, model: Opened, batches: Floats, turn: Callable[[in
     return run
 
 
-def _throughput(
-    configurations: Sequence[Configuration], models: Mapping[str, Opened], shown: _Shown, progress: Progress
-) -> dict[str, list[Throughput]]:
-    result: dict[str, list[Throughput]] = {c.name: [] for c in configurations}
+def _throughput(run: _Run, models: Mapping[str, Opened]) -> dict[str, list[Throughput]]:
+    if not run.plan.throughput:
+        return {}
+    result: dict[str, list[Throughput]] = {c.name: [] for c in run.configurations}
     for done, batch in enumerate(BATCHES):
-        progress("throughput", done, len(BATCHES))
+        run.progress("throughput", done, len(BATCHES))
         candidates: dict[str, Callable[[int], object]] = {}
-        for c in configurations:
-            pixels = shown.pixels(c.preprocessing)
+        for c in run.configurations:
+            pixels = run.shown.pixels(c.preprocessing)
             rows = np.arange(batch) % len(pixels)
             images = np.ascontiguousarray(normalise(pixels[rows], c.preprocessing))
             with contextlib.suppress(BackendError):  # Core ML's pieces and a stock export take one image at a time
@@ -271,20 +304,8 @@ def _runner(model: Opened, images: Floats) -> Callable[[int], object]:
     return lambda _: model.run(images)
 
 
-def _super_classes(c: Configuration, shown: _Shown) -> list[int] | None:
-    """Of each image shown, the expert its class belongs to; None without labels or super-classes."""
-    labelled = shown.labelled(c.preprocessing)
-    if labelled is None or not c.class_experts:
-        return None
-    labels = _evenly(labels_for(c, labelled))
-    return [c.class_experts[label] for label in labels]
-
-
-def _part(progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total)
-
-
-def _baseline_of(c: Configuration, configurations: Sequence[Configuration]) -> Configuration:
+def baseline_of(c: Configuration, configurations: Sequence[Configuration]) -> Configuration:
+    """The first of its group."""
     return next(other for other in configurations if other.group == c.group)
 
 
@@ -295,7 +316,7 @@ def _row(c: Configuration, baseline: Configuration, found: _Measured) -> Row:
             return None
         return found.alternating.latency(name)
 
-    samples = found.warm.samples
+    samples = found.together.warm.samples
     return Row(
         name=c.name,
         group=c.group,
@@ -311,25 +332,25 @@ def _row(c: Configuration, baseline: Configuration, found: _Measured) -> Row:
         bytes_on_disk=c.bytes_on_disk,
         bytes_first_image=c.bytes_first_image,
         bytes_per_expert=c.bytes_per_expert,
-        warm=found.warm.latency(c.name),
+        warm=found.together.warm.latency(c.name),
         ratio=ratio_estimate(samples[c.name], samples[baseline.name]),
         hit=alternating("hit"),
         switch=alternating("switch"),
         cold_start=found.cold_start.get(c.name),
         memory=found.memory[c.name],
-        throughput=found.throughput.get(c.name, []),
+        throughput=found.together.throughput.get(c.name, []),
         residency=found.residency.get(c.name, []),
-        accuracy=found.accuracy.get(c.name),
-        energy=None if found.energy is None else found.energy[c.name],
+        accuracy=found.together.accuracy.get(c.name),
+        energy=None if found.together.energy is None else found.together.energy[c.name],
         paper=c.paper,
     )
 
 
-def method(plan: Plan, shown: _Shown) -> dict[str, Any]:
+def method(plan: Plan, images: str) -> dict[str, Any]:
     """What is needed to repeat a run, in words and numbers."""
     return {
         **asdict(plan),
-        "images": shown.images.what,
+        "images": images,
         "order": "interleaved, shuffled every round (seed 0)",
         "warm-up": f"until the medians of {latency.WINDOW} rounds and of the {latency.WINDOW} before differ by at most "
         f"{latency.SETTLED:.0%} for every row, or {latency.MAX_WARMUP_SECONDS:g} s",

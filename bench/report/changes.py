@@ -1,70 +1,63 @@
-"""``mvmoe-bench compare``: what became faster, slower, larger or smaller between two runs, beyond the noise."""
+"""Two runs compared: what became faster, slower, larger or smaller between two runs, beyond the noise."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from mvmoe_deploy.bench.measure.bootstrap import resampled
-from mvmoe_deploy.bench.report.tables import NOISY, Table, fact, interval, noise_reasons, text
-from mvmoe_deploy.bench.results import Estimate, Results, Row, read_json
-from mvmoe_deploy.cli.common import command, parser
-from mvmoe_deploy.errors import ConfigError, RegressionError
-from mvmoe_deploy.terminal import number, plain
+from mvmoe_deploy.bench.report.tables import NOISY, fact, interval, noise_reasons
+from mvmoe_deploy.bench.results import Estimate, Results, Row
+from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.terminal import Cell, number, plain, table
 
 DIFFERENT_RUNS_BY_NATURE = {"load_average", "commit", "date"}
 
 Value = list[float] | Estimate | float
 """Raw samples, a statistic with its interval, or a single measurement or count."""
 
-METRICS: dict[str, tuple[str, float | None, Callable[[Row], Value | None]]] = {
-    # name: what it is, the percentile where it is one of samples, how to find it in a row
-    "p50": ("warm latency, median", 50, lambda row: row.warm.samples),
-    "p90": ("warm latency, 90th percentile", 90, lambda row: row.warm.samples),
-    "p99": ("warm latency, 99th percentile", 99, lambda row: row.warm.samples),
-    "ratio": ("warm latency / the group's baseline's, paired by round in each run", None, lambda row: row.ratio),
-    "hit": ("median latency with the expert resident", 50, lambda row: row.hit.samples if row.hit else None),
-    "switch": (
-        "median latency with the expert to be loaded",
-        50,
-        lambda row: row.switch.samples if row.switch else None,
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a row.
+
+    Attributes:
+        what: it is, in words.
+        of: finds it in a row; None where it was not measured.
+        percentile: of the samples, where it is one.
+    """
+
+    what: str
+    of: Callable[[Row], Value | None]
+    percentile: float | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "p50": Metric("warm latency, median", lambda row: row.warm.samples, 50),
+    "p90": Metric("warm latency, 90th percentile", lambda row: row.warm.samples, 90),
+    "p99": Metric("warm latency, 99th percentile", lambda row: row.warm.samples, 99),
+    "ratio": Metric("warm latency / the group's baseline's, paired by round in each run", lambda row: row.ratio),
+    "hit": Metric("median latency with the expert resident", lambda row: row.hit.samples if row.hit else None, 50),
+    "switch": Metric(
+        "median latency with the expert to be loaded", lambda row: row.switch.samples if row.switch else None, 50
     ),
-    "cold-start": ("process start to first prediction, median", 50, lambda row: _cold_starts(row)),
-    "memory": (
-        "after 100 predictions, one expert resident",
-        None,
-        lambda row: row.memory.used.total if row.memory else None,
+    "cold-start": Metric("process start to first prediction, median", lambda row: _cold_starts(row), 50),
+    "memory": Metric(
+        "after 100 predictions, one expert resident", lambda row: row.memory.used.total if row.memory else None
     ),
-    "peak": ("peak memory", None, lambda row: row.memory.peak if row.memory else None),
-    "bytes": ("on disk", None, lambda row: row.bytes_on_disk),
-    "first-image": ("bytes needed for the first image", None, lambda row: row.bytes_first_image),
-    "throughput": (
+    "peak": Metric("peak memory", lambda row: row.memory.peak if row.memory else None),
+    "bytes": Metric("on disk", lambda row: row.bytes_on_disk),
+    "first-image": Metric("bytes needed for the first image", lambda row: row.bytes_first_image),
+    "throughput": Metric(
         "images per second at the largest batch",
-        None,
         lambda row: max(row.throughput, key=lambda at: at.batch).images_per_second if row.throughput else None,
     ),
-    "energy": ("millijoules per prediction", None, lambda row: row.energy),
-    "top1": ("accuracy", None, lambda row: row.accuracy.top1 if row.accuracy else None),
+    "energy": Metric("millijoules per prediction", lambda row: row.energy),
+    "top1": Metric("accuracy", lambda row: row.accuracy.top1 if row.accuracy else None),
 }
-
-EXAMPLES = """\
-examples:
-  mvmoe-bench compare main.json branch.json
-  mvmoe-bench compare main.json branch.json --fail-if "p50 > 1.05x" --fail-if "memory > 1.1x" --fail-if "top1 < 0.99x"
-
-A factor is the second run's value divided by the first's. A condition fails only if the whole 95 % interval of the
-factor lies beyond the limit. Exit code 1: a condition failed; 2: the files cannot be compared.
-
-metrics:
-""" + "\n".join(f"  {name:<11} {what}" for name, (what, _, _) in METRICS.items())
 
 
 @dataclass(frozen=True)
@@ -171,15 +164,15 @@ def check(changes: list[Change], limits: list[Limit]) -> list[str]:
 
 
 def _changes(first: Row, second: Row) -> Iterator[Change]:
-    for metric, (_, percentile, find) in METRICS.items():
-        before, after = find(first), find(second)
+    for name, metric in METRICS.items():
+        before, after = metric.of(first), metric.of(second)
         if before is None or after is None:
             continue
-        if metric == "throughput" and max(t.batch for t in first.throughput) != max(t.batch for t in second.throughput):
+        if name == "throughput" and max(t.batch for t in first.throughput) != max(t.batch for t in second.throughput):
             continue  # batches of different sizes say nothing about each other
-        old, new = _value(before, percentile), _value(after, percentile)
+        old, new = _value(before, metric.percentile), _value(after, metric.percentile)
         if old > 0:
-            yield Change(second.name, metric, old, new, _factor(before, after, percentile))
+            yield Change(second.name, name, old, new, _factor(before, after, metric.percentile))
 
 
 def _value(value: Value, percentile: float | None) -> float:
@@ -222,46 +215,12 @@ def _names(results: Results) -> str:
     return ", ".join(plain(row.name) for row in results.rows)
 
 
-def _table(changes: list[Change]) -> str:
-    rows: list[list[str | float | int | None]] = []
+def changes_table(changes: list[Change]) -> str:
+    """The changes for the terminal."""
+    rows: list[list[Cell]] = []
     for change in changes:
         exact = change.factor.low == change.factor.high
         verdict = "" if not change.significant else "higher" if change.factor.value > 1 else "lower"
         factor = number(change.factor.value) if exact else interval(change.factor)
-        rows.append([plain(change.row), change.metric, number(change.before), number(change.after), factor, verdict])
-    headers = ["model", "metric", "first", "second", "factor (95 %)", "beyond noise"]
-    return text(Table("compare", "Comparison", headers, rows))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Compare two runs of mvmoe-bench, row by row.", EXAMPLES)
-    p.prog = "mvmoe-bench compare"
-    p.add_argument("before", type=Path, metavar="FIRST.json", help="written by mvmoe-bench --json")
-    p.add_argument("after", type=Path, metavar="SECOND.json", help="likewise")
-    p.add_argument(
-        "--fail-if", action="append", default=[], metavar="CONDITION", help='such as "p50 > 1.05x"; repeatable'
-    )
-    p.add_argument("--json", action="store_true", help="print the comparison as JSON")
-    return p
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    limits = [parse_limit(condition) for condition in args.fail_if]
-    before, after = read_json(args.before), read_json(args.after)
-    changes = compare(before, after)
-    doubts, broken = warnings(before, after), check(changes, limits)
-    if args.json:
-        found = [{**msgspec.to_builtins(change), "significant": change.significant} for change in changes]
-        print(json.dumps({"changes": found, "warnings": doubts, "failed": broken}, indent=1))
-    else:
-        for doubt in doubts:
-            print(f"warning: {doubt}", file=sys.stderr)
-        print(_table(changes))
-    if broken:
-        raise RegressionError("; ".join(broken))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        rows.append([plain(change.row), change.metric, change.before, change.after, factor, verdict])
+    return table(rows, ["model", "metric", "first", "second", "factor (95 %)", "beyond noise"], right={2, 3, 4})

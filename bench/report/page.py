@@ -17,7 +17,7 @@ from mvmoe_deploy.bench.report.tables import (
 )
 from mvmoe_deploy.bench.results import Results
 from mvmoe_deploy.errors import BackendError
-from mvmoe_deploy.terminal import number, numeric_columns, plain
+from mvmoe_deploy.terminal import counted, number, numeric_columns, plain
 
 SECTIONS = {
     "models": ("Models", "What was measured, and what a device downloads."),
@@ -89,6 +89,6 @@ def _cells(table: Table) -> dict[str, Any]:
 
 def _subtitle(results: Results) -> str:
     machine, threads, commit = results.machine, results.method.get("threads"), results.machine.get("commit")
-    parts = [machine.get("processor"), threads and f"{threads} thread{'s' if threads != 1 else ''}"]
+    parts = [machine.get("processor"), counted(threads, "thread") if isinstance(threads, int) else None]
     parts += [machine.get("system"), machine.get("date"), commit and f"commit {commit}"]
     return " · ".join(plain(part) for part in parts if part)

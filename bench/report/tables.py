@@ -60,6 +60,11 @@ def interval(estimate: Estimate | None, scale: float = 1.0) -> str | None:
     return f"{value} ({low}–{high})"
 
 
+def terminal_text(results: Results) -> str:
+    """All tables for the terminal."""
+    return "\n\n".join(f"{shown.title}\n{text(shown)}" for shown in tables(results))
+
+
 def text(shown: Table) -> str:
     """A table for the terminal, no wider than it is."""
     body = table(shown.rows, shown.headers)

@@ -5,13 +5,10 @@ Random weights do, since nothing here depends on what a model has learned. It ta
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,14 +27,13 @@ from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
 from mvmoe_deploy.bench.measure.latency import interleave
 from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.cli.common import command, positive_int
-from mvmoe_deploy.errors import BackendError, CheckFailed
+from mvmoe_deploy.errors import BackendError
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
 from mvmoe_deploy.models.flops import total_parameters
-from mvmoe_deploy.terminal import Cell, table
+from mvmoe_deploy.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,11 @@ class Figure:
     value: float
     bar: float
     detail: str
+
+    @property
+    def met(self) -> bool:
+        """Whether it stays under the bar."""
+        return self.value <= self.bar
 
 
 def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
@@ -127,7 +128,13 @@ def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) ->
     batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     with mvmoe_deploy.load(routed.path, threads=threads) as a, mvmoe_deploy.load(dense.path, threads=threads) as b:
         samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds).samples
-    return _latency_figure(f"routed p50 / dense p50, {scale}, {threads} thread(s)", samples, "routed", "dense", 1.05)
+    return _latency_figure(
+        f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}",
+        samples,
+        "routed",
+        "dense",
+        1.05,
+    )
 
 
 def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -150,7 +157,7 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
             "stock": lambda _: session.run(None, {name: batch}),
         }
         samples = interleave(candidates, rounds).samples
-    what = f"routed p50 / stock torch.onnx.export of the dense baseline, {scale}, {threads} thread"
+    what = f"routed p50 / stock torch.onnx.export of the dense baseline, {scale}, {counted(threads, 'thread')}"
     return _latency_figure(what, samples, "routed", "stock", 1.0)
 
 
@@ -312,26 +319,3 @@ def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, fold
     if done.returncode:
         raise RuntimeError(f"{function} failed:\n{done.stderr}")
     return Figure(**json.loads(done.stdout.splitlines()[-1]))
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Prints the figures as a table; fails where one misses its bar."""
-    parser = argparse.ArgumentParser("mvmoe-bench figures", description=__doc__)
-    parser.add_argument("--rounds", type=positive_int, default=1000, help="interleaved samples per latency figure")
-    rounds = parser.parse_args(argv).rounds
-    rows: list[list[Cell]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for figure in measure_all(rounds, Path(folder)):
-            print(f"{figure.what}: {figure.value:.3f}", file=sys.stderr)
-            met = "yes" if figure.value <= figure.bar else "NO"
-            rows.append([figure.what, figure.value, figure.bar, met, figure.detail])
-    print(table(rows, ["figure", "value", "bar", "met", "detail"]))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {rounds} rounds")
-    missed = sum(row[3] == "NO" for row in rows)
-    if missed:
-        raise CheckFailed(f"{missed} of {len(rows)} figures miss their bar")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

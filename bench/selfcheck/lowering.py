@@ -1,7 +1,4 @@
-"""What the ExecuTorch target's lowering buys: ``mvmoe-bench executorch``.
-
-Exports a model and its dense baseline (random weights: speed does not depend on them), and prints ratios of medians,
-each of candidates run in turn:
+"""What the ExecuTorch target's lowering buys: candidates run in turn, with random weights.
 
 - routed / dense: an image through trunk, router and the tail it is routed to, against the dense baseline whole;
 - rewritten / naive: the trunk as this project lowers it, against nn.LayerNorm and scaled_dot_product_attention lowered
@@ -13,10 +10,6 @@ each of candidates run in turn:
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mvmoe_deploy.bench.selfcheck.lowering_timing import measure_exports
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import new_header
-from mvmoe_deploy.cli.common import command, positive_int, thread_count
+from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.executorch.convert import Lowered, delegation, examples, export, lower
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
@@ -39,7 +31,6 @@ from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, config_from_name
 from mvmoe_deploy.models.architectures.vit import embed
 from mvmoe_deploy.quiet import quiet
-from mvmoe_deploy.terminal import table
 
 IMAGES = 16
 RATIOS = {
@@ -50,44 +41,19 @@ RATIOS = {
 }
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Prints milliseconds (p50, p90, p99) per candidate, ratios of p50, and delegation per piece."""
-    parser = argparse.ArgumentParser(
-        "mvmoe-bench executorch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="mvmoe_12x192", help="a scale by name (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive_int, default=200, help="samples per candidate (default: %(default)s)")
-    parser.add_argument("--threads", type=thread_count, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    arguments = parser.parse_args(argv)
-    config = config_from_name(arguments.model)
+def measure_scale(
+    name: str, directory: Path, rounds: int, threads: int = 1, progress: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """:func:`measure` of a scale by name, with random weights.
+
+    Raises:
+        ConfigError: there is no such scale, or it is dense.
+    """
+    config = config_from_name(name)
     if not isinstance(config, MobileVMoEConfig):
-        parser.error(f"{arguments.model} is dense; name a mvmoe_ model")
+        raise ConfigError(f"{name} is not routed; name a Mobile V-MoE such as mvmoe_12x192")
     torch.manual_seed(0)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None, file=sys.stderr) as bar,
-    ):
-        report = measure(
-            MobileVMoE(config),
-            ViT(config.dense),
-            Path(directory),
-            arguments.rounds,
-            arguments.threads,
-            bar.set_description_str,
-        )
-    if arguments.json:
-        about = {"model": arguments.model, "rounds": arguments.rounds, "threads": arguments.threads}
-        print(json.dumps({**about, **report}, indent=1))
-        return
-    print(table([[name, *times.values()] for name, times in report["ms"].items()], ["ms", "p50", "p90", "p99"]))
-    print()
-    print(table([[name, ratio] for name, ratio in report["ratios"].items()], ["ratio of p50", arguments.model]))
-    print(f"{arguments.threads} thread(s), {arguments.rounds} interleaved rounds")
-    for name, found in report["delegation"].items():
-        left = ", ".join(f"{count} {operator}" for operator, count in found["undelegated"].items()) or "none"
-        print(f"{name}: {found['delegated']} operators in {found['delegates']} delegates; outside: {left}")
+    return measure(MobileVMoE(config), ViT(config.dense), directory, rounds, threads, progress=progress)
 
 
 def measure(
@@ -175,7 +141,3 @@ def lower_naively(piece: PieceModule, max_batch: int) -> Lowered:
         edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         found = delegation(edge)
         return Lowered(bytes(edge.to_executorch().buffer), {}, "", found)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""How close training comes to what the processor could do: ``mvmoe-bench training``.
+"""How close training comes to what the processor could do.
 
 Images per second of ``mvmoe-train`` (gathering, augmenting and normalising images, clipping gradients) beside those of
 a bare loop of forward pass, backward pass and step, on tensors of the same shape that never change. Both train the
@@ -7,11 +7,8 @@ same model with the same optimiser, a few steps each in turn.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,13 +16,10 @@ import torch.nn.functional as F
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bench.measure.latency import interleave
-from mvmoe_deploy.cli.common import command, parser, positive_int, thread_count
-from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import build, config_from_name
 from mvmoe_deploy.models.train.data import ImageSet
 from mvmoe_deploy.models.train.trainer import Recipe, Trainer, optimizers
-from mvmoe_deploy.terminal import table
 
 BAR = 0.85
 """Least share of the bare loop's images per second."""
@@ -95,43 +89,3 @@ def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, dev
     ratios = [b / t for t, b in zip(samples["training"], samples["bare"], strict=True)]
     training, base = (1e3 * count / statistics.median(samples[name]) for name in ("training", "bare"))
     return Speed(model, patch, training, base, statistics.median(ratios), samples["training"], samples["bare"])
-
-
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Images per second of mvmoe-train beside a bare forward-backward-step loop on tensors.")
-    p.prog = "mvmoe-bench training"
-    p.add_argument("--models", nargs="+", default=["vit_6x64", "vit_6x96"], metavar="NAME", help="scales to train")
-    p.add_argument("--patch", type=positive_int, default=8, help="side of a patch, in pixels")
-    p.add_argument("--batch", type=positive_int, default=256, help="images per step")
-    p.add_argument("--min-crop", type=float, default=0.0, help="with resampled crops, as of mvmoe-train")
-    p.add_argument("--jitter", type=float, default=0.0, help="with other colours, as of mvmoe-train")
-    p.add_argument("--optimizer", default=Recipe().optimizer, help="of both loops, as of mvmoe-train")
-    p.add_argument("--steps", type=positive_int, default=4, help="per round")
-    p.add_argument("--rounds", type=positive_int, default=20, help="rounds that are kept")
-    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the raw times too")
-    return p
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Prints the table."""
-    args = build_parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    recipe = Recipe(batch=args.batch, optimizer=args.optimizer, min_crop=args.min_crop, jitter=args.jitter)
-    speeds = []
-    for model in args.models:
-        print(f"{model} …", file=sys.stderr)
-        speeds.append(measure(model, args.patch, recipe, args.steps, args.rounds, args.device))
-    rows = [
-        [s.model, s.patch, s.images_per_second, s.bare_images_per_second, s.ratio, "yes" if s.ratio >= BAR else "NO"]
-        for s in speeds
-    ]
-    print(table(rows, ["model", "patch", "images/s", "bare loop's", "ratio", f"at least {BAR}"]))
-    threads = torch.get_num_threads()
-    print(f"{args.rounds} rounds of {args.steps} steps each in turn, batch {args.batch}, {threads} threads")
-    if args.json:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.images import Preprocessing, evenly_spaced
 
 
 @dataclass
@@ -46,7 +46,7 @@ class ImageSet:
         total = len(self.labels)
         if count >= total:
             return self
-        rows = torch.linspace(0, total - 1, count).long()
+        rows = torch.from_numpy(evenly_spaced(total, count))
         return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped, self.left_out)
 
 

@@ -159,7 +159,9 @@ def command_group(description: str, commands: Mapping[str, SubCommand], default:
         choices = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
         for name, module in commands.items():
             about = f"{module.HELP} (the default)" if name == default else module.HELP
-            part = choices.add_parser(name, help=about, description=f"{module.HELP}.", epilog=module.EXAMPLES)
+            part = choices.add_parser(
+                name, help=about, description=f"{module.HELP[:1].upper()}{module.HELP[1:]}.", epilog=module.EXAMPLES
+            )
             if name == chosen:
                 module.add_arguments(part)
                 part.set_defaults(run=module.run)

@@ -19,13 +19,14 @@ from exported import Exported, kept_traces
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, expert_turn, open_configuration
 from mvmoe_deploy.bench.candidates.prepare import of_bundle, of_checkpoint, prepare, unique
-from mvmoe_deploy.bench.candidates.suite import choose_scales, paper_scales, run_suite
+from mvmoe_deploy.bench.candidates.suite import choose_scales, paper_scales
 from mvmoe_deploy.bench.measure import energy, memory
 from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, measure_accuracy
 from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
+from mvmoe_deploy.bench.measure.images import Images
 from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bench.measure.residency import MEAN_BURST, measure_residency, mix_sequence
-from mvmoe_deploy.bench.measure.run import Images, Plan, measure
+from mvmoe_deploy.bench.measure.run import Plan, measure, measure_suite
 from mvmoe_deploy.bench.results import read_json, write_json
 from mvmoe_deploy.errors import BackendError, ConfigError, DataError
 from mvmoe_deploy.models import config_from_name
@@ -318,7 +319,7 @@ def test_the_suite_runs_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     real = paper_scales()
     monkeypatch.setattr("mvmoe_deploy.bench.candidates.suite.paper_scales", lambda: {"3x16": real["6x64"]})
     plan = Plan(rounds=2, min_seconds=0, cold_starts=0)
-    results = run_suite(["3x16"], Images(list(tiny.images(2)), "test"), plan, tmp_path)
+    results = measure_suite(["3x16"], Images(list(tiny.images(2)), "test"), plan, tmp_path)
     assert [(row.name, row.group, row.kind) for row in results.rows] == [
         ("vit_3x16", "3x16", "dense"),
         ("mvmoe_3x16", "3x16", "mobile-vmoe"),

@@ -145,7 +145,7 @@ def test_a_condition_that_could_never_fail_is_refused(run) -> None:  # type: ign
 def test_files_that_cannot_be_compared_are_refused(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run(BEFORE, synthetic.results([synthetic.bare("other")]))
     assert code == 2 and "no row is in both: dense, mobile-vmoe against other" in err
-    assert c.main([str(tmp_path / "none.json"), str(tmp_path / "a.json")]) == 2
+    assert bench.main(["compare", str(tmp_path / "none.json"), str(tmp_path / "a.json")]) == 2
     assert "none.json: No such file" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         c.compare(BEFORE, synthetic.results([synthetic.bare("other")]))

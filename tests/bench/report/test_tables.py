@@ -11,9 +11,9 @@ import msgspec
 import pytest
 import synthetic
 
-from mvmoe_deploy.bench.report import publish as render
 from mvmoe_deploy.bench.report.tables import Table, csv_text, interval, markdown, tables, text
 from mvmoe_deploy.bench.results import Results, read_json, write_json
+from mvmoe_deploy.cli import bench
 from mvmoe_deploy.terminal import number, plain
 
 
@@ -116,11 +116,11 @@ def results_json(tmp_path: Path) -> Path:
 def test_old_results_can_be_shown_and_rendered(
     results_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert render.main([str(results_json)]) == 0
+    assert bench.main(["report", str(results_json)]) == 0
     assert "mobile-vmoe" in capsys.readouterr().out
     outputs = {kind: tmp_path / f"out.{kind}" for kind in ("csv", "markdown", "html")}
     arguments = [each for kind, path in outputs.items() for each in (f"--{kind}", str(path))]
-    assert render.main([str(results_json), *arguments]) == 0
+    assert bench.main(["report", str(results_json), *arguments]) == 0
     assert capsys.readouterr().out == ""
     assert outputs["csv"].read_text().startswith("name,group,kind")
     assert outputs["markdown"].read_text().startswith("# Benchmark")
@@ -155,7 +155,7 @@ def test_damaged_results_are_refused(
     change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.json").write_bytes(damaged(change))
-    assert render.main([str(tmp_path / "bad.json")]) == 2
+    assert bench.main(["report", str(tmp_path / "bad.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path / 'bad.json'}: ") and message in error
 

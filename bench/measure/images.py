@@ -1,0 +1,103 @@
+"""The images that models are shown, decoded once for each preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, read_labelled
+from mvmoe_deploy.errors import ImageError
+from mvmoe_deploy.images import ImageSource, Preprocessing, evenly_spaced, to_pixels
+
+MAX_IMAGES = 256
+"""Decoded images that are shown in turn; more would say nothing new and fill the memory."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the models are shown.
+
+    Attributes:
+        sources: real images, or synthetic ones.
+        what: says which.
+        data: a folder with labelled validation images, for accuracies; where given, its images are shown.
+    """
+
+    sources: Sequence[ImageSource]
+    what: str
+    data: Path | None = None
+
+
+def choose_images(folder: Path | None, data: Path | None = None) -> Images:
+    """Labelled images where there are any, else those of a folder, else synthetic ones.
+
+    Raises:
+        ImageError: the folder holds no images.
+        DataError: there is no such folder.
+    """
+    from mvmoe_deploy.exporters.pipeline import SYNTHETIC_IMAGES, synthetic_pixels
+    from mvmoe_deploy.imagefiles import image_files
+
+    if data:
+        return Images([], f"validation images of {data.name}", data)
+    if not folder:
+        return Images(list(synthetic_pixels(256, SYNTHETIC_IMAGES)), "synthetic (seed 0)")
+    files = image_files(folder)
+    if not files:
+        raise ImageError(f"{folder}: holds no images")
+    return Images(files, f"{len(files)} of {folder.name}")
+
+
+class Shown:
+    """The images as each preprocessing wants them.
+
+    Args:
+        images: which.
+        count: most labelled images used.
+        folder: where files for fresh processes are written.
+    """
+
+    def __init__(self, images: Images, count: int, folder: Path) -> None:
+        self.what = images.what
+        self._images, self._count, self._folder = images, count, folder
+        self._pixels: dict[Preprocessing, NDArray[np.uint8]] = {}
+        self._files: dict[Preprocessing, Path] = {}
+        self._labelled: dict[Preprocessing, Labelled] = {}
+
+    def labelled(self, preprocessing: Preprocessing) -> Labelled | None:
+        """Labelled images, or None."""
+        if self._images.data is not None and preprocessing not in self._labelled:
+            self._labelled[preprocessing] = read_labelled(self._images.data, preprocessing, self._count)
+        return self._labelled.get(preprocessing)
+
+    def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+        """``[n, S, S, 3]``: how large the photos are says nothing about the models, so they are resampled before."""
+        if preprocessing not in self._pixels:
+            labelled = self.labelled(preprocessing)
+            if labelled is not None:
+                self._pixels[preprocessing] = labelled.pixels[evenly_spaced(len(labelled.pixels), MAX_IMAGES)]
+            else:
+                sources = self._images.sources
+                rows = evenly_spaced(len(sources), MAX_IMAGES)
+                self._pixels[preprocessing] = np.stack([to_pixels(sources[row], preprocessing) for row in rows])
+        return self._pixels[preprocessing]
+
+    def file(self, preprocessing: Preprocessing) -> Path:
+        """The same for a fresh process to read."""
+        if preprocessing not in self._files:
+            self._files[preprocessing] = self._folder / f"pixels-{len(self._files)}.npy"
+            np.save(self._files[preprocessing], self.pixels(preprocessing))
+        return self._files[preprocessing]
+
+    def super_classes(self, c: Configuration) -> list[int] | None:
+        """Of each image in :meth:`pixels`, the expert its class belongs to; None without labels or super-classes."""
+        labelled = self.labelled(c.preprocessing)
+        if labelled is None or not c.class_experts:
+            return None
+        labels = labels_for(c, labelled)
+        return [c.class_experts[labels[row]] for row in evenly_spaced(len(labels), MAX_IMAGES)]

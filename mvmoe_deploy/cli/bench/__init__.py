@@ -1,0 +1,52 @@
+"""``mvmoe-bench``: configurations measured against each other, on this machine or on a device; checks; reports."""
+
+from __future__ import annotations
+
+import sys
+
+from mvmoe_deploy.cli.bench import (
+    android,
+    compare,
+    coreml,
+    executorch,
+    figures,
+    measure,
+    parity,
+    report,
+    training,
+)
+from mvmoe_deploy.cli.common import Parser, SubCommand, command_group
+
+DEVICES: dict[str, SubCommand] = {"android": android, "coreml": coreml}
+"""What measures elsewhere than on this machine's processor: a module of this folder each.
+
+``mvmoe-bench --device android …`` is ``mvmoe-bench android …``.
+"""
+
+COMMANDS: dict[str, SubCommand] = {
+    "measure": measure,
+    **DEVICES,
+    "figures": figures,
+    "parity": parity,
+    "executorch": executorch,
+    "training": training,
+    "report": report,
+    "compare": compare,
+}
+
+_group = command_group(
+    "Measure bundles and checkpoints: FLOPs, bytes, memory, latency, accuracy.", COMMANDS, default="measure"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a sub-command; without the name of one, ``measure`` or the device's."""
+    argv = sys.argv[1:] if argv is None else argv
+    named = argv[0] if argv and argv[0] in COMMANDS else None
+    if named in (None, "measure"):
+        device = Parser("mvmoe-bench", add_help=False)
+        device.add_argument("--device", choices=["cpu", *DEVICES], default="cpu")
+        found, others = device.parse_known_args(argv[1:] if named else argv)
+        if found.device in DEVICES:
+            argv = [found.device, *others]
+    return _group(argv)
