@@ -12,19 +12,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from mvmoe_deploy import targets
-from mvmoe_deploy.errors import BundleError, ConfigError
+from mvmoe_deploy.errors import BundleError, ConfigError, first_line
 from mvmoe_deploy.images import Preprocessing
 
 FORMAT = "mvmoe-bundle"
-VERSION = 2
-READABLE = (1, 2)
-"""Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces, and ranked classes to their outputs."""
+VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces, and ranked classes to their outputs;
+version 3 added ``manifest.sha256``."""
 
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+"""One line, as ``sha256sum manifest.json`` prints it: what covers the manifest as the manifest covers all else."""
 WEIGHT_ALIGNMENT = 64
 """Of weights in their file, for vector loads from a mapped file."""
 
 MAX_MANIFEST_BYTES = 32 << 20
+MAX_NAME_BYTES = 255
+"""Of a file or folder, on every file system in use."""
 
 Role = Literal["model", "trunk", "router", "tail", "attention", "expert_layer", "head"]
 Index = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -36,14 +41,14 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a piece; a dimension is a number or, where it varies, a name (``batch``)."""
 
     name: str
-    shape: list[Extent | str]
+    shape: Annotated[list[Extent | str], msgspec.Meta(max_length=8)]
     dtype: str
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the bundle: path relative to the bundle, with forward slashes."""
 
-    path: str
+    path: Annotated[str, msgspec.Meta(max_length=1024)]
     bytes: Count
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -188,10 +193,20 @@ def piece_name(role: str, expert: int | None = None, layer: int | None = None) -
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its manifest is valid and consistent; files are checked by :meth:`check`."""
+    """An opened bundle: its manifest is valid and consistent; files are checked by :meth:`check`.
+
+    Attributes:
+        path: its directory.
+        manifest: what ``manifest.json`` says.
+        digest: sha256 of the bytes of ``manifest.json``, which stands for the whole bundle, since the manifest has the
+            sha256 of every other file; empty before it is written.
+        trusted: the caller vouches for the bundle or has named its digest, so that graphs need not be checked.
+    """
 
     path: Path
     manifest: Manifest
+    digest: str = ""
+    trusted: bool = False
     _checked: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def pieces(self, role: Role) -> list[Piece]:
@@ -225,37 +240,70 @@ class Bundle:
                 self._checked.add(path)
 
 
-def open_bundle(path: str | Path) -> Bundle:
-    """Reads and checks a bundle's manifest; no other file is opened.
+def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = False) -> Bundle:
+    """Reads and checks a bundle's manifest and its sha256; no other file is opened.
+
+    Args:
+        path: the bundle's directory.
+        digest: sha256 that its ``manifest.json`` must have, where the caller knows it; the bundle is then trusted.
+        trust: whether the caller vouches for the bundle; see :class:`Bundle`.
 
     Raises:
-        BundleError: no such bundle, or a manifest that is damaged, unsafe or of another version.
+        BundleError: no such bundle, another than the one that is wanted, or a manifest that is damaged, edited,
+            unsafe or of another version.
     """
     path = Path(path)
-    if not path.exists():
-        raise BundleError(f"{path}: no such bundle")
     file = path / MANIFEST
-    if not file.is_file():
-        raise BundleError(f"{path}: not a bundle (a directory with a {MANIFEST})")
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{file}: is larger than {MAX_MANIFEST_BYTES >> 20} MB; not a manifest")
     try:
-        raw = msgspec.json.decode(file.read_bytes())
+        if not path.exists():
+            raise BundleError(f"{path}: no such bundle")
+        if not file.is_file():
+            raise BundleError(f"{path}: not a bundle (a directory with a {MANIFEST})")
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{file}: is larger than {MAX_MANIFEST_BYTES >> 20} MB; not a manifest")
+        data = file.read_bytes()
+        recorded = _recorded_digest(path)
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
+    found = hashlib.sha256(data).hexdigest()
+    if digest is not None and found != digest.lower():
+        raise BundleError(f"{file}: has sha256 {found}, but {digest} is asked for; it is another bundle, or damaged")
+    if recorded is not None and found != recorded:
+        raise BundleError(
+            f"{file}: sha256 differs from {MANIFEST_DIGEST}; the file is damaged, export again (after an edit that was "
+            f"meant, run: sha256sum {MANIFEST} > {MANIFEST_DIGEST})"
+        )
+    try:
+        raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{file}: damaged ({error}); export again") from None
+        raise BundleError(f"{file}: damaged ({first_line(error)}); export again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise BundleError(f"{file}: not a manifest of this project (no format: {FORMAT!r})")
     if raw.get("version") not in READABLE:
-        readable = " and ".join(map(str, READABLE))
-        raise BundleError(f"{file}: format version {raw.get('version')!r}, this release reads {readable}; export again")
+        readable = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
+        version = str(raw.get("version"))[:20]
+        raise BundleError(f"{file}: format version {version!r}, this release reads {readable}; export again")
+    if recorded is None and raw["version"] > 2:
+        raise BundleError(f"{path / MANIFEST_DIGEST}: missing from the bundle; copy it again or export again")
     try:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
-        raise BundleError(f"{file}: {error}") from None
+        raise BundleError(f"{file}: {first_line(error)}") from None
     problem = _inconsistency(manifest)
     if problem:
         raise BundleError(f"{file}: {problem}")
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, found, trust or digest is not None)
+
+
+def _recorded_digest(path: Path) -> str | None:
+    """What ``manifest.sha256`` says; None where it is missing, and empty where it says something else."""
+    file = path / MANIFEST_DIGEST
+    if not file.exists():
+        return None
+    if not file.is_file() or file.stat().st_size > 1024:
+        return ""
+    match = re.fullmatch(rb"([0-9a-f]{64}) [ *]manifest\.json\r?\n?", file.read_bytes())
+    return match[1].decode() if match else ""
 
 
 def is_bundle(path: Path) -> bool:
@@ -273,7 +321,7 @@ def describe_files(directory: Path, paths: list[str]) -> list[File]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json``, indented for a text editor.
+    """Writes ``manifest.json``, indented for a text editor, and ``manifest.sha256``.
 
     Raises:
         BundleError: the manifest could not be read back, being unsafe or inconsistent.
@@ -281,7 +329,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     problem = _inconsistency(manifest)
     if problem:
         raise BundleError(f"{directory}: {problem}")
-    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    (directory / MANIFEST).write_bytes(data)
+    (directory / MANIFEST_DIGEST).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n", newline="\n")
 
 
 def sha256(path: Path) -> str:
@@ -294,18 +344,23 @@ def check_file(directory: Path, file: File) -> None:
     """Compares one file with its manifest entry.
 
     Raises:
-        BundleError: missing, outside the bundle, of another size, or altered.
+        BundleError: missing, outside the bundle, of another size, altered, or not readable.
     """
     path = directory / file.path
-    if not path.is_file():
-        raise BundleError(f"{path}: missing from the bundle; export again or copy it again")
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise BundleError(f"{path}: leads outside the bundle")
-    size = path.stat().st_size
-    if size != file.bytes:
-        raise BundleError(f"{path}: has {size} bytes, {MANIFEST} says {file.bytes}; the file is damaged, export again")
-    if sha256(path) != file.sha256:
-        raise BundleError(f"{path}: sha256 differs from {MANIFEST}; the file is damaged, export again")
+    try:
+        if not path.is_file():
+            raise BundleError(f"{path}: missing from the bundle; export again or copy it again")
+        if not path.resolve().is_relative_to(directory.resolve()):
+            raise BundleError(f"{path}: leads outside the bundle")
+        size = path.stat().st_size
+        if size != file.bytes:
+            raise BundleError(
+                f"{path}: has {size} bytes, {MANIFEST} says {file.bytes}; the file is damaged, export again"
+            )
+        if sha256(path) != file.sha256:
+            raise BundleError(f"{path}: sha256 differs from {MANIFEST}; the file is damaged, export again")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def _unsafe(path: str) -> bool:
@@ -323,10 +378,18 @@ def _inconsistency(manifest: Manifest) -> str | None:
     paths = [file.path for file in manifest.files]
     for path in [*paths, *(piece.graph for piece in manifest.pieces)]:
         if _unsafe(path):
-            return f"path {path!r} may lead outside the bundle"
+            return f"path {path[:200]!r} may lead outside the bundle"
+        if any(len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")):
+            return f"path {path[:60] + '…'!r} is longer than a file's name can be"
     if len(set(paths)) != len(paths):
         return "lists a file twice"
     for piece in manifest.pieces:
+        for what, value, roles in (
+            ("expert", piece.expert, ("tail", "expert_layer")),
+            ("layer", piece.layer, ("attention", "expert_layer")),
+        ):
+            if (value is not None) != (piece.role in roles):
+                return f"a piece of role {piece.role} {'has no' if value is None else 'names its'} {what}"
         unknown = [path for path in piece.files if path not in paths]
         if unknown or not piece.files:
             return f"piece {piece.name} uses {unknown[0] if unknown else 'no file'}, which is not among the files"
@@ -350,6 +413,9 @@ def _inconsistency(manifest: Manifest) -> str | None:
         for spec in (*piece.inputs, *piece.outputs):
             if spec.shape[1:] != shapes.get(spec.name, spec.shape[1:]):
                 return f"piece {piece.name}: {spec.name} is {spec.shape[1:]}, the rest says {shapes[spec.name]}"
+        problem = _signature_problem(piece, manifest)
+        if problem:
+            return f"piece {piece.name}: {problem}"
     if len(manifest.class_ids) != classes:
         return f"{len(manifest.class_ids)} class_ids but {classes} class_names"
     routing = manifest.routing
@@ -371,6 +437,32 @@ def _inconsistency(manifest: Manifest) -> str | None:
     missing = [name for name in expected if name not in names]
     if missing or len(names) != len(expected):
         return f"pieces do not fit the routing: {'lacks ' + missing[0] if missing else 'there are too many'}"
+    return None
+
+
+def _signature_problem(piece: Piece, manifest: Manifest) -> str | None:
+    """What of a piece's inputs and outputs its role does not allow; the runtime goes by their places."""
+    fused = manifest.routing is not None and manifest.routing.router == "fused"
+    inputs = {"tail": (2,), "expert_layer": (2,)}.get(piece.role, (1,))
+    outputs = {"trunk": (1 + fused,), "router": (1,), "attention": (2,), "expert_layer": (1,)}.get(piece.role, (1, 3))
+    for what, specs, counts in (("inputs", piece.inputs, inputs), ("outputs", piece.outputs, outputs)):
+        if len(specs) not in counts or not all(spec.shape for spec in specs):
+            return (
+                f"has {len(specs)} {what}, or one without a shape; a {piece.role} has {' or '.join(map(str, counts))}"
+            )
+    classes, experts = len(manifest.class_names), manifest.routing.experts if manifest.routing else 0
+    if piece.role == "router" or (piece.role == "trunk" and fused):
+        if piece.outputs[-1].shape[1:] != [experts]:
+            return f"its probabilities are {piece.outputs[-1].shape[1:]}, there are {experts} experts"
+    elif piece.role in ("model", "tail", "head"):
+        logits, *ranked = (spec.shape[1:] for spec in piece.outputs)
+        if logits != [classes]:
+            return f"its logits are {logits}, there are {classes} classes"
+        if ranked and (ranked[0] != ranked[1] or ranked[0] not in [[n] for n in range(1, min(classes, 64) + 1)]):
+            return f"it ranks {ranked[0]} and {ranked[1]} of {classes} classes"
+    types = ["float32", "float32", "int64"] if len(piece.outputs) == 3 else ["float32"] * len(piece.outputs)
+    if [spec.dtype for spec in piece.outputs] != types or any(spec.dtype != "float32" for spec in piece.inputs):
+        return f"its types are not {', '.join(types)}, or an input is not float32"
     return None
 
 

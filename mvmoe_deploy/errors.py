@@ -1,5 +1,12 @@
 """Every error this project raises on purpose. The command line prints one as a single line and exits with 2."""
 
+import re
+
+MAX_LINE = 300
+"""Characters that are quoted of another library's error."""
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
 
 class MvmoeError(Exception):
     """Base of all errors of this project; the message says what was wrong, where, and what to do."""
@@ -50,5 +57,11 @@ class DataError(MvmoeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as a reason within one line: its first line, or else its type's name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error of another library says, as a reason within one line: its first line, or else its type's name.
+
+    A terminal's escape sequences and whatever else cannot be printed are taken out.
+    """
+    lines = (_ESCAPE.sub("", line) for line in str(error).splitlines())
+    printable = ("".join(character for character in line if character.isprintable()).strip() for line in lines)
+    line = next((line for line in printable if line), type(error).__name__)
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"

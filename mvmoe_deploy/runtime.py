@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,6 +21,9 @@ from mvmoe_deploy.images import ImageSource, preprocess
 from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 
 Floats = NDArray[np.float32]
+
+_NEARLY_ONE = 0.95, 1.05
+"""A router's probabilities sum to something between these; a thousand in half precision are off by 0.01."""
 
 # Results are msgspec's structs: after a model's run, with a cold cache, a dataclass takes 5 to 10 µs to make.
 
@@ -111,6 +115,8 @@ def load(
     pin: Iterable[int] = (),
     backend: str | None = None,
     check: Literal["all", "lazy"] = "all",
+    digest: str | None = None,
+    trust: bool = False,
 ) -> Runtime:
     """Opens a bundle and loads what every image needs; tails are loaded when the router first picks them.
 
@@ -125,13 +131,17 @@ def load(
         backend: by default the one for the bundle's target.
         check: ``all`` compares every file with its sha256 now; ``lazy`` each before it is first loaded, which
             starts faster and allows experts to arrive later.
+        digest: sha256 that the bundle's ``manifest.json`` must have (``mvmoe-inspect`` shows it), for an app that
+            knows its bundle; graphs are then not checked before the engine sees them.
+        trust: run graphs unchecked: those of operators that no export of this project has. A hostile one can end the
+            process or do worse.
 
     Raises:
         BundleError: a missing, damaged or unsafe bundle.
         BackendError: no backend for it here.
         BudgetError: a budget that cannot hold one tail.
     """
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest, trust=trust)
     if check == "all":
         opened.check()
     check_threads(threads)
@@ -232,6 +242,7 @@ class Runtime:
         Raises:
             ImageError: the image cannot be read.
             BundleError: a tail that is needed is missing or damaged.
+            BackendError: a piece failed, or returned what cannot be an answer.
         """
         pieces = self._open_pieces()
         manifest = self.bundle.manifest
@@ -247,10 +258,10 @@ class Runtime:
             outputs, routed = self._run(pieces, batch, None, timings)
             if routed is not None:
                 experts, gates = routed.experts[0].tolist(), routed.gates[0].tolist()
-        best = [
-            Score(manifest.class_names[index], manifest.class_ids[index], probability)
-            for index, probability in _best(outputs, max(1, top))
-        ]
+        ranked = _best(outputs, max(1, top))
+        if ranked is None:
+            raise self._no_answer(experts)
+        best = [Score(manifest.class_names[i], manifest.class_ids[i], probability) for i, probability in ranked]
         if not experts:
             return Prediction(best, None, None, None, experts, gates, timings)
         return Prediction(best, experts[0], manifest.experts[experts[0]].name, gates[0], experts, gates, timings)
@@ -268,6 +279,8 @@ class Runtime:
 
         Raises:
             ImageError: a wrong shape or dtype, or values that are not finite.
+            BundleError: a tail that is needed is missing or damaged.
+            BackendError: a piece failed, or returned what cannot be an answer.
         """
         pieces = self._open_pieces()
         size = self.bundle.manifest.preprocessing.size
@@ -286,9 +299,11 @@ class Runtime:
         batch = np.ascontiguousarray(batch)
         if len(batch) == 1 and self._one_expert and experts is None:
             outputs, probabilities, expert, _ = self._run_image(pieces, batch, {})
+            self._check_logits(outputs[0], [[expert]])
             chosen = slice(expert, expert + 1)
             return outputs[0], RoutedBatch(probabilities, self._numbers[chosen], probabilities[:, chosen])
         outputs, routed = self._run(pieces, batch, experts, {})
+        self._check_logits(outputs[0], None if routed is None else routed.experts)
         return outputs[0], routed
 
     def stats(self) -> Stats:
@@ -315,6 +330,8 @@ class Runtime:
         started = perf_counter()
         tokens, probabilities = self._run_trunk(pieces, batch)
         row = probabilities[0].tolist()
+        if not (_NEARLY_ONE[0] < sum(row) < _NEARLY_ONE[1] and min(row) >= 0):  # NaN fails too
+            raise self._no_probabilities(row)
         gate = max(row)
         expert = row.index(gate)  # numpy's argmax costs three times as much here
         ready = perf_counter()
@@ -331,6 +348,30 @@ class Runtime:
             (probabilities,) = pieces["router"](tokens)
         return tokens, probabilities
 
+    def _check_logits(self, logits: Floats, experts: Any) -> None:
+        """Refuses logits ``[B, C]`` with NaN, infinity or nothing but minus infinity for an image."""
+        fine = np.isfinite(logits.max(axis=1))
+        if not fine.all():
+            raise self._no_answer([] if experts is None else list(experts[int(fine.argmin())]))
+
+    def _no_answer(self, experts: list[int]) -> BackendError:
+        """What to raise where an image's logits, or the classes ranked from them, are impossible."""
+        if self._routing is None:
+            piece = self.bundle.piece("model")
+        else:
+            piece = self.bundle.piece("tail", int(experts[0])) if self._one_expert else self.bundle.piece("head")
+        return BackendError(
+            f"{self.bundle.path / piece.graph}: {piece.name} returned logits or classes that are NaN, infinite or "
+            "out of range; export again"
+        )
+
+    def _no_probabilities(self, row: list[float]) -> BackendError:
+        piece = self.bundle.piece("trunk" if self._fused_router else "router")
+        return BackendError(
+            f"{self.bundle.path / piece.graph}: {piece.name} does not return probabilities: "
+            f"they are {min(row):.4g} to {max(row):.4g} and sum to {sum(row):.4g}; export again"
+        )
+
     def _run(
         self,
         pieces: dict[str, LoadedPiece],
@@ -346,6 +387,10 @@ class Runtime:
             timings["model"] = 1e3 * (perf_counter() - started)
             return outputs, None
         tokens, probabilities = self._run_trunk(pieces, batch)
+        sums = probabilities.sum(1)
+        fine = (sums > _NEARLY_ONE[0]) & (sums < _NEARLY_ONE[1]) & (probabilities >= 0).all(1)  # NaN fails too
+        if not fine.all():
+            raise self._no_probabilities(probabilities[int(fine.argmin())].tolist())
         experts = top_k(probabilities, routing.k) if forced is None else forced
         gates = probabilities[np.arange(len(batch))[:, None], experts]
         timings["trunk"], timings["load"], timings["tail"] = 1e3 * (perf_counter() - started), 0.0, 0.0
@@ -432,8 +477,8 @@ def top_k(probabilities: Floats, k: int) -> NDArray[np.int64]:
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
 
 
-def _best(outputs: list[NDArray[Any]], top: int) -> Iterable[tuple[int, float]]:
-    """The ``top`` most probable classes of the first image and their probabilities, best first.
+def _best(outputs: list[NDArray[Any]], top: int) -> list[tuple[int, float]] | None:
+    """The ``top`` most probable classes of the first image and their probabilities, best first; None if impossible.
 
     Args:
         outputs: logits ``[B, C]`` and, where the graph ranks classes itself, the most probable ones' probabilities
@@ -441,10 +486,20 @@ def _best(outputs: list[NDArray[Any]], top: int) -> Iterable[tuple[int, float]]:
         top: how many are wanted.
     """
     logits = outputs[0][0]
-    top = min(top, len(logits))
+    classes = len(logits)
+    top = min(top, classes)
     if len(outputs) == 3 and top <= outputs[1].shape[1]:
-        return zip(outputs[2][0, :top].tolist(), outputs[1][0, :top].tolist(), strict=True)
+        ranked = list(zip(outputs[2][0, :top].tolist(), outputs[1][0, :top].tolist(), strict=True))
+        before = 1.001
+        for index, probability in ranked:
+            if not (0 <= index < classes and 0 <= probability <= before):  # NaN fails too
+                return None
+            before = probability
+        return ranked
+    peak = float(logits.max())
+    if not math.isfinite(peak):
+        return None
     order = np.argsort(-logits, kind="stable")[:top].tolist()
-    exponentials = np.exp(logits - logits.max())
+    exponentials = np.exp(logits - peak)
     total = exponentials.sum()
     return [(index, float(exponentials[index] / total)) for index in order]

@@ -314,6 +314,10 @@ def _write_graph(
             rows, factor = node.inputs[:2]
             if rows is not None and factor is not None and _better_unpacked(rows, factor):
                 model.graph.inputs.append(factor)
+    for node in model.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():  # shapes between nodes, which whoever loads the graph infers again
+                value.type = value.shape = None
     ir.save(model, path)
     return list(used)
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mvmoe_deploy import targets
@@ -75,3 +76,37 @@ def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 
     opens: Callable[[Bundle, int | None], Backend]
     opens = targets.resolve(engine.opens, f"backend {engine.name}", target.requirement, BackendError)
     return opens(bundle, threads)
+
+
+Shapes = list[tuple[tuple[int | str, ...], np.dtype[Any]]]
+
+
+def output_shapes(piece: Piece) -> Shapes:
+    """Shape of one image's part and type of each output, as :func:`check_outputs` takes them."""
+    return [(tuple(spec.shape[1:]), np.dtype(spec.dtype)) for spec in piece.outputs]
+
+
+def check_outputs(outputs: list[NDArray[Any]], expected: Shapes, batch: int, piece: Piece, path: object) -> None:
+    """Compares what a piece returned with what the manifest says it returns; two microseconds.
+
+    Args:
+        outputs: as returned.
+        expected: by :func:`output_shapes`.
+        batch: images that were given.
+        piece: its manifest entry.
+        path: its file, for the error.
+
+    Raises:
+        BackendError: another number of outputs, another shape or type.
+    """
+    if len(outputs) == len(expected):
+        for output, (shape, dtype) in zip(outputs, expected, strict=True):
+            if type(output) is not np.ndarray or output.dtype != dtype or output.shape != (batch, *shape):
+                break
+        else:
+            return
+    found = [f"{list(getattr(x, 'shape', []))} of {getattr(x, 'dtype', type(x).__name__)}" for x in outputs]
+    wanted = [f"{[batch, *shape]} of {dtype}" for shape, dtype in expected]
+    raise BackendError(
+        f"{path}: {piece.name} returned {', '.join(found)}, manifest.json says {', '.join(wanted)}; export again"
+    )

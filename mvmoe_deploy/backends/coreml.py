@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvmoe_deploy.backends import LoadedPiece
+from mvmoe_deploy.backends import LoadedPiece, check_outputs, output_shapes
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.images import denormalise
@@ -75,7 +75,7 @@ def one_image_at_a_time(
         bundle: gives the preprocessing.
         where: for errors.
     """
-    names = [spec.name for spec in piece.inputs]
+    names, expected = [spec.name for spec in piece.inputs], output_shapes(piece)
 
     def run(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         given = [
@@ -89,9 +89,15 @@ def one_image_at_a_time(
         missing = [spec.name for spec in piece.outputs if results and spec.name not in results[0]]
         if missing:
             raise BackendError(f"{where}: returns no {missing[0]!r}, only {sorted(results[0])}")
-        return [
-            np.concatenate([np.asarray(result[spec.name], np.float32) for result in results]) for spec in piece.outputs
-        ]
+        try:
+            outputs = [
+                np.concatenate([np.asarray(result[spec.name], np.float32) for result in results])
+                for spec in piece.outputs
+            ]
+        except (ValueError, TypeError) as error:  # something else than arrays of one shape
+            raise BackendError(f"{where}: returned no tensors of numbers ({first_line(error)}); export again") from None
+        check_outputs(outputs, expected, len(given[0]), piece, where)
+        return outputs
 
     return run
 

@@ -12,7 +12,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece
+from mvmoe_deploy.backends import LoadedPiece, check_outputs, output_shapes
+from mvmoe_deploy.backends.onnx_graph import check_graph
+from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 
@@ -36,10 +38,11 @@ class OnnxRuntimeBackend:
         self._ready_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._swapping: dict[str, ort.InferenceSession] = {}  # graphs that take weights as inputs, each loaded once
         self._swapping_lock = threading.Lock()
+        self._sizes = {file.path: file.bytes for file in bundle.manifest.files}
+        self._sound: set[str] = set()  # pieces whose graphs have passed the check
 
     def load(self, piece: Piece) -> LoadedPiece:
         names = [spec.name for spec in piece.inputs]
-        outputs = [spec.name for spec in piece.outputs]
         if piece.weights:
             with self._swapping_lock:
                 if piece.graph not in self._swapping:
@@ -47,23 +50,56 @@ class OnnxRuntimeBackend:
             swapping = self._swapping[piece.graph]
             self._check_signature(piece, swapping)
             weights = self._mapped(piece, swapping)
-            swapped = _bare_run(swapping)
-
-            def run_swapped(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
-                return swapped(outputs, {**weights, **dict(zip(names, inputs, strict=True))}, None)
-
-            return run_swapped
+            swapped = self._run(piece, swapping)
+            return lambda *inputs: swapped({**weights, **dict(zip(names, inputs, strict=True))}, len(inputs[0]))
         session = self._session(piece)
         self._check_signature(piece, session)
+        run = self._run(piece, session)
+        return lambda *inputs: run(dict(zip(names, inputs, strict=True)), len(inputs[0]))
+
+    def _run(
+        self, piece: Piece, session: ort.InferenceSession
+    ) -> Callable[[dict[str, NDArray[Any]], int], list[NDArray[Any]]]:
+        """What runs a session on inputs by name and a number of images, and looks at what it returns."""
+        names, expected, path = [spec.name for spec in piece.outputs], output_shapes(piece), self._path(piece)
         bare = _bare_run(session)
 
-        def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
-            return bare(outputs, dict(zip(names, inputs, strict=True)), None)
+        def run(inputs: dict[str, NDArray[Any]], batch: int) -> list[NDArray[Any]]:
+            try:
+                outputs = bare(names, inputs, None)
+            except Exception as error:  # the bindings raise a dozen unrelated types
+                raise BackendError(f"{path}: {piece.name} failed in onnxruntime ({first_line(error)})") from None
+            check_outputs(outputs, expected, batch, piece, path)
+            return outputs
 
         return run
 
+    def _path(self, piece: Piece) -> Path:
+        return self._bundle.path / piece.graph
+
+    def _check(self, piece: Piece) -> None:
+        """Checks a piece's graph, once however often the piece is loaded.
+
+        Raises:
+            BackendError: it is damaged or unsafe.
+        """
+        if self._bundle.trusted or piece.name in self._sound:
+            return
+        path = self._path(piece)
+        try:
+            check_graph(path.read_bytes(), piece, self._sizes)
+        except OSError as error:
+            raise BackendError(f"{path}: cannot be read ({first_line(error)})") from None
+        except GraphError as error:
+            raise BackendError(
+                f"{path}: refused, {first_line(error)}; if you trust whoever made this bundle, load it with trust=True "
+                "(--trust)"
+            ) from None
+        self._sound.add(piece.name)
+
     def _session(self, piece: Piece) -> ort.InferenceSession:
-        path = self._bundle.path / piece.graph
+        path = self._path(piece)
+        self._check(piece)
         options = self._ready_options if piece.optimised else self._options
         try:
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

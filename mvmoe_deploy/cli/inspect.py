@@ -50,6 +50,7 @@ def describe(bundle: Bundle) -> str:
         f"{bundle.path}: {m.target}, {m.precision}, {m.layout} layout, {len(m.files)} files, {total / 1e6:.2f} MB",
         f"model: {m.model.get('architecture', 'foreign')} ({shape})",
         f"from: {m.source.checkpoint or 'a model in memory'} (sha256 {m.source.sha256[:12]}…)",
+        f"digest: {bundle.digest}",
         f"input: largest centred square × {p.crop:g}, {p.interpolation} to {p.size} × {p.size}, "
         f"mean {_three(p.mean)}, std {_three(p.std)} of 0…1",
         f"classes: {len(m.class_names)} ({', '.join(m.class_names[:4])}, …)",

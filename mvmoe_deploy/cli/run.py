@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--memory-budget", metavar="SIZE", help="most bytes of tails in memory at once, such as 8MB")
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
     p.add_argument("--backend", help="engine to run with (default: the one for the bundle's target)")
+    p.add_argument("--digest", metavar="SHA256", help="run this bundle only: sha256 of its manifest.json")
+    p.add_argument("--trust", action="store_true", help="run graphs that no export of this project has, unchecked")
     p.add_argument("--json", action="store_true", help="print predictions and statistics as JSON")
     return p
 
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         max_resident=args.max_resident,
         threads=args.threads,
         backend=args.backend,
+        digest=args.digest,
+        trust=args.trust,
     ) as runtime:
         records: list[dict[str, Any]] = []
         failed: list[ImageError] = []

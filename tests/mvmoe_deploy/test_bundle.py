@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def test_a_bundle_describes_itself(bundle_path: Path) -> None:
     manifest = open_bundle(bundle_path).manifest
     assert (manifest.format, manifest.version, manifest.target, manifest.precision) == (
         "mvmoe-bundle",
-        2,
+        3,
         "onnx",
         "fp32",
     )
@@ -46,7 +47,7 @@ def test_every_file_is_in_the_manifest_and_every_hash_is_right(bundle_path: Path
     bundle = open_bundle(bundle_path)
     listed = {file.path for file in bundle.manifest.files}
     there = {str(file.relative_to(bundle_path)) for file in bundle_path.rglob("*")}
-    assert there == listed | {"manifest.json"}
+    assert there == listed | {"manifest.json", "manifest.sha256"}
     assert listed == {path for piece in bundle.manifest.pieces for path in piece.files}
     bundle.check()
 
@@ -158,8 +159,12 @@ def test_a_graph_that_names_weights_outside_is_refused(bundle_copy: Path, tmp_pa
                 entry.value = "../secret.bin"
     onnx.save(graph, bundle_copy / "trunk.onnx")
     tiny.rehash(bundle_copy)
-    with pytest.raises(BackendError, match=r"trunk\.onnx: onnxruntime .* cannot load it"):
+    with pytest.raises(
+        BackendError, match=r"trunk\.onnx: refused, constant .* lies in '\.\./secret\.bin', which manif"
+    ):
         mvmoe_deploy.load(bundle_copy)
+    with pytest.raises(BackendError, match=r"trunk\.onnx: onnxruntime .* cannot load it"):
+        mvmoe_deploy.load(bundle_copy, trust=True)
 
 
 def test_a_bundle_of_the_first_format_version_is_read(bundle_copy: Path) -> None:
@@ -242,10 +247,10 @@ def absurd_routing(manifest: dict[str, Any]) -> None:
     [
         (drop("format"), "not a manifest of this project"),
         (put("format", value="zip"), "not a manifest of this project"),
-        (put("version", value=3), "format version 3, this release reads 1 and 2"),
+        (put("version", value=4), "format version '4', this release reads 1, 2 and 3"),
         (put("version", value=True), r"Expected `int`"),
         (put("version", value="1"), "format version '1'"),
-        (drop("version"), "format version None"),
+        (drop("version"), "format version 'None'"),
         (put("target", value="tflite"), "unknown target 'tflite': expected one of onnx, executorch, coreml"),
         (put("colour", value=1), "unknown field `colour`"),
         (put("pieces", 0, "colour", value=1), "unknown field `colour`"),
@@ -290,6 +295,23 @@ def absurd_routing(manifest: dict[str, Any]) -> None:
         (put("pieces", 0, "files", value=["trunk.bin"]), "does not list its graph"),
         (lambda m: m["pieces"][0]["files"].append("other.bin"), r"uses other\.bin, which is not among the files"),
         (lambda m: m["files"].append(m["files"][0]), "lists a file twice"),
+        (drop("pieces", 1, "expert"), "a piece of role tail has no expert"),
+        (put("pieces", 1, "expert", value=None), "a piece of role tail has no expert"),
+        (put("pieces", 0, "expert", value=0), "a piece of role trunk names its expert"),
+        (put("pieces", 1, "layer", value=0), "a piece of role tail names its layer"),
+        (put("pieces", 0, "role", value="attention"), "a piece of role attention has no layer"),
+        (put("files", 0, "path", value="a" * 300), "is longer than a file's name can be"),
+        (put("files", 0, "path", value="ü" * 200), "is longer than a file's name can be"),
+        (put("files", 0, "path", value="a/" * 3000 + "a"), r"\$\.files\[0\]\.path"),
+        (put("pieces", 0, "inputs", 0, "shape", value=[1] * 9), r"\$\.pieces\[0\]\.inputs\[0\]\.shape"),
+        (put("pieces", 1, "inputs", 0, "shape", value=[]), "has 2 inputs, or one without a shape"),
+        (drop("pieces", 0, "outputs", 1), "piece trunk: has 1 outputs, .* a trunk has 2"),
+        (drop("pieces", 1, "outputs", 1), "piece expert_00: has 2 outputs, .* a tail has 1 or 3"),
+        (drop("pieces", 1, "inputs", 1), "piece expert_00: has 1 inputs"),
+        (lambda m: m["pieces"][1]["outputs"].reverse(), r"piece expert_00: its logits are \[5\], there are 6 classes"),
+        (put("pieces", 1, "outputs", 1, "shape", value=["batch", 7]), "ranks .* of 6 classes"),
+        (put("pieces", 1, "outputs", 2, "dtype", value="float32"), "its types are not float32, float32, int64"),
+        (put("pieces", 0, "inputs", 0, "dtype", value="uint8"), "or an input is not float32"),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused_and_says_where(bundle_copy: Path, edit: Edit, message: str) -> None:
@@ -305,6 +327,80 @@ def test_a_manifest_that_is_not_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json: (damaged|not a manifest)"):
         open_bundle(tmp_path)
+
+
+# the manifest's own sha256
+
+
+def test_sha256sum_can_check_the_manifest(bundle_path: Path) -> None:
+    import hashlib
+
+    bundle = open_bundle(bundle_path)
+    assert bundle.digest == hashlib.sha256((bundle_path / "manifest.json").read_bytes()).hexdigest()
+    assert (bundle_path / "manifest.sha256").read_bytes() == f"{bundle.digest}  manifest.json\n".encode()
+    done = subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=bundle_path, capture_output=True, text=True)
+    assert done.stdout == "manifest.json: OK\n"
+
+
+def test_no_single_flipped_bit_of_a_manifest_is_accepted(bundle_copy: Path) -> None:
+    file = bundle_copy / "manifest.json"
+    content = file.read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 700)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"manifest\.json: sha256 differs from manifest\.sha256"):
+            open_bundle(bundle_copy)
+    file.write_bytes(content)
+    open_bundle(bundle_copy)
+
+
+def test_an_edit_says_how_to_mean_it(bundle_copy: Path) -> None:
+    file = bundle_copy / "manifest.json"
+    file.write_text(file.read_text().replace("thing 0", "a bird"))
+    with pytest.raises(BundleError, match=r"run: sha256sum manifest\.json > manifest\.sha256\)"):
+        open_bundle(bundle_copy)
+    with open(bundle_copy / "manifest.sha256", "wb") as record:
+        subprocess.run(["sha256sum", "manifest.json"], cwd=bundle_copy, stdout=record, check=True)
+    assert open_bundle(bundle_copy).manifest.class_names[0] == "a bird"
+
+
+@pytest.mark.parametrize("content", [b"", b"0" * 64, b"0" * 64 + b"  manifest.json\n", b"\xff" * 100, bytes(2000)])
+def test_a_damaged_record_of_the_sha256(bundle_copy: Path, content: bytes) -> None:
+    (bundle_copy / "manifest.sha256").write_bytes(content)
+    with pytest.raises(BundleError, match=r"sha256 differs from manifest\.sha256"):
+        open_bundle(bundle_copy)
+
+
+def test_the_record_may_be_missing_from_old_bundles_alone(bundle_copy: Path) -> None:
+    (bundle_copy / "manifest.sha256").unlink()
+    with pytest.raises(BundleError, match=r"manifest\.sha256: missing from the bundle"):
+        open_bundle(bundle_copy)
+    tiny.edit_manifest(bundle_copy, lambda manifest: manifest.update(version=2))
+    (bundle_copy / "manifest.sha256").unlink()
+    open_bundle(bundle_copy)
+
+
+def test_an_app_can_pin_its_bundle(bundle_copy: Path) -> None:
+    digest = open_bundle(bundle_copy).digest
+    assert not open_bundle(bundle_copy).trusted
+    assert open_bundle(bundle_copy, digest=digest.upper()).trusted
+    tiny.edit_manifest(bundle_copy, lambda manifest: manifest["class_names"].reverse())
+    with pytest.raises(BundleError, match=rf"manifest\.json: has sha256 [0-9a-f]{{64}}, but {digest} is asked for"):
+        mvmoe_deploy.load(bundle_copy, digest=digest)
+
+
+def test_paths_that_no_system_can_open(tmp_path: Path) -> None:
+    for path in ("x" * 5000, "a\0b"):
+        with pytest.raises(BundleError, match=r"cannot be read|no such bundle"):
+            open_bundle(path)
+
+
+def test_a_file_that_leads_in_a_circle(bundle_copy: Path) -> None:
+    (bundle_copy / "trunk.bin").unlink()
+    (bundle_copy / "trunk.bin").symlink_to("trunk.bin")
+    with pytest.raises(BundleError, match=r"trunk\.bin: (missing|cannot be read)"):
+        open_bundle(bundle_copy).check()
 
 
 def test_a_manifest_of_gigabytes_is_not_read(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from mvmoe_deploy.errors import first_line
         (TimeoutError(), "TimeoutError"),
         (KeyError(" \n "), "' \\n '"),
         (ValueError(" \n "), "ValueError"),
+        (RuntimeError("\x1b[1;31mFAIL\x1b[m: a\tb\x07\u202e\nmore"), "FAIL: ab"),
+        (RuntimeError("\x1b[0m\nthe reason"), "the reason"),
+        (ValueError("x" * 1000), "x" * 300 + "…"),
     ],
 )
 def test_first_line(error: Exception, line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -516,8 +517,127 @@ def test_a_graph_with_other_inputs_than_the_manifest_says(bundle_copy: Path) -> 
 def test_a_graph_that_is_none(bundle_copy: Path) -> None:
     (bundle_copy / "trunk.onnx").write_bytes(b"nothing of the kind")
     tiny.rehash(bundle_copy)
-    with pytest.raises(BackendError, match=r"trunk\.onnx: onnxruntime .* cannot load it"):
+    with pytest.raises(BackendError, match=r"trunk\.onnx: refused, not an ONNX file, or damaged"):
         mvmoe_deploy.load(bundle_copy)
+    with pytest.raises(BackendError, match=r"trunk\.onnx: onnxruntime .* cannot load it"):
+        mvmoe_deploy.load(bundle_copy, trust=True)
+
+
+# what a piece may return that is no answer
+
+TOKENS, ROUTES = np.zeros((1, 17, 32), np.float32), np.full((1, 4), 0.25, np.float32)
+LOGITS = np.zeros((1, 6), np.float32)
+BEST, CLASSES = np.full((1, 5), 0.2, np.float32), np.arange(5)[None]
+
+
+class Fake:
+    """A backend whose pieces return what a test says, whatever they are given."""
+
+    name, unloads = "fake", True
+
+    def __init__(self, **outputs: list[np.ndarray]) -> None:
+        self.outputs = {"trunk": [TOKENS, ROUTES], "tail": [LOGITS, BEST, CLASSES], **outputs}
+
+    def load(self, piece: Piece) -> LoadedPiece:
+        return lambda *inputs: self.outputs[piece.role]
+
+
+def nan_at(array: np.ndarray, place: int, value: float = np.nan) -> np.ndarray:
+    changed = array.copy()
+    changed[0, place] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"trunk": [TOKENS, nan_at(ROUTES, 1)]}, r"trunk\.onnx: trunk does not return probabilities"),
+        ({"trunk": [TOKENS, nan_at(ROUTES, 0, np.inf)]}, "trunk does not return probabilities"),
+        ({"trunk": [TOKENS, ROUTES * 4]}, r"they are 1 to 1 and sum to 4"),
+        ({"trunk": [TOKENS, np.array([[1.5, -0.5, 0, 0]], np.float32)]}, r"they are -0\.5 to 1\.5 and sum to 1"),
+        ({"trunk": [TOKENS, ROUTES * 0]}, "sum to 0"),
+        ({"tail": [LOGITS, BEST, nan_at(CLASSES, 0, -1)]}, r"expert_00\.onnx: expert_00 returned logits or classes"),
+        ({"tail": [LOGITS, BEST, nan_at(CLASSES, 4, 6)]}, "expert_00 returned logits or classes"),
+        ({"tail": [LOGITS, nan_at(BEST, 2), CLASSES]}, "expert_00 returned logits or classes"),
+        ({"tail": [LOGITS, nan_at(BEST, 0, 7.0), CLASSES]}, "expert_00 returned logits or classes"),
+        ({"tail": [LOGITS, nan_at(BEST, 4, 0.3), CLASSES]}, "expert_00 returned logits or classes"),  # not descending
+        ({"tail": [nan_at(LOGITS, 3)]}, "expert_00 returned logits or classes"),
+        ({"tail": [nan_at(LOGITS, 3, np.inf)]}, "expert_00 returned logits or classes"),
+        ({"tail": [LOGITS - np.inf]}, "expert_00 returned logits or classes"),
+    ],
+)
+def test_what_cannot_be_an_answer_is_refused_by_name(
+    bundle_path: Path, outputs: dict[str, list[np.ndarray]], message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        Runtime(open_bundle(bundle_path), Fake(**outputs)).predict(tiny.images(1)[0])
+
+
+def test_a_fake_that_answers_is_believed(bundle_path: Path) -> None:
+    """So that the cases above are refused for what they say; a class that is masked with minus infinity is fine."""
+    bundle = open_bundle(bundle_path)
+    assert Runtime(bundle, Fake()).predict(tiny.images(1)[0]).label == "thing 0"
+    masked = Runtime(bundle, Fake(tail=[nan_at(LOGITS, 0, -np.inf)])).predict(tiny.images(1)[0], top=6)
+    assert (masked.label, masked.top[5].label, masked.top[5].probability) == ("thing 1", "thing 0", 0)
+
+
+def test_a_batch_is_looked_at_image_by_image(bundle_path: Path) -> None:
+    bundle, batch = open_bundle(bundle_path), tiny.inputs(2).numpy()
+    twice = [np.concatenate([TOKENS] * 2), np.concatenate([ROUTES, ROUTES * 2])]
+    with pytest.raises(BackendError, match=r"they are 0\.5 to 0\.5 and sum to 2"):
+        Runtime(bundle, Fake(trunk=twice)).run(batch)
+    twice[1] = np.concatenate([ROUTES, np.array([[0, 0, 1, 0]], np.float32)])
+    with pytest.raises(BackendError, match=r"expert_00 returned logits"):
+        Runtime(bundle, Fake(trunk=twice, tail=[nan_at(LOGITS, 0)])).run(batch)
+    with pytest.raises(BackendError, match=r"expert_00 returned logits"):
+        Runtime(bundle, Fake(tail=[nan_at(LOGITS, 0)])).run(batch[:1])
+
+
+def graph_returning(bundle: Path, edit: Callable[[Any], None]) -> None:
+    """Changes the graph of the first tail, and its hash with it."""
+    import onnx
+
+    proto = onnx.load(bundle / "expert_00.onnx", load_external_data=False)
+    edit(proto.graph)
+    onnx.save(proto, bundle / "expert_00.onnx")
+    tiny.rehash(bundle)
+
+
+def logits_of_two_images(graph: Any) -> None:
+    """Logits twice as many as images."""
+    from onnx import helper
+
+    graph.node.append(helper.make_node("Concat", ["one", "one"], ["logits"], axis=0))
+    for node in graph.node[:-1]:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                if name == "logits":
+                    names[place] = "one"
+
+
+def of_another_shape(graph: Any) -> None:
+    """A reshape to what the tokens do not fill."""
+    from onnx import helper, numpy_helper
+
+    graph.initializer.append(numpy_helper.from_array(np.array([7, 7]), "seven"))
+    graph.node.insert(0, helper.make_node("Reshape", ["tokens", "seven"], ["unused"]))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            logits_of_two_images,
+            r"expert_00\.onnx: expert_00 returned \[2, 6\] of float32, .*, manifest\.json says \[1, 6\]",
+        ),
+        (of_another_shape, r"expert_00\.onnx: expert_00 failed in onnxruntime \("),
+    ],
+)
+def test_a_trusted_graph_that_fails_while_it_runs(bundle_copy: Path, edit: Any, message: str) -> None:
+    graph_returning(bundle_copy, edit)
+    with mvmoe_deploy.load(bundle_copy, trust=True) as runtime, pytest.raises(BackendError, match=message) as caught:
+        runtime.run(tiny.inputs(1).numpy(), np.array([[0]]))
+    assert "\n" not in str(caught.value)
 
 
 THREADS = """

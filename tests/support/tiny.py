@@ -142,11 +142,12 @@ def write_superclasses(path: Path, classes: int, experts: int) -> Path:
 
 
 def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Changes a bundle's manifest in place."""
+    """Changes a bundle's manifest in place, and its sha256 with it."""
     file = bundle / bundles.MANIFEST
     manifest = json.loads(file.read_text())
     edit(manifest)
     file.write_text(json.dumps(manifest))
+    (bundle / bundles.MANIFEST_DIGEST).write_text(f"{bundles.sha256(file)}  {bundles.MANIFEST}\n")
 
 
 def rehash(bundle: Path) -> None:
