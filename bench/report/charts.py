@@ -21,8 +21,8 @@ from mvmoe_deploy.bench.results import Estimate, Latency, Results, Row
 from mvmoe_deploy.terminal import number, plain
 
 COLOURS = {
-    "mobile-vmoe": "#4477aa",
-    "dense": "#ee6677",
+    "mobile-vmoe": "#ee6677",
+    "dense": "#4477aa",
     "dense-wide": "#aa3377",
     "all-experts": "#228833",
     "vmoe": "#ccbb44",
@@ -134,13 +134,19 @@ def _scatter(
     _span(axes, [x.value if isinstance(x, Estimate) else x for _, x, _ in points])
     axes.margins(y=0.15)
     axes.set(xlabel=x_label, ylabel=y_label)
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return _chart(key, title, caption, figure)
 
 
 def _distributions(results: Results) -> Iterable[Chart]:
-    rows = results.rows
-    figure, axes = _bars(rows)
+    figure, axes = _bars(results.rows)
+    draw_latency(axes, results.rows)
+    caption = "Every warm sample is in the quartiles and percentiles; what lies beyond 1 % and 99 % is not drawn."
+    yield _chart("latency", "Warm latency", caption, figure)
+
+
+def draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
+    """A box per row, on axes that :func:`prepare_bars` has seen: quartiles, median, 1 % to 99 %."""
     samples = [row.warm.samples for row in rows]
     boxes = axes.boxplot(samples, orientation="horizontal", positions=range(len(rows)), whis=(1, 99), showfliers=False,
                          widths=0.38, patch_artist=True, manage_ticks=False)  # fmt: skip
@@ -151,8 +157,6 @@ def _distributions(results: Results) -> Iterable[Chart]:
     _span(axes, [value for each in samples for value in np.percentile(each, (1, 99)).tolist()])
     _label_bars(axes, rows, [f"{number(row.warm.p50.value)} ms" for row in rows])
     axes.set_xlabel("ms per image: quartiles, median, 1 % to 99 %")
-    caption = "Every warm sample is in the quartiles and percentiles; what lies beyond 1 % and 99 % is not drawn."
-    yield _chart("latency", "Warm latency", caption, figure)
 
 
 def _cumulative(results: Results) -> Iterable[Chart]:
@@ -169,7 +173,7 @@ def _cumulative(results: Results) -> Iterable[Chart]:
             axes.plot(ordered[kept], 100 * share[kept], color=COLOURS[row.kind], linestyle=style, label=_name(row))
         _span(axes, [value for row in rows for value in np.percentile(row.warm.samples, (0, 99.5)).tolist()])
         axes.set(xlabel="ms per image", ylabel="% of images done by then", ylim=(0, 101))
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
         title = "Share of images done by a time" + (f", {plain(group)}" if len(groups) > 1 else "")
         yield _chart("latency", title, "Empirical distribution of all warm samples; the axis ends at 99.5 %.", figure)
 
@@ -192,7 +196,7 @@ def _cold_start(results: Results) -> Iterable[Chart]:
     _label_bars(axes, rows, [f"{number(row.cold_start.total.value)} ms" for row in rows if row.cold_start])
     axes.set_xlim(0, None)
     axes.set_xlabel("ms from process start to the first prediction")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     yield _chart(
         "cold-start", "Cold start", "Medians over fresh processes; the line is the total's 95 % interval.", figure
     )
@@ -221,7 +225,7 @@ def _experts(results: Results) -> Iterable[Chart]:
     _label_bars(axes, rows, ["" for _ in rows])
     axes.set_xlim(0, 1.22 * axes.get_xlim()[1])  # room for the values
     axes.set_xlabel("ms per image: bar p50, mark p99")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     caption = "A switch finds its files in the page cache; reading them from storage would come on top."
     yield _chart("experts", "Expert hit and switch", caption, figure)
 
@@ -231,6 +235,14 @@ def _memory(results: Results) -> Iterable[Chart]:
     if not rows:
         return
     figure, axes = _bars(rows, legend=True)
+    draw_memory(axes, rows)
+    legend_below(figure, axes)
+    caption = "Proportional set size beyond that before the model was opened, each in a fresh process."
+    yield _chart("memory", "Memory", caption, figure)
+
+
+def draw_memory(axes: Axes, rows: Sequence[Row]) -> None:
+    """A bar per row that has it, on axes that :func:`prepare_bars` has seen: anonymous, file-backed, and the peak."""
     for place, row in enumerate(rows):
         if row.memory:
             used = row.memory.used
@@ -241,12 +253,9 @@ def _memory(results: Results) -> Iterable[Chart]:
             axes.plot(
                 row.memory.peak / 1e6, place, marker="|", markersize=12, color=INK, linestyle="none", label="peak"
             )
-    _label_bars(axes, rows, [f"{number(row.memory.used.total / 1e6)} MB" for row in rows if row.memory])
+    _label_bars(axes, rows, [f"{number(row.memory.used.total / 1e6)} MB" if row.memory else "–" for row in rows])
     axes.set_xlim(0, None)
     axes.set_xlabel("MB after 100 predictions, at most one resident expert")
-    _legend_below(figure, axes)
-    caption = "Proportional set size beyond that before the model was opened, each in a fresh process."
-    yield _chart("memory", "Memory", caption, figure)
 
 
 def _residents(results: Results) -> Iterable[Chart]:
@@ -274,7 +283,7 @@ def _residents(results: Results) -> Iterable[Chart]:
                              linewidth=1.4, label=_name(other))  # fmt: skip
             axes.set(xlabel="resident experts", ylabel="MB", xticks=places)
             axes.grid(visible=False, axis="x")
-            _legend_below(figure, axes)
+            legend_below(figure, axes)
             more = "Lines: the other models of the group." if others else ""
             yield _chart("memory", f"Memory by resident experts, {plain(row.name)}", caption + more, figure)
     elif rows:
@@ -337,7 +346,7 @@ def _throughput(results: Results) -> Iterable[Chart]:
         else:
             axes.set_ylim(0, None)
         axes.set(xlabel="images per batch", ylabel="images per second")
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
         title = "Throughput by batch" + (f", {plain(group)}" if len(groups) > 1 and group else "")
         yield _chart("throughput", title, "A batch is grouped by expert; bands are 95 % intervals.", figure)
 
@@ -380,12 +389,22 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _bars(rows: Sequence[Row], height: float = 0.62, legend: bool = False) -> tuple[Figure, Axes]:
     """Axes for one horizontal bar per row, the first on top, with room for its name above it."""
-    figure, axes = _figure(0.75 + 0.3 * legend + height * len(rows))
+    figure, axes = _figure(bars_height(rows, height, legend))
+    prepare_bars(axes, rows)
+    return figure, axes
+
+
+def bars_height(rows: Sequence[Row], height: float = 0.62, legend: bool = False) -> float:
+    """Inches that a horizontal bar per row takes, with axis and legend."""
+    return 0.75 + 0.3 * legend + height * len(rows)
+
+
+def prepare_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """Makes room for a horizontal bar per row, the first on top, with its name above it."""
     axes.set_ylim(len(rows) - 0.6, -0.75)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    return figure, axes
 
 
 def _label_bars(axes: Axes, rows: Sequence[Row], values: Sequence[str]) -> None:
@@ -409,7 +428,8 @@ def _span(axes: Axes, values: Sequence[float]) -> None:
         axes.set_xlim(0, 1.06 * max(positive))
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend under the figure, each label once."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
     columns = 1 if max(map(len, handles)) > 24 else 2 if max(map(len, handles)) > 13 else 4
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

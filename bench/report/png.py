@@ -1,87 +1,63 @@
-"""The benchmark's picture: latency distributions and memory, a panel each."""
+"""Latency and memory as a PNG, drawn as on the page and in the same colours."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from mvmoe_deploy.bench.results import Results, Row
-from mvmoe_deploy.files import atomic_file
+import matplotlib
+from matplotlib.figure import Figure
 
-COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377"]
-"""Paul Tol's bright palette, which colour-blind readers can tell apart."""
+from mvmoe_deploy.bench.report.charts import (
+    STYLE,
+    bars_height,
+    draw_latency,
+    draw_memory,
+    legend_below,
+    prepare_bars,
+)
+from mvmoe_deploy.bench.report.tables import NOISY, noise_reasons
+from mvmoe_deploy.bench.results import Results
+from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.terminal import counted, plain
+
+WIDTH = 4.8
+"""Inches of a panel."""
+
+ON_WHITE = {**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes a PNG: every latency sample with its quartiles, and what each model's weights take.
+    """Writes a PNG: the latency of every row, and the memory where it was measured.
 
     Raises:
         OSError: the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (latency, memory) = pyplot.subplots(
-        1, 2, figsize=(9, 1.6 + 0.55 * len(results.rows)), layout="constrained", sharey=True, width_ratios=(3, 2)
-    )
-    rows = results.rows[::-1]  # the first row on top
-    places = range(len(rows))
-    # every sample counts in the table; the axis ends at the 99th percentile so that the bulk can be seen
-    edge = max(row.warm.p99.value for row in rows)
-    boxes = latency.boxplot(
-        [row.warm.samples for row in rows],
-        orientation="horizontal",
-        positions=places,
-        whis=(1, 99),
-        showfliers=False,
-        widths=0.5,
-        patch_artist=True,
-    )
-    for index, box in enumerate(boxes["boxes"]):
-        box.set_facecolor(COLOURS[(len(rows) - 1 - index) % len(COLOURS)])
-        box.set_alpha(0.85)
-    for line in boxes["medians"]:
-        line.set_color("black")
-    for place, row in zip(places, rows, strict=True):
-        latency.annotate(
-            f"{row.warm.p50.value:.2f} ms",
-            (row.warm.p50.value, place),
-            (0, 14),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
-    latency.set_xlim(0, 1.05 * edge)
-    latency.set_ylim(-0.6, len(rows) - 0.2)
-    latency.set_yticks(list(places), [row.name for row in rows])
-    latency.set_xlabel("milliseconds per image (quartiles, 1 % to 99 %)")
-    latency.set_title("latency", loc="left")
-    for place, row in zip(places, rows, strict=True):
-        colour = COLOURS[(len(rows) - 1 - place) % len(COLOURS)]
-        memory.barh(place, row.bytes_on_disk / 1e6, 0.5, color=colour, alpha=0.3)
-        used = _used(row)
-        if used is not None:
-            memory.barh(place, used, 0.28, color=colour)
-            memory.annotate(f" {used:.1f}", (used, place), va="center", fontsize=8)
-    memory.set_xlabel("MB (solid: in memory, pale: on disk)")
-    memory.set_title("memory, one resident expert", loc="left")
-    for axis in (latency, memory):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    figure.suptitle(
-        f"{results.machine['processor']}, {results.method['threads']} thread(s), "
-        f"at least {results.method['rounds']} interleaved rounds",
-        fontsize=9,
-        x=0.01,
-        ha="left",
-    )
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    pyplot.close(figure)
+    rows = results.rows
+    with_memory = any(row.memory for row in rows)
+    with matplotlib.rc_context(ON_WHITE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        panels = 1 + with_memory
+        figure = Figure(figsize=(WIDTH * panels, bars_height(rows, legend=True) + 0.7), layout="constrained")
+        latency, *memory = figure.subplots(1, panels, squeeze=False)[0]
+        prepare_bars(latency, rows)
+        draw_latency(latency, rows)
+        latency.set_title("Latency", loc="left")
+        for axes in memory:
+            prepare_bars(axes, rows)
+            draw_memory(axes, rows)
+            axes.set_title("Memory", loc="left")
+            legend_below(figure, axes)
+        figure.suptitle(_title(results), fontsize=9, x=0.01, ha="left")
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
 
 
-def _used(row: Row) -> float | None:
-    """MB with one resident expert."""
-    return None if row.memory is None else row.memory.used.total / 1e6
+def _title(results: Results) -> str:
+    threads, rounds = results.method.get("threads"), results.method.get("rounds")
+    parts = [plain(results.machine.get("processor") or "")]
+    parts += [counted(threads, "thread")] if isinstance(threads, int) else []
+    parts += [f"at least {counted(rounds, 'interleaved round')}"] if isinstance(rounds, int) else []
+    if any(noise_reasons(row) for row in results.rows):
+        parts += [f"{NOISY} too noisy to quote"]
+    return " · ".join(part for part in parts if part)
