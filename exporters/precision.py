@@ -7,17 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an export may differ by.
+    """What an export may differ by; the units are those of :mod:`mvmoe_deploy.exporters.differences`.
 
     Attributes:
-        relative: largest error of a piece's output, divided by the output's largest magnitude.
-        agreement: least share of images with the same top-1 class, and of images routed alike.
-        margin: two routes or classes whose reference values differ by less than this are a tie, and either is right.
+        logits: largest error of a logit, in spreads.
+        probabilities: largest error of a class's probability.
+        channels: largest error of tokens and the like, in their channel's scale, and of a router's probabilities in
+            units of what tells experts apart.
+        margin: two classes or routes that PyTorch tells apart by no more spreads than this are a tie, and either is
+            right.
+        agreement: least share of images with the same top-1 class, and of images routed alike, ties aside.
     """
 
-    relative: float
-    agreement: float
+    logits: float
+    probabilities: float
+    channels: float
     margin: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,20 @@ class Precision:
 FP32 = Precision(
     "fp32",
     4,
-    Tolerance(1e-4, 1.0, 1e-5),
+    Tolerance(logits=5e-5, probabilities=2e-5, channels=1e-4, margin=2e-5, agreement=1.0),
     "Engines sum in another order and approximate erf and exp: about 1e-6 per operator, seen to reach 1e-5 after "
     "twelve blocks. A wrong expert shows 1e-2 and more.",
 )
 FP16 = Precision(
     "fp16",
     2,
-    Tolerance(2e-2, 0.995, 2e-3),
+    Tolerance(logits=3e-2, probabilities=1e-2, channels=4e-2, margin=1e-2, agreement=1.0),
     "11 bits of mantissa: 5e-4 per weight, and per operator where arithmetic is fp16 too, which adds up over blocks.",
 )
 INT8 = Precision(
     "int8",
     1,
-    Tolerance(0.25, 0.97, 5e-2),
+    Tolerance(logits=0.3, probabilities=0.1, channels=0.4, margin=0.1, agreement=0.97),
     "One scale per output channel: a weight is off by up to 1/254 of the largest in its channel. Activations are "
     "quantised as well where that is dynamic.",
 )

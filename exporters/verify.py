@@ -1,8 +1,13 @@
-"""Verification: the pieces that were written, run by a backend, against the PyTorch model they came from."""
+"""Verification: the pieces that were written, run by a backend, against the PyTorch model they came from.
+
+What is compared, in which units and what cannot be seen: ``docs/verification.md``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -14,25 +19,83 @@ from torch import Tensor
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
+from mvmoe_deploy.exporters import differences
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, Split
-from mvmoe_deploy.runtime import Runtime, top_k
+from mvmoe_deploy.runtime import RoutedBatch, Runtime, top_k
+
+Array = NDArray[np.floating[Any]]
 
 RANKING_ERROR = 1e-5
-"""Of a probability that a graph computes from its own logits, both in fp32."""
-
+"""Largest error of a probability that a graph computes from its own logits, both in fp32."""
 
 IMAGES_PER_EXPERT = 8
 """Images that every expert is run on; end to end, all images are."""
 
+BATCH = 32
+
+GATES = (0.3, 0.9)
+"""Gates that tails are run with, evenly spaced: far from 1, where leaving the gate out would not show, and from 0,
+where the expert itself would not."""
+
+SEEN = 2.0
+"""Experts count as told apart if their outputs differ by this many tolerances. A bundle may be one tolerance off
+already, so that a wrong expert is then off by another."""
+
+LEAST_PROBABILITY = 1e-30
+"""Probabilities of 0, as underflow gives, have no logarithm."""
+
 
 class PieceResult(msgspec.Struct):
-    """Worst errors of one piece over all its outputs."""
+    """Worst errors of one piece over all its outputs.
+
+    Attributes:
+        piece: its name.
+        max_abs_error: largest difference of any value.
+        max_error: largest difference in the units that the output is judged in.
+        tolerances: the same as a share of what is allowed, the worst over all that is judged; 1 would still pass.
+    """
 
     piece: str
     max_abs_error: float
-    max_relative_error: float
+    max_error: float
+    tolerances: float
+
+
+class Change(msgspec.Struct):
+    """An image that the bundle routes otherwise, or gives another top-1 class.
+
+    Attributes:
+        image: its index.
+        reference: PyTorch's experts, or its class.
+        bundle: the bundle's.
+        margin: by how many spreads PyTorch preferred its own.
+        tie: whether the margin is small enough for either to be right.
+    """
+
+    image: int
+    reference: list[int]
+    bundle: list[int]
+    margin: float
+    tie: bool
+
+
+class Eyesight(msgspec.Struct):
+    """Whether verification could have noticed that two experts are swapped.
+
+    Attributes:
+        tolerances: how far apart the outputs of the two most similar experts are in PyTorch.
+        experts: these two.
+        told_apart_by: ``outputs``; ``weights`` where outputs are too similar, and the weights in the bundle were
+            compared with the checkpoint's instead; ``nothing`` where neither could be done.
+        copies: pairs of experts with equal weights, which nothing can tell apart.
+    """
+
+    tolerances: float
+    experts: list[int]
+    told_apart_by: str
+    copies: int
 
 
 class Report(msgspec.Struct):
@@ -43,11 +106,14 @@ class Report(msgspec.Struct):
         image_source: where they came from.
         backend: what ran the pieces.
         pieces: errors per piece, each fed the reference's inputs.
-        logits_max_abs_error: end to end, images that were routed alike.
+        logits_max_abs_error: end to end; an image that was routed otherwise is run again with PyTorch's route.
+        logits_max_error: the same in spreads, the mean over the classes taken away.
+        probability_max_error: largest error of a class's probability, likewise.
         top1_agreement: share of images with the same top-1 class end to end.
         routing_agreement: share of images sent to the same experts; None for a dense model.
-        route_flips: images routed otherwise: index, reference's and bundle's experts, and by how much the
-            reference preferred its own.
+        route_flips: images routed otherwise.
+        class_changes: images with PyTorch's route but another top-1 class.
+        eyesight: whether swapped experts would have been noticed; None where there is only one.
         tolerance: what was allowed.
     """
 
@@ -56,10 +122,34 @@ class Report(msgspec.Struct):
     backend: str
     pieces: list[PieceResult]
     logits_max_abs_error: float
+    logits_max_error: float
+    probability_max_error: float
     top1_agreement: float
     routing_agreement: float | None
-    route_flips: list[dict[str, Any]]
+    route_flips: list[Change]
+    class_changes: list[Change]
+    eyesight: Eyesight | None
     tolerance: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way in which two outputs differ.
+
+    Attributes:
+        what: in words, with its unit.
+        error: how much.
+        allowed: how much may be.
+    """
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def tolerances(self) -> float:
+        """The error as a share of what is allowed."""
+        return self.error / self.allowed
 
 
 def verify(
@@ -85,26 +175,35 @@ def verify(
     """
     tolerance = exporter_of(bundle.manifest.target).precision(bundle.manifest.precision).tolerance
     results = []
+    references: dict[tuple[str, int | None], list[Array]] = {}
     for piece, inputs in _reference_inputs(split, images):
         progress(f"{piece.name}: verifying")
-        results.append(check_piece(piece, inputs, bundle, backend, tolerance))
+        expected = [tensor.numpy() for tensor in piece(*inputs)]
+        results.append(check_piece(piece, inputs, expected, bundle, backend, tolerance))
+        if piece.expert is not None:
+            references.setdefault((piece.outputs[0], piece.layer), []).append(expected[0])
     progress("verifying end to end")
     report = _end_to_end(split, bundle, backend, images, tolerance)
     report.pieces, report.image_source = results, image_source
+    report.eyesight = _eyesight(references, tolerance)
     return report
 
 
 def check_piece(
-    piece: PieceModule, inputs: list[Tensor], bundle: Bundle, backend: Backend, tolerance: Tolerance
+    piece: PieceModule,
+    inputs: list[Tensor],
+    expected: list[Array],
+    bundle: Bundle,
+    backend: Backend,
+    tolerance: Tolerance,
 ) -> PieceResult:
-    """Compares one piece with its torch module on the same inputs.
+    """Compares one piece with what its torch module gives for the same inputs.
 
     Raises:
         VerificationError: it cannot be loaded or run, gives another shape or values that are not finite, or is out
             of tolerance.
     """
     where = f"{bundle.path.name}: {piece.name}"
-    expected = [tensor.numpy() for tensor in piece(*inputs)]
     written = bundle.piece(piece.role, piece.expert, piece.layer)
     try:
         actual = backend.load(written)(*(tensor.numpy() for tensor in inputs))
@@ -112,24 +211,71 @@ def check_piece(
         raise
     except Exception as error:
         raise VerificationError(f"{where}: does not run on {backend.name} ({first_line(error)})") from error
-    absolute = relative = 0.0
     by_name = dict(zip([spec.name for spec in written.outputs], actual, strict=True))
-    for name, b in zip(piece.outputs, expected, strict=True):
-        a = by_name[name]
-        worst = max_error(a, b, f"{where}: output {name!r}")
-        absolute, relative = max(absolute, worst), max(relative, worst / max(float(np.abs(b).max()), 1e-12))
-    if not relative <= tolerance.relative:
-        raise VerificationError(
-            f"{where}: differs from PyTorch by {absolute:.2e} ({relative:.2e} of its largest value), "
-            f"{tolerance.relative:.0e} is allowed at {bundle.manifest.precision}; no bundle was written"
-        )
+    measures = []
+    absolute = 0.0
+    for name, right in zip(piece.outputs, expected, strict=True):
+        check_output(name, by_name[name], right, f"{where}: output {name!r}")
+        measures += measure(name, by_name[name], right, tolerance)
+        absolute = max(absolute, _max_abs(by_name[name], right))
+    check_measures(measures, where, bundle)
     if "top_classes" in by_name:
         check_ranking(by_name["logits"], by_name["top_probabilities"], by_name["top_classes"], where)
-    return PieceResult(piece.name, absolute, relative)
+    return PieceResult(
+        piece.name, absolute, max(each.error for each in measures), max(each.tolerances for each in measures)
+    )
+
+
+def check_output(name: str, actual: Array, expected: Array, where: str) -> None:
+    """Refuses an output that is wrong whatever the tolerance.
+
+    Raises:
+        VerificationError: another shape, values that are not finite on either side, probabilities that are none, or a
+            class that is masked on one side only.
+    """
+    differences.check_comparable(actual, expected, where)
+    if name == "probabilities":
+        differences.check_probabilities(expected, where, "PyTorch's")
+        differences.check_probabilities(actual, where, "the bundle's")
+    elif name == "logits":
+        differences.check_masks(actual, differences.logit_scale(expected), where)
+
+
+def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> list[Measure]:
+    """By how much an output of a piece differs, in the units that such an output is judged in."""
+    if name == "logits":
+        errors = differences.logit_errors(actual, expected, differences.logit_scale(expected))
+        probabilities = np.abs(differences.softmax(actual) - differences.softmax(expected))
+        return [
+            Measure("spreads of the logits", float(errors.max()), tolerance.logits),
+            Measure("of a class's probability", float(probabilities.max()), tolerance.probabilities),
+        ]
+    if name == "probabilities":
+        worst = float(differences.router_errors(actual, expected).max())
+        return [Measure("of what tells experts apart in the router's probabilities", worst, tolerance.channels)]
+    worst = float(differences.channel_errors(actual, expected).max(initial=0.0))
+    return [Measure(f"of a channel's scale in {name}", worst, tolerance.channels)]
+
+
+def check_measures(measures: list[Measure], where: str, bundle: Bundle) -> None:
+    """Refuses what is out of tolerance.
+
+    Raises:
+        VerificationError: the worst one is; the message has its unit.
+    """
+    worst = max(measures, key=lambda each: each.tolerances)
+    if not worst.tolerances <= 1:
+        raise VerificationError(
+            f"{where}: differs from PyTorch by {worst.error:.2g} {worst.what}, {worst.allowed:.2g} is allowed at "
+            f"{bundle.manifest.precision}; no bundle was written"
+        )
 
 
 def check_ranking(
-    logits: NDArray[np.floating], probabilities: NDArray[np.floating], classes: NDArray[np.integer], where: str
+    logits: NDArray[np.floating[Any]],
+    probabilities: NDArray[np.floating[Any]],
+    classes: NDArray[np.integer[Any]],
+    where: str,
 ) -> None:
     """Compares the classes that a piece ranks itself with the logits it returns beside them.
 
@@ -144,27 +290,18 @@ def check_ranking(
     Raises:
         VerificationError: other probabilities than softmax gives these classes, or others are more probable.
     """
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
+    expected = differences.softmax(logits)
     if classes.shape != probabilities.shape or not ((classes >= 0) & (classes < logits.shape[1])).all():
         raise VerificationError(f"{where}: ranks classes that do not exist")
     best = -np.sort(-expected, axis=1)[:, : classes.shape[1]]
     for wanted in (best, np.take_along_axis(expected, classes, axis=1)):
-        error = max_error(probabilities, wanted, f"{where}: ranking")
+        differences.check_comparable(probabilities, wanted, f"{where}: ranking")
+        error = _max_abs(probabilities, wanted)
         if error > RANKING_ERROR:
             raise VerificationError(f"{where}: ranks classes otherwise than its logits do, by {error:.2e}")
 
 
-def max_error(actual: NDArray[np.floating], expected: NDArray[np.floating], where: str) -> float:
-    """Largest absolute difference.
-
-    Raises:
-        VerificationError: another shape, or values that are not finite where the reference's are.
-    """
-    if actual.shape != expected.shape:
-        raise VerificationError(f"{where}: has shape {list(actual.shape)}, PyTorch's has {list(expected.shape)}")
-    if not np.isfinite(actual).all():
-        raise VerificationError(f"{where}: holds values that are NaN or infinite")
+def _max_abs(actual: Array, expected: Array) -> float:
     return float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0))
 
 
@@ -180,7 +317,7 @@ def _reference_inputs(split: Split, images: Tensor) -> list[tuple[PieceModule, l
     few = tokens[:IMAGES_PER_EXPERT]
     # Not the router's own gates: a trained router gives the experts it does not choose next to nothing, and a wrong
     # expert multiplied by 1e-6 agrees with any other.
-    gate = torch.linspace(0.5, 1.0, len(few))
+    gate = torch.linspace(*GATES, len(few))
     for tail in split.of("tail"):
         pairs.append((tail, [few, gate]))
     for attention in split.of("attention"):
@@ -194,73 +331,135 @@ def _reference_inputs(split: Split, images: Tensor) -> list[tuple[PieceModule, l
     return pairs + [(head, [few]) for head in split.of("head")]
 
 
-def _end_to_end(
-    split: Split, bundle: Bundle, backend: Backend, images: Tensor, tolerance: Tolerance, batch: int = 32
-) -> Report:
-    runtime = Runtime(bundle, backend, max_resident=1 if split.routing else None)
-    logits, reference, experts, preferred = [], [], [], []
-    with torch.no_grad():
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            ours, routed = runtime.run(part.numpy())
-            logits.append(ours)
-            reference.append(split.model(part).numpy())
-            if routed is not None:
-                experts.append(routed.experts)
-                preferred.append(_reference_probabilities(split, part))
-    ours, theirs = np.concatenate(logits), np.concatenate(reference)
-    same_route = np.ones(len(ours), bool)
-    flips: list[dict[str, Any]] = []
-    if split.routing is not None:
-        chosen, probabilities = np.concatenate(experts), np.concatenate(preferred)
-        wanted = top_k(probabilities, split.routing.k)
-        same_route = (np.sort(chosen) == np.sort(wanted)).all(axis=1)
-        for row in np.flatnonzero(~same_route).tolist():
-            least = probabilities[row, wanted[row]].min()
-            margin = float(least - probabilities[row, np.setdiff1d(chosen[row], wanted[row])].min())
-            flips.append(
-                {"image": row, "reference": wanted[row].tolist(), "bundle": chosen[row].tolist(), "margin": margin}
-            )
-    worst = max_error(ours[same_route], theirs[same_route], f"{bundle.path.name}: logits")
-    scale = max(float(np.abs(theirs).max(initial=0)), 1e-12)
-    top, right = ours.argmax(1), theirs.argmax(1)
-    rows = np.arange(len(ours))
-    # equal within the error that is allowed: then either class is right
-    tied = np.abs(theirs[rows, right] - theirs[rows, top]) <= 2 * tolerance.margin * scale
-    top1 = float((top == right).mean())
-    excused = np.array([flip["image"] for flip in flips if flip["margin"] < tolerance.margin], dtype=int)
-    wrong_route = len(flips) - len(excused)
-    wrong_top = ~((top == right) | (tied & same_route))
-    wrong_top[excused] = False
-    report = Report(
-        len(images),
-        "",
-        backend.name,
-        [],
-        worst,
-        top1,
-        None if split.routing is None else float(same_route.mean()),
-        flips,
-        {"relative": tolerance.relative, "agreement": tolerance.agreement, "margin": tolerance.margin},
-    )
-    allowed = (1 - tolerance.agreement) * len(images)
+def _end_to_end(split: Split, bundle: Bundle, backend: Backend, images: Tensor, tolerance: Tolerance) -> Report:
     where = f"{bundle.path.name}: end to end"
-    if worst > tolerance.relative * scale:
-        raise VerificationError(
-            f"{where}: logits differ from PyTorch by {worst:.2e} ({worst / scale:.2e} of the largest), "
-            f"{tolerance.relative:.0e} is allowed at {bundle.manifest.precision}; no bundle was written"
-        )
-    for what, wrong in (("routed otherwise", wrong_route), ("given another top-1 class", int(wrong_top.sum()))):
-        if wrong > allowed:
+    runtime = Runtime(bundle, backend, max_resident=1 if split.routing else None)
+    ours, routed = _run(runtime, images.numpy())
+    with torch.no_grad():
+        parts = images.split(BATCH)
+        theirs = np.concatenate([split.model(part).numpy() for part in parts])
+    top = ours.argmax(axis=1)
+    flips: list[Change] = []
+    if split.routing is not None and routed is not None:
+        probabilities = np.concatenate([_reference_probabilities(split, part) for part in parts])
+        wanted = top_k(probabilities, split.routing.k)
+        flips = route_flips(probabilities, wanted, routed.experts, tolerance)
+        rows = np.array([flip.image for flip in flips], int)
+        if len(rows):  # their logits have to be right as well, which PyTorch can only tell for its own route
+            ours[rows] = _run(runtime, images.numpy()[rows], wanted[rows])[0]
+    check_output("logits", ours, theirs, f"{where}: logits")
+    measures = measure("logits", ours, theirs, tolerance)
+    changes = class_changes(theirs, ours.argmax(axis=1), tolerance)
+    report = Report(
+        images=len(images),
+        image_source="",
+        backend=backend.name,
+        pieces=[],
+        logits_max_abs_error=_max_abs(ours, theirs),
+        logits_max_error=measures[0].error,
+        probability_max_error=measures[1].error,
+        top1_agreement=float((top == theirs.argmax(axis=1)).mean()),
+        routing_agreement=None if split.routing is None else 1 - len(flips) / len(images),
+        route_flips=flips,
+        class_changes=changes,
+        eyesight=None,
+        tolerance=asdict(tolerance),
+    )
+    check_measures(measures, where, bundle)
+    allowed = int((1 - tolerance.agreement) * len(images))
+    for what, found in (("routed otherwise", flips), ("given another top-1 class", changes)):
+        wrong = [change for change in found if not change.tie]
+        if len(wrong) > allowed:
+            worst = max(wrong, key=lambda change: change.margin)
             raise VerificationError(
-                f"{where}: {wrong} of {len(images)} images are {what} than by PyTorch, "
-                f"{int(allowed)} are allowed at {bundle.manifest.precision}; no bundle was written"
+                f"{where}: {len(wrong)} of {len(images)} images are {what} than by PyTorch, {allowed} are allowed at "
+                f"{bundle.manifest.precision}; PyTorch prefers {worst.reference} to {worst.bundle} by "
+                f"{worst.margin:.2g} spreads for image {worst.image}; no bundle was written"
             )
     return report
+
+
+def _run(
+    runtime: Runtime, images: NDArray[np.float32], experts: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float32], RoutedBatch | None]:
+    """Runs any number of images, in batches."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        rows = slice(start, start + BATCH)
+        parts.append(runtime.run(images[rows], None if experts is None else experts[rows]))
+    routes = [routed for _, routed in parts if routed is not None]
+    logits = np.concatenate([logits for logits, _ in parts])
+    if not routes:
+        return logits, None
+    together = (
+        np.concatenate([getattr(routed, name) for routed in routes]) for name in ("probabilities", "experts", "gates")
+    )
+    return logits, RoutedBatch(*together)
+
+
+def route_flips(
+    probabilities: Array, wanted: NDArray[np.int64], found: NDArray[np.int64], tolerance: Tolerance
+) -> list[Change]:
+    """Images that the bundle sends to other experts than PyTorch does; the order of an image's experts is the same.
+
+    Args:
+        probabilities: PyTorch's router's, ``[B, E]``.
+        wanted: experts it chooses, ``[B, k]``.
+        found: experts the bundle chose, ``[B, k]``.
+        tolerance: what margin is a tie.
+    """
+    scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
+    # a router that hardly decides is judged as if its scores differed by a tenth
+    spread = np.maximum(differences.logit_scale(scores).spread[:, 0], differences.UNDECIDED)
+    flips = []
+    for image in range(len(scores)):
+        lost, gained = set(wanted[image].tolist()), set(found[image].tolist())
+        if lost != gained:
+            best = max(lost - gained, key=lambda expert: scores[image, expert])
+            least = min(gained - lost, key=lambda expert: scores[image, expert])
+            margin = float(scores[image, best] - scores[image, least]) / float(spread[image])
+            chosen = wanted[image].tolist(), found[image].tolist()
+            flips.append(Change(image, *chosen, margin, margin <= tolerance.margin))
+    return flips
+
+
+def class_changes(logits: Array, found: NDArray[np.int64], tolerance: Tolerance) -> list[Change]:
+    """Images whose top-1 class is another in the bundle.
+
+    Args:
+        logits: PyTorch's, ``[B, C]``.
+        found: the bundle's top-1 classes, ``[B]``.
+        tolerance: what margin is a tie.
+    """
+    spread = differences.logit_scale(logits).spread[:, 0]
+    changes = []
+    for image in np.flatnonzero(logits.argmax(axis=1) != found).tolist():
+        right, wrong = int(logits[image].argmax()), int(found[image])
+        margin = float(logits[image, right].astype(np.float64) - logits[image, wrong]) / float(spread[image])
+        changes.append(Change(image, [right], [wrong], margin, margin <= tolerance.margin))
+    return changes
+
+
+def _eyesight(references: dict[tuple[str, int | None], list[Array]], tolerance: Tolerance) -> Eyesight | None:
+    """The two experts whose outputs are the most similar, in any MoE layer."""
+    closest: Eyesight | None = None
+    for name, layer in references:
+        outputs = references[name, layer]
+        for a, b in combinations(range(len(outputs)), 2):
+            apart = distance(name, outputs[a], outputs[b], tolerance)
+            if closest is None or apart < closest.tolerances:
+                closest = Eyesight(apart, [a, b], "outputs" if apart >= SEEN else "nothing", 0)
+    return closest
+
+
+def distance(name: str, a: Array, b: Array, tolerance: Tolerance) -> float:
+    """How many tolerances apart two experts' outputs are, whichever is taken for the other."""
+    return min(max(each.tolerances for each in measure(name, x, y, tolerance)) for x, y in ((a, b), (b, a)))
 
 
 def _reference_probabilities(split: Split, images: Tensor) -> NDArray[np.float32]:
     outputs = split.of("trunk")[0](images)
     for router in split.of("router"):
         outputs = [*outputs, router(outputs[0])[0]]
-    return outputs[1].numpy()
+    probabilities: NDArray[np.float32] = outputs[1].numpy()
+    return probabilities

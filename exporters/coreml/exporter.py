@@ -57,14 +57,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 PALETTE6 = Precision(
     "palette6",
     0.75,
-    Tolerance(0.25, 0.97, 5e-2),
+    Tolerance(logits=0.5, probabilities=0.3, channels=1.2, margin=0.15, agreement=0.97),
     "64 values per tensor, placed by k-means: errors like those of int8.",
     "64 values per weight tensor",
 )
 PALETTE4 = Precision(
     "palette4",
     0.5,
-    Tolerance(1.0, 0.75, 1e-1),
+    Tolerance(logits=1.5, probabilities=0.7, channels=5.0, margin=0.3, agreement=0.75),
     "16 values per tensor: known to cost accuracy, exported for those who measure what it costs them.",
     "16 values per weight tensor",
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.cli.verification import verification_lines
 from mvmoe_deploy.errors import ConfigError, ExportError, MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell, table
 
@@ -150,7 +151,7 @@ class _Steps:
 
 
 def describe_verification(bundle: Bundle) -> str:
-    """The verification results as a table and a sentence."""
+    """The verification results as a table, and what they mean."""
     results: dict[str, Any] = bundle.manifest.verification
     pieces = {piece.name: piece for piece in bundle.manifest.pieces}
     files = {file.path: file.bytes for file in bundle.manifest.files}
@@ -163,22 +164,10 @@ def describe_verification(bundle: Bundle) -> str:
             d = delegation[piece.name]
             left = ", ".join(f"{count} {name}" for name, count in d["undelegated"].items())
             row += [f"{d['delegated']} in {d['delegates']}", left or "none"]
-        rows.append([*row, f"{r['max_abs_error']:.1e}", f"{r['max_relative_error']:.1e}"])
+        rows.append([*row, f"{r['max_abs_error']:.1e}", f"{r['max_error']:.1e}", f"{r['tolerances']:.1%}"])
     headers = ["piece", "kB it loads", "MFLOPs"] + (["delegated", "not delegated"] if delegation else [])
-    lines = [table(rows, [*headers, "max abs error", "relative error"])]
-    routing = results["routing_agreement"]
-    lines.append(
-        f"{results['images']} images ({results['image_source']}) end to end on {results['backend']}: "
-        f"top-1 agreement {results['top1_agreement']:.1%}, "
-        + ("" if routing is None else f"routing agreement {routing:.1%}, ")
-        + f"logits within {results['logits_max_abs_error']:.1e}"
-    )
-    for flip in results["route_flips"][:5]:
-        lines.append(
-            f"image {flip['image']}: routed to {flip['bundle']}, by PyTorch to {flip['reference']} "
-            f"(margin {flip['margin']:.1e})"
-        )
-    return "\n".join(lines)
+    headers += ["max abs error", "error", "of allowed"]
+    return "\n".join([table(rows, headers), *verification_lines(bundle)])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
 from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.cli.verification import verification_lines
 from mvmoe_deploy.snippets import languages, snippet
 from mvmoe_deploy.terminal import table
 
@@ -81,21 +81,8 @@ def describe(bundle: Bundle) -> str:
             ),
         ]
     if m.verification:
-        lines += ["", _verified(m.verification)]
+        lines += ["", *verification_lines(bundle)]
     return "\n".join(lines)
-
-
-def _verified(report: dict[str, Any]) -> str:
-    try:
-        worst = max((r["max_relative_error"] for r in report["pieces"]), default=0.0)
-        routing = report["routing_agreement"]
-        return (
-            f"verified on {report['images']} images ({report['image_source']}) with {report['backend']}: "
-            f"worst relative error {worst:.1e}, top-1 agreement {report['top1_agreement']:.1%}"
-            + ("" if routing is None else f", routing agreement {routing:.1%}")
-        )
-    except (KeyError, TypeError, ValueError):  # its form is free in the manifest
-        return "verified: the report has another form than this release prints; --json shows it"
 
 
 def _three(values: tuple[float, float, float]) -> str:

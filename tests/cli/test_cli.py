@@ -78,7 +78,7 @@ def test_export(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert export.main([str(moe_checkpoint), "--target", "onnx", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "expert_03" in text
-    assert "top-1 agreement 100.0%, routing agreement 100.0%" in text
+    assert "  top-1 agreement 100.0%\n  routing agreement 100.0%\n" in text
     assert f"wrote {out}" in text
     open_bundle(out).check()
 

@@ -50,7 +50,7 @@ def export(path: Path, config: models.ViTConfig = CONFIG, *, source: Source | No
 
 def worst(bundle: Bundle) -> float:
     """The largest relative error that verification saw in a piece."""
-    return max(piece["max_relative_error"] for piece in bundle.manifest.verification["pieces"])
+    return max(piece["max_error"] for piece in bundle.manifest.verification["pieces"])
 
 
 def ops(package: Package) -> set[str]:

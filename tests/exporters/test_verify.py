@@ -19,7 +19,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split
-from mvmoe_deploy.exporters.verify import Report, check_ranking, max_error, verify
+from mvmoe_deploy.exporters.verify import Report, check_ranking, verify
 
 
 def verified(bundle: Path, model: torch.nn.Module) -> Report:
@@ -48,7 +48,7 @@ def edit_floats(file: Path, offset: int, count: int, edit: Callable[[np.ndarray]
 def test_an_undamaged_bundle_passes(bundle_path: Path, moe_model: models.ViT) -> None:
     report = verified(bundle_path, moe_model)
     assert [result.piece for result in report.pieces] == ["trunk", *(f"expert_0{e}" for e in range(4))]
-    assert all(0 <= result.max_relative_error < 1e-5 for result in report.pieces)
+    assert all(0 <= result.max_error < 1e-5 for result in report.pieces)
     assert (report.images, report.top1_agreement, report.routing_agreement, report.route_flips) == (24, 1.0, 1.0, [])
 
 
@@ -125,7 +125,9 @@ def test_values_that_are_not_finite(bundle_copy: Path, moe_model: models.ViT, va
     file, offset = stored(bundle_copy, "expert_03.onnx", (128, 32))
     edit_floats(file, offset, 7, lambda v: np.full(7, value))
     tiny.rehash(bundle_copy)
-    with pytest.raises(VerificationError, match=r"expert_03: output 'logits': holds values that are NaN or infinite"):
+    with pytest.raises(
+        VerificationError, match=r"expert_03: output 'logits': .* of the bundle's output are NaN or infinite"
+    ):
         verified(bundle_copy, moe_model)
 
 
@@ -139,7 +141,7 @@ def test_pieces_that_are_right_and_put_together_wrongly(bundle_path: Path, moe_m
     assert isinstance(moe_model, models.MobileVMoE)
     real = moe_model.routed
     moe_model.routed = lambda images: real(images, real(images).chosen.flip(0))  # type: ignore[method-assign, assignment]
-    with pytest.raises(VerificationError, match=r"end to end: logits differ from PyTorch"):
+    with pytest.raises(VerificationError, match=r"end to end: differs from PyTorch"):
         verified(bundle_path, moe_model)
 
 
@@ -150,29 +152,6 @@ def test_a_router_that_sends_images_elsewhere(bundle_copy: Path, moe_model: mode
         moe_model.router.linear.bias.add_(torch.tensor([0.0, 0.0, 0.01, 0.0]))
     with pytest.raises(VerificationError, match=r"trunk: differs from PyTorch"):
         verified(bundle_copy, moe_model)
-
-
-# the comparator
-
-
-def test_equal_inputs_pass() -> None:
-    values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    assert max_error(values, values.copy(), "x") == 0
-    assert max_error(values, values + np.float32(0.5), "x") == pytest.approx(0.5, rel=1e-6)
-    assert max_error(np.zeros((0, 3)), np.zeros((0, 3)), "x") == 0
-
-
-def test_another_shape_is_refused_even_where_it_would_broadcast() -> None:
-    with pytest.raises(VerificationError, match=r"x: has shape \[1, 5\], PyTorch's has \[3, 5\]"):
-        max_error(np.zeros((1, 5)), np.zeros((3, 5)), "x")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_never_compares_as_small(value: float) -> None:
-    bad = np.array([0.0, value])
-    for actual, expected in ((bad, np.zeros(2)), (bad, bad)):
-        with pytest.raises(VerificationError, match="NaN or infinite"):
-            max_error(actual, expected, "x")
 
 
 def test_a_reference_of_nan_fails_too(bundle_path: Path, moe_model: models.ViT) -> None:

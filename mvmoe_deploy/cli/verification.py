@@ -1,0 +1,72 @@
+"""How a bundle was verified, as text; ``mvmoe-export`` and ``mvmoe-inspect`` say the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mvmoe_deploy.bundle import Bundle
+
+SHOWN = 5
+"""Images that went elsewhere are listed up to here."""
+
+
+def verification_lines(bundle: Bundle) -> list[str]:
+    """What the manifest's verification report says, a sentence a line; empty if it has none."""
+    report = bundle.manifest.verification
+    if not report:
+        return []
+    try:
+        return _lines(report, bundle.manifest.precision)
+    except (KeyError, TypeError, ValueError, AttributeError):  # its form is free in the manifest
+        return ["verified: the report has another form than this release prints; --json shows it"]
+
+
+def _lines(report: dict[str, Any], precision: str) -> list[str]:
+    backends = " and ".join([report["backend"], *report.get("verified_as_well_with", [])])
+    lines = [f"verified with {backends} on {report['images']} images ({report['image_source']}):"]
+    worst = max(report["pieces"], key=lambda piece: piece["tolerances"])
+    lines += [
+        f"  {worst['piece']} differs most from PyTorch, by {worst['tolerances']:.1%} of what {precision} allows",
+        f"  end to end, logits differ by at most {report['logits_max_error']:.1e} spreads, "
+        f"probabilities by at most {report['probability_max_error']:.1e}",
+        f"  top-1 agreement {report['top1_agreement']:.1%}",
+    ]
+    lines += _changes(report["class_changes"], "given class", report["tolerance"]["margin"])
+    if report["routing_agreement"] is not None:
+        lines.append(f"  routing agreement {report['routing_agreement']:.1%}")
+        lines += _changes(report["route_flips"], "routed to", report["tolerance"]["margin"])
+    if report["eyesight"] is not None:
+        lines += _eyesight(report["eyesight"])
+    return lines
+
+
+def _changes(changes: list[dict[str, Any]], what: str, margin: float) -> list[str]:
+    lines = []
+    for change in changes[:SHOWN]:
+        mine, reference = (", ".join(map(str, change[side])) for side in ("bundle", "reference"))
+        tie = f"a tie, being within {margin:g}" if change["tie"] else "not a tie"
+        lines.append(
+            f"    image {change['image']} is {what} {mine}; PyTorch prefers {reference} "
+            f"by {change['margin']:.1e} spreads ({tie})"
+        )
+    if len(changes) > SHOWN:
+        lines.append(f"    and {len(changes) - SHOWN} more, see --json")
+    return lines
+
+
+def _eyesight(eyesight: dict[str, Any]) -> list[str]:
+    a, b = eyesight["experts"]
+    apart = f"{eyesight['tolerances']:,.3g} tolerances apart"
+    lines = [f"  experts {a} and {b} are the most alike: their outputs are {apart}"]
+    by = eyesight["told_apart_by"]
+    if by == "outputs":
+        lines.append("  so a wrong expert would have shown in any output")
+    else:
+        lines.append("  so outputs do not verify which expert is which")
+    if by == "weights":
+        lines.append(
+            "  each expert's weights in the bundle were compared with the checkpoint's instead: they are its own"
+        )
+    if eyesight["copies"]:
+        lines.append(f"  {eyesight['copies']} pairs of experts have equal weights, so that nothing tells them apart")
+    return lines
