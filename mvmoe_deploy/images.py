@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import warnings
 from pathlib import Path
@@ -11,12 +12,18 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mvmoe_deploy.errors import ImageError
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is decoded (a 20,000 × 5,000 panorama); a larger one is refused from its header alone."""
+"""Largest image that is decoded (a 20,000 × 5,000 panorama); a larger one is refused from its header alone.
+
+Decoding one takes up to a gigabyte.
+"""
+
+MAX_SIDE = 65_535
+"""Longest side of an image that is decoded, which is that of a JPEG."""
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -60,8 +67,10 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def decode(source: ImageSource, name: str = "image") -> Image.Image:
     """Decodes to an upright RGB image.
 
-    Grey, palette, CMYK and 16-bit images are converted, transparency is laid over white, and EXIF rotation is
-    applied.
+    Every other kind of image is converted. Transparency, in whatever form, is laid over white. EXIF rotation is
+    applied. Of several frames, the first is used. Colour profiles are ignored: values are taken to be sRGB. CMYK is
+    converted without a profile. Grey values that are wider than 8 bits are scaled from the smallest of the ranges
+    0…1 (floats only), 0…255, 0…4095 (12 bits) and 0…65535 that holds the largest of them.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array ``[H, W, 3]``, ``[H, W, 4]``,
@@ -69,29 +78,31 @@ def decode(source: ImageSource, name: str = "image") -> Image.Image:
         name: what to call it in errors, when it has no path.
 
     Raises:
-        ImageError: no such file, not an image, truncated, or above :data:`MAX_PIXELS`.
+        ImageError: no such file, not an image, damaged or truncated, above :data:`MAX_PIXELS` or :data:`MAX_SIDE`, or
+            with values that are negative, not finite, or in no known range.
     """
     if isinstance(source, np.ndarray):
-        return _rgb(_from_array(source, name))
+        return _rgb(_from_array(source, name), name)
     if isinstance(source, Image.Image):
-        _check_pixels(source.size, name)
         image = source
     elif isinstance(source, (str, Path)):
         name = str(source)
-        try:
-            image = _open(source, name)
-        except FileNotFoundError:
-            raise ImageError(f"{name}: no such file") from None
-        except IsADirectoryError:
-            raise ImageError(f"{name}: is a directory, expected an image file") from None
+        image = _open(source, name)
     elif isinstance(source, bytes):
         image = _open(io.BytesIO(source), name)
     else:
         raise ImageError(f"{name}: expected a path, a PIL image or a uint8 array, got {type(source).__name__}")
+    _check_size(image.size, name)
     try:
-        return _rgb(_upright(image))  # decodes the pixels, so this is where a truncated file shows
+        image.load()  # decodes the pixels, so this is where a truncated file shows
+        _check_size(image.size, name)  # some files hold an image of another size than they say
+        if not isinstance(source, Image.Image):
+            _check_complete(image, source)
+        return _rgb(_upright(image), name)
+    except ImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise ImageError(f"{name}: the image is damaged or truncated ({error})") from None
+        raise ImageError(f"{name}: the image is damaged or truncated ({_reason(error)})") from None
 
 
 def to_pixels(source: ImageSource, preprocessing: Preprocessing, name: str = "image") -> NDArray[np.uint8]:
@@ -147,26 +158,131 @@ def preprocess(source: ImageSource, preprocessing: Preprocessing, name: str = "i
 def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     # The filters of warnings are the process's: two threads that change them at once may leave them changed.
     with _warnings_lock, warnings.catch_warnings():
-        # Pillow's own limit only warns at this size; _check_pixels is the limit here
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Pillow's own limit only warns at this size; _check_size is the limit here. Plugins warn of damaged metadata.
+        warnings.simplefilter("ignore")
         try:
-            image = Image.open(source)
-        except (FileNotFoundError, IsADirectoryError):
+            image = _identify(source, name)
+        except ImageError:
             raise
+        except FileNotFoundError:
+            raise ImageError(f"{name}: no such file") from None
+        except IsADirectoryError:
+            raise ImageError(f"{name}: is a directory, expected an image file") from None
         except Image.DecompressionBombError:
             raise ImageError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller first") from None
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ImageError(f"{name}: not an image that can be read ({error})") from None
-    _check_pixels(image.size, name)
+        except Exception as error:  # Pillow's plugins raise whatever they stumble over
+            raise ImageError(f"{name}: not an image that can be read ({_reason(error)})") from None
+    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+        raise ImageError(f"{name}: not an image that can be read (EPS); convert it to PNG")
+    _scale_transparency(image)
     return image
 
 
-def _check_pixels(size: tuple[int, int], name: str) -> None:
+def _identify(source: str | Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError:
+        from mvmoe_deploy.imagefiles import HEAD, image_format  # only where something is amiss
+
+        if isinstance(source, io.BytesIO):
+            head = source.getvalue()[:HEAD]
+        else:
+            with open(source, "rb") as file:
+                head = file.read(HEAD)
+        kind = image_format(head)
+    if kind is None:
+        raise ImageError(f"{name}: not an image that can be read")
+    if kind != "HEIC":
+        raise ImageError(f"{name}: not an image that can be read ({kind}, damaged or in a form that is unknown here)")
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError(
+            f"{name}: not an image that can be read (HEIC): pip install 'mvmoe-deploy[heic]', or convert it to JPEG"
+        ) from None
+    pillow_heif.register_heif_opener()
+    return Image.open(source)
+
+
+def _reason(error: Exception) -> str:
+    """A foreign error in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "damaged"  # its own message may hold an object's address
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {width} × {height} is more than {MAX_PIXELS:,} pixels; make it smaller first")
+    if max(size) > MAX_SIDE:
+        raise ImageError(f"{name}: {width} × {height} has a side above {MAX_SIDE:,} pixels; make it smaller first")
     if width * height == 0:
         raise ImageError(f"{name}: the image is empty ({width} × {height})")
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Pillow scales a PNG's samples to 8 bits, but not the colour that its tRNS chunk makes transparent."""
+    colour = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if colour is None or image.format != "PNG" or not tiles:
+        return
+    scales = {"L;2": 85, "L;4": 17}
+    if tiles[0][3] == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif tiles[0][3] in scales:
+        image.info["transparency"] = colour * scales[tiles[0][3]]
+
+
+def _check_complete(image: Image.Image, source: str | Path | bytes) -> None:
+    """Refuses a stream that ends well but early, of which Pillow says nothing: the pixels that it lacks are 0 or grey.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if image.format == "PNG":
+        last = np.asarray(image.crop((0, max(0, image.height - 2), image.width, image.height)))
+        if last.reshape(len(last), -1).any(axis=1).all():
+            return
+        if not _png_is_complete(_content(source)):
+            raise ValueError("its data ends early")
+    elif image.format == "JPEG" and image.getpixel((image.width - 1, image.height - 1)) in (128, (128, 128, 128)):
+        # Were the decoder still waiting for data, it would make something of data added at the end.
+        content = _content(source)
+        end = content.rfind(b"\xff\xd9")
+        longer = Image.open(io.BytesIO(content[:end] + bytes(range(1, 255)) * 4 + content[end:]))
+        if longer.tobytes() != image.tobytes():
+            raise ValueError("its data ends early")
+
+
+def _content(source: str | Path | bytes) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
+
+
+def _png_is_complete(content: bytes) -> bool:
+    """Whether a PNG's compressed data is as long as its header says."""
+    import struct
+    import zlib
+
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 1, 1)]
+    if interlaced:  # Adam7: first column and row of each pass, and its steps
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    expected = 0
+    for x, y, step_x, step_y in passes:
+        columns, rows = max(0, -(-(width - x) // step_x)), max(0, -(-(height - y) // step_y))
+        expected += rows * (1 + -(-columns * bits // 8)) if columns else 0
+    unpacker, found, place = zlib.decompressobj(), 0, 8
+    while place + 8 <= len(content) and found < expected:
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        packed = content[place + 8 : place + 8 + length] if kind == b"IDAT" else b""
+        while packed and found < expected:
+            found += len(unpacker.decompress(packed, 1 << 20))
+            packed = unpacker.unconsumed_tail
+        place += 12 + length
+    return found >= expected
 
 
 def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
@@ -176,7 +292,7 @@ def _from_array(array: NDArray[np.uint8], name: str) -> Image.Image:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
         raise ImageError(f"{name}: expected an array [H, W, 3], got {list(array.shape)}")
-    _check_pixels((array.shape[1], array.shape[0]), name)
+    _check_size((array.shape[1], array.shape[0]), name)
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -195,28 +311,81 @@ _TURN = {
 def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it also writes the other metadata back, which fails for many an image whose
     # metadata is damaged or odd and whose pixels are not.
-    image.load()
     try:
         turn = _TURN.get(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's EXIF reader raises whatever it stumbles over
         turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if turn is None:
         return image
+    turned = image.transpose(turn)
+    for key in set(turned.info) - {"transparency"}:  # or it would be turned once more when it is decoded again
+        del turned.info[key]
+    return turned
+
+
+_STRIP_PIXELS = 1 << 22
+_KNOWN_RANGES = (255, 4095, 65535)
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    wide = image.mode.startswith("I") or image.mode == "F"
+    if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):
+        return image
+    if image.mode == "LAB":
+        raise ImageError(f"{name}: its colours are CIELAB, which is not supported; convert it to RGB")
+    if not wide and not image.has_transparency_data:
+        return image.convert("RGB")
+    largest = _largest(image, name) if wide else 255
+    # in strips: whole, an image of the largest size would take gigabytes on the way
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        return _over_white(image, largest)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(_over_white(strip, largest), (0, top))
+    return result
+
+
+def _over_white(image: Image.Image, largest: int) -> Image.Image:
+    """An image with transparency, or with grey values from 0 to ``largest`` that are wider than 8 bits, as RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips 16-bit grey to 255 instead of scaling it
         # (https://github.com/python-pillow/Pillow/issues/3011)
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode != "F" or values.max(initial=0) > 255:
-            values = values / 257
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        values = np.asarray(image, np.float64)
+        grey = (values * 255 / largest).round().clip(0, 255).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # colours that are multiplied by their opacity
+        image = image.convert(image.mode.upper())
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _largest(image: Image.Image, name: str) -> int:
+    """The largest value that an image with grey values wider than 8 bits may have: its white.
+
+    Raises:
+        ImageError: values that are negative, not finite, or above all known ranges.
+    """
+    rows = max(1, _STRIP_PIXELS // image.width)
+    lowest, highest = math.inf, 0.0
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        low, high = float(values.min()), float(values.max())  # NaN if there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ImageError(f"{name}: has pixels that are NaN or infinite")
+        lowest, highest = min(lowest, low), max(highest, high)
+    if lowest < 0:
+        raise ImageError(f"{name}: has pixels down to {lowest:g}, below 0; convert it to 8 bits")
+    if image.format == "PPM":  # says what its largest value may be, which Pillow makes 65535
+        return 65535
+    ranges = (1, *_KNOWN_RANGES) if image.mode == "F" else _KNOWN_RANGES
+    for largest in ranges:
+        if highest <= largest:
+            return largest
+    raise ImageError(f"{name}: has pixels up to {highest:g}, above {ranges[-1]}; convert it to 8 or 16 bits")
 
 
 def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageCms, ImageFile
 from threads import together
 
 from mvmoe_deploy import images
@@ -67,10 +68,69 @@ def test_every_pillow_mode_becomes_rgb_of_the_same_brightness(mode: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("value", [0, 100, 32768, 65535])
+@pytest.mark.parametrize("value", [0, 4096, 32768, 65535])
 def test_16_bit_grey_is_scaled_and_not_clipped(kind: str, value: int) -> None:
     file = encoded(Image.fromarray(np.full((6, 6), value, np.uint16)), kind)
     uniform(rgb(file), *(3 * [round(value / 257)]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "largest", "expected"),
+    [
+        (np.uint16, 100, 255, 100),  # 8 bits in 16
+        (np.uint16, 2048, 4095, 128),  # 12 bits in 16
+        (np.uint16, 100, 65535, 0),
+        (np.int32, 100, 255, 100),
+        (np.int32, 2048, 4095, 128),
+        (np.int32, 257 * 100, 65535, 100),
+        (np.float32, 0.5, 1, 128),
+        (np.float32, 0.5, 255, 0),
+        (np.float32, 100, 255, 100),
+        (np.float32, 257 * 100, 65535, 100),
+        (np.float32, 0, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("strip", [4, 1 << 22])
+def test_wide_grey_is_scaled_from_the_smallest_range_that_holds_it(
+    dtype: type, value: float, largest: float, expected: int, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+    array = np.full((6, 6), value, dtype)
+    array[5, 5] = largest
+    for source in (Image.fromarray(array), encoded(Image.fromarray(array), "TIFF")):
+        pixels = rgb(source)
+        uniform(pixels[:5], expected, expected, expected)
+        assert pixels[5, 5].tolist() == [255 if largest else 0] * 3
+
+
+def test_a_pgm_file_says_what_its_largest_value_may_be() -> None:
+    uniform(rgb(b"P5 2 1 65535\n" + bytes([10, 0, 10, 0])), 10, 10, 10)
+    uniform(rgb(b"P5 2 1 1023\n" + struct.pack(">HH", 512, 512)), 128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        (np.float32, np.nan, "has pixels that are NaN or infinite"),
+        (np.float32, np.inf, "has pixels that are NaN or infinite"),
+        (np.float32, -0.5, "has pixels down to -0.5, below 0"),
+        (np.float32, 1e9, r"has pixels up to 1e\+09, above 65535"),
+        (np.int32, -1, "has pixels down to -1, below 0"),
+        (np.int32, 65536, "has pixels up to 65536, above 65535"),
+    ],
+)
+def test_grey_values_without_a_meaning_are_refused(dtype: type, value: float, message: str, tmp_path: Path) -> None:
+    array = np.zeros((6, 6), dtype)
+    array[2, 3] = value
+    file = tmp_path / "scan.tif"
+    Image.fromarray(array).save(file)
+    with pytest.raises(ImageError, match=rf"scan\.tif: {message}"):
+        decode(file)
+
+
+def test_cielab_is_refused() -> None:
+    with pytest.raises(ImageError, match="its colours are CIELAB"):
+        decode(Image.new("LAB", (4, 4)))
 
 
 def test_cmyk_jpeg() -> None:
@@ -86,6 +146,88 @@ def test_transparency_is_laid_over_white() -> None:
     palette.putpalette([255, 0, 0])
     uniform(rgb(encoded(palette, "PNG", transparency=0)), 255, 255, 255)
     uniform(rgb(np.zeros((4, 4, 4), np.uint8)), 255, 255, 255)
+
+
+def png(
+    width: int, height: int, depth: int, colour: int, rows: bytes, *more: tuple[bytes, bytes], interlaced: int = 0
+) -> bytes:
+    """A PNG as its specification has it, with kinds of pixels that Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+TRANSPARENT_COLOURS = {  # two pixels, of which the first is transparent; then what the second is
+    "1 bit": (png(2, 1, 1, 0, bytes([0, 0b10000000]), (b"tRNS", b"\0\1")), 0),
+    "2 bits": (png(2, 1, 2, 0, bytes([0, 0b01100000]), (b"tRNS", b"\0\1")), 170),
+    "4 bits": (png(2, 1, 4, 0, bytes([0, 0x3A]), (b"tRNS", b"\0\3")), 170),
+    "8 bits": (png(2, 1, 8, 0, bytes([0, 3, 170]), (b"tRNS", b"\0\3")), 170),
+    "16 bits": (png(2, 1, 16, 0, struct.pack(">BHH", 0, 7, 257 * 170), (b"tRNS", b"\0\7")), 170),
+    "RGB": (png(2, 1, 8, 2, bytes([0, 9, 8, 7, 170, 170, 170]), (b"tRNS", struct.pack(">3H", 9, 8, 7))), 170),
+    "RGB, 16 bits": (png(2, 1, 16, 2, struct.pack(">B6H", 0, 999, 8, 7, *3 * [257 * 170]), (b"tRNS", struct.pack(">3H", 999, 8, 7))), 170),
+    "palette": (png(2, 1, 8, 3, bytes([0, 0, 1]), (b"PLTE", bytes([9, 9, 9, 170, 170, 170])), (b"tRNS", b"\0")), 170),
+    "palette, in part": (png(2, 1, 8, 3, bytes([0, 0, 1]), (b"PLTE", bytes([9, 9, 9, 85, 85, 85])), (b"tRNS", b"\0\x80")), 170),
+    "grey and opacity": (png(2, 1, 8, 4, bytes([0, 9, 0, 85, 128])), 170),
+    "grey and opacity, 16 bits": (png(2, 1, 16, 4, struct.pack(">B4H", 0, 9, 0, 257 * 85, 257 * 128)), 170),
+    "RGBA": (png(2, 1, 8, 6, bytes([0, 9, 9, 9, 0, 85, 85, 85, 128])), 170),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT_COLOURS)
+@pytest.mark.parametrize("strip", [1, 1 << 22])
+def test_transparency_of_every_kind_of_png(kind: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+    file, second = TRANSPARENT_COLOURS[kind]
+    pixels = rgb(file)
+    uniform(pixels[:, :1], 255, 255, 255)
+    uniform(pixels[:, 1:], second, second, second, within=1)
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_transparency_of_every_mode(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (80, 80, 80, 128))
+    for step in {"La": ["LA", "La"], "RGBa": ["RGBa"]}.get(mode, [mode]):
+        image = image.convert(step)
+    uniform(rgb(image), 167, 167, 167, within=2)
+
+
+def test_strips_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rgba = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    palette = Image.fromarray(rgba[..., :3]).quantize(200)
+    palette.info["transparency"] = bytes(range(200))
+    for source in (Image.fromarray(rgba), palette):
+        whole = rgb(source)
+        monkeypatch.setattr(images, "_STRIP_PIXELS", 100)
+        assert np.array_equal(rgb(source), whole)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_frames_the_first_is_used(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), (level, level, level)) for level in (200, 20)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(file)).n_frames == 2
+    uniform(rgb(file), 200, 200, 200)
+
+
+def test_a_colour_profile_is_ignored() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    file = encoded(picture(), "PNG", icc_profile=profile)
+    assert Image.open(io.BytesIO(file)).info["icc_profile"] == profile
+    assert np.array_equal(rgb(file), np.asarray(picture()))
+
+
+def test_a_decoded_image_is_not_turned_again() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = decode(encoded(picture(), "PNG", exif=exif))
+    assert once.size == (30, 40)
+    assert decode(once).size == (30, 40)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
@@ -221,14 +363,7 @@ def test_no_such_file_and_a_directory(tmp_path: Path) -> None:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG of a hundred bytes that announces any size."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
-    )
+    return png(width, height, 8, 2, bytes(10))
 
 
 @pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 20_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
@@ -247,6 +382,123 @@ def test_the_stated_limit_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for source in (picture((41, 30)), np.asarray(picture((41, 30))), encoded(picture((41, 30)), "PNG")):
         with pytest.raises(ImageError, match=r"41 × 30 is more than 1,200 pixels"):
             decode(source)
+
+
+def test_a_side_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow takes 2 GB for a column of 10⁸ pixels, and fails at such a row of colours."""
+    row = np.broadcast_to(np.uint8(0), (1, 65_536, 3))
+    for source in (row, row.transpose(1, 0, 2), png_header(65_536, 1), png_header(1, 65_536)):
+        with pytest.raises(ImageError, match="has a side above 65,535 pixels"):
+            decode(source)
+    assert decode(np.zeros((1, 65_535), np.uint8)).size == (65_535, 1)
+
+
+SHORT = {  # rows of 8 pixels of a picture of 8 × 8
+    "PNG": png(8, 8, 8, 0, 5 * (b"\0" + bytes(range(1, 9)))),
+    "PNG, half a byte each": png(8, 8, 4, 0, 7 * b"\0abcd"),
+    "PNG, palette": png(8, 8, 8, 3, 7 * (b"\0" + bytes(range(1, 9))), (b"PLTE", bytes(range(27)))),
+    "PNG, interlaced": png(8, 8, 8, 0, b"".join(rows * (b"\0" + columns * b"x") for columns, rows in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]), interlaced=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*SHORT, "JPEG", "JPEG, grey"])
+def test_a_stream_that_ends_early_and_well_is_refused(kind: str, tmp_path: Path) -> None:
+    """Pillow says nothing of these."""
+    if kind in SHORT:
+        content = SHORT[kind]
+    else:
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        whole = encoded(noise.convert("L" if kind == "JPEG, grey" else "RGB"), "JPEG", quality=95)
+        content = whole[: len(whole) * 2 // 3] + b"\xff\xd9"
+    Image.open(io.BytesIO(content)).load()
+    file = tmp_path / "short"
+    file.write_bytes(content)
+    for source in (file, content):
+        with pytest.raises(ImageError, match=r"the image is damaged or truncated \(its data ends early\)"):
+            decode(source)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(Image.new("RGBA", (9, 9)), "PNG"),
+        encoded(Image.new("1", (9, 9)), "PNG"),
+        encoded(Image.new("P", (9, 1)), "PNG"),
+        encoded(Image.new("I;16", (1, 9)), "PNG"),
+        png(8, 8, 8, 0, b"".join(rows * (b"\0" + columns * b"\0") for columns, rows in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]), interlaced=1),
+        png(1, 1, 8, 0, b"\0\0", interlaced=1),
+        png(3, 2, 1, 0, b"\0\0\0\0"),
+        encoded(Image.new("RGB", (40, 40), (128, 128, 128)), "JPEG"),
+        encoded(Image.new("RGB", (40, 40), (128, 128, 128)), "JPEG", progressive=True),
+        encoded(Image.new("L", (9, 9), 128), "JPEG"),
+        encoded(Image.new("RGB", (9, 9), (128, 128, 128)), "JPEG") + b"\xff\xd9 more \xff\xd9",
+    ],
+)  # fmt: skip
+def test_an_image_that_ends_in_black_or_grey_is_whole(content: bytes) -> None:
+    assert decode(content).mode == "RGB"
+
+
+def test_postscript_is_not_run() -> None:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ImageError, match=r"not an image that can be read \(EPS\)"),
+    ):
+        patch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("ran it"))
+        decode(encoded(picture(), "EPS"))
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
+
+
+def test_heic_without_its_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(HEIC)
+    for source in (file, HEIC):
+        with pytest.raises(
+            ImageError, match=r"not an image that can be read \(HEIC\): pip install 'mvmoe-deploy\[heic\]'"
+        ):
+            decode(source)
+
+
+def test_heic_with_its_extra(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = picture() if orientation == 1 else picture().transpose(Image.Transpose.ROTATE_90)
+        pillow_heif.from_pillow(stored).save(tmp_path / "photo", format="HEIF", quality=95, exif=exif.tobytes())
+        for source in (tmp_path / "photo", (tmp_path / "photo").read_bytes()):
+            assert np.abs(rgb(source).astype(int) - np.asarray(picture())).max() < 20
+    with pytest.raises(ImageError, match=r"not an image that can be read|the image is damaged"):
+        decode((tmp_path / "photo").read_bytes()[:-400])
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"\xff\x0a" + bytes(40), "JPEG XL"), (b"\0\0\0\x18ftypcrx \0\0\0\0" + bytes(40), "a camera's raw data")],
+)
+def test_a_format_that_cannot_be_read_is_named(content: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=rf"not an image that can be read \({kind}, "):
+        decode(content)
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("Unimplemented DXGI format 95"), struct.error("x"), KeyError(7), MemoryError()]
+)
+def test_whatever_a_plugin_raises_is_an_error_of_ours(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.dds"
+    picture().save(file)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    for where, name in ((Image, "open"), (ImageFile.ImageFile, "load")):
+        with monkeypatch.context() as patch, pytest.raises(ImageError, match=r"x\.dds: .*(read|damaged)"):
+            patch.setattr(where, name, fail)
+            decode(file)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +528,8 @@ DAMAGED = [
     encoded(picture(), "WEBP"),
     encoded(picture(), "BMP"),
     encoded(Image.fromarray(np.full((6, 6), 999, np.uint16)), "TIFF"),
+    *(encoded(picture(), kind) for kind in ("DDS", "ICO", "ICNS", "JPEG2000", "PPM", "QOI", "SGI", "TGA", "PCX")),
+    HEIC,
 ]
 
 
