@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, target in targets.known().items():
         exporter = exporter_of(name)
         precisions = (f"{each.name} ({each.note})" if each.note else each.name for each in exporter.precisions)
-        offered = f"precisions: {', '.join(precisions)}\n  layouts: {', '.join(exporter.layouts)}"
+        offered = f"precisions: {', '.join(precisions)}\nlayouts: {', '.join(exporter.layouts)}"
         group = p.add_argument_group(f"{target.title} (--target {name})", offered)
         try:
             exporter.add_arguments(group)
