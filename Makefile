@@ -15,7 +15,7 @@ demo: .venv/run
 	$(BIN)/mvmoe-bench .demo/dense.mvmoe .demo/moe.mvmoe --device cpu --images docs/photos --plot .demo/bench.png
 
 test: .venv/dev
-	$(BIN)/pytest  # not python -m pytest, which would find the checkout first
+	$(BIN)/pytest -n auto --dist loadfile  # not python -m pytest, which would find the checkout first
 
 # Ruff checks every Python file of the checkout; mypy the installed package, and the scripts in docs/.
 lint: .venv/dev types
