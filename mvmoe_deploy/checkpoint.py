@@ -7,22 +7,21 @@ the header is JSON under the metadata key ``mvmoe``. Torch is imported only when
 
 from __future__ import annotations
 
-import pickle
-import zipfile
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from mvmoe_deploy.errors import CheckpointError, first_line
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.images import Preprocessing
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from mvmoe_deploy.tensor_files import PLACEHOLDER, Contents, Foreign, open_file, plain, seal
 
 FORMAT = "mvmoe-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 2 added the sha256 of a ``.safetensors`` file to its header."""
 
 
 class Superclasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,15 +96,18 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32") -> No
     stored = getattr(torch, dtype)
     weights = {n: t.detach().to("cpu", stored).clone().contiguous() for n, t in checkpoint.weights.items()}
     if path.suffix == ".pt":
-        with atomic_file(path) as temporary:
-            torch.save({**msgspec.to_builtins(checkpoint.header), "weights": weights}, temporary)
+        buffer = io.BytesIO()
+        torch.save({**msgspec.to_builtins(checkpoint.header), "weights": weights}, buffer)
+        data = buffer.getvalue()
     elif path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save as save_safetensors
 
-        with atomic_file(path) as temporary:
-            save_file(weights, temporary, metadata={"mvmoe": msgspec.json.encode(checkpoint.header).decode()})
+        header = msgspec.json.encode(checkpoint.header).decode()
+        data = seal(save_safetensors(weights, {"mvmoe": header, "sha256": PLACEHOLDER}))
     else:
         raise CheckpointError(f"{path}: a checkpoint's name ends in .pt or .safetensors")
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -117,71 +119,64 @@ def load(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, of another version, or lacking a field.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a directory, expected a .pt or .safetensors checkpoint")
-    raw, weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a checkpoint of this project (no format: {FORMAT!r}); "
-            "write one with mvmoe_deploy.checkpoint.save"
-        )
-    if raw.get("version") != VERSION:
-        raise CheckpointError(f"{path}: format version {raw.get('version')!r}, this release reads {VERSION}")
-    try:
-        header = msgspec.convert(raw, Header)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    _check_header(header, path)
-    return Checkpoint(header, {name: tensor.float() for name, tensor in weights.items()})
-
-
-def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     import torch
 
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a checkpoint, or a truncated one (torch.save writes a zip archive)")
-    try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path}: refused, it holds more than plain tensors and values ({reason})") from None
-    except Exception as error:  # torch raises whatever its reader stumbles over
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {first_line(error)})") from None
-    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise CheckpointError(f"{path}: not a checkpoint of this project (holds a {type(raw).__name__})")
-    weights = raw.pop("weights", None)
-    if raw.get("format") == FORMAT:
-        if not isinstance(weights, dict):
-            raise CheckpointError(f"{path}: lacks 'weights'")
-        bad = [n for n, t in weights.items() if not isinstance(n, str) or not isinstance(t, torch.Tensor)]
-        if bad:
-            raise CheckpointError(f"{path}: weights[{bad[0]!r}] is not a tensor")
-    return raw, weights or {}
+    path = Path(path)
+    with open_file(path) as contents:
+        raw, weights = _parts(contents)
+        version = raw.get("version")
+        if version not in READABLE or type(version) is not int:
+            readable = " and ".join(map(str, READABLE))
+            raise CheckpointError(f"{path}: format version {str(version)[:20]!r}, this release reads {readable}")
+        if version > 1 and path.suffix == ".safetensors" and "sha256" not in contents.metadata:
+            raise CheckpointError(f"{path}: damaged: its header lacks its sha256")
+        try:
+            header = msgspec.convert(raw, Header)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{path}: {first_line(error)}") from None
+        _check_header(header, path)
+        return Checkpoint(header, {n: torch.from_numpy(array) for n, array in contents.arrays(weights).items()})
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        raw = msgspec.json.decode(metadata.get("mvmoe", "{}"))
-    except (SafetensorError, msgspec.DecodeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged, or not a safetensors file ({error})") from None
-    return raw if isinstance(raw, dict) else {}, weights
+def _parts(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header's fields, all plain values, and what describes the weights."""
+    path, raw = contents.path, contents.values
+    weights: Any = None
+    foreign = CheckpointError(
+        f"{path}: not a checkpoint of this project (no format: {FORMAT!r}); write one with mvmoe_deploy.checkpoint.save"
+    )
+    if path.suffix == ".safetensors":
+        weights = raw
+        try:
+            raw = msgspec.json.decode(contents.metadata.get("mvmoe", "{}"))
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: damaged: its header cannot be read ({first_line(error)})") from None
+    elif isinstance(raw, dict):
+        weights = raw.pop("weights", None)
+    if not isinstance(raw, Foreign) and not (isinstance(raw, dict) and raw.get("format") == FORMAT):
+        raise foreign
+    problem = plain(raw)
+    if problem:
+        raise CheckpointError(f"{path}: refused, it holds more than plain tensors and values ({problem})")
+    if not isinstance(raw, dict) or not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: lacks 'weights'")
+    if not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{path}: weights has a name that is no text")
+    return raw, weights
 
 
 def _check_header(header: Header, path: Path) -> None:
     classes = len(header.class_names)
     if len(header.class_ids) != classes:
         raise CheckpointError(f"{path}: {len(header.class_ids)} class_ids but {classes} class_names")
-    if header.model.get("classes") != classes:
-        raise CheckpointError(f"{path}: the model has {header.model.get('classes')} classes, {classes} are named")
-    if header.model.get("image_size") != header.preprocessing.size:
+    if not isinstance(header.model.get("architecture"), str):
+        raise CheckpointError(f"{path}: model.architecture is no text")
+    for name in ("classes", "image_size"):
+        if type(header.model.get(name)) is not int:
+            raise CheckpointError(f"{path}: model.{name} is no integer")
+    if header.model["classes"] != classes:
+        raise CheckpointError(f"{path}: the model has {header.model['classes']} classes, {classes} are named")
+    if header.model["image_size"] != header.preprocessing.size:
         raise CheckpointError(
             f"{path}: the model takes images of size {header.model.get('image_size')}, "
             f"preprocessing gives {header.preprocessing.size}"

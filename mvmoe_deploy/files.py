@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -28,12 +29,30 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private
-        temporary.replace(path)
+        with _named(path, temporary):
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Lets errors name what is being written, not the temporary that nobody has heard of, nor nothing at all.
+
+    A full disk is reported by the writing itself, which knows no name.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else ""
+        if error.errno is None or not (not name or Path(name).is_relative_to(temporary)):
+            raise
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, "exists already: something else wrote it meanwhile", str(path)) from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager
@@ -51,7 +70,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_killed(path)
-    with _temporary(path, ".tmp") as temporary:
+    with _temporary(path, ".tmp") as temporary, _named(path, temporary):
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.models.foreign import read_weights
 
 LAYER_NORM_EPS = 1e-6
 
@@ -172,19 +174,27 @@ def init_weights(model: nn.Module) -> None:
             nn.init.trunc_normal_(parameter, std=0.02)
 
 
-def load_timm_state_dict(model: ViT, state_dict: Mapping[str, Tensor]) -> None:
-    """Loads a timm or DeiT ViT state dict into ``model``.
+def load_timm_state_dict(model: ViT, saved: Mapping[str, Any] | str | Path, ema: bool = False) -> str:
+    """Loads a ViT that timm's or DeiT's training scripts saved into ``model``.
 
     Args:
         model: a ViT of the same shape.
-        state_dict: as saved by timm or by DeiT (also when wrapped in ``{"model": ...}``).
+        saved: a state dict, a training checkpoint with one in it, or a file with either;
+            see :func:`mvmoe_deploy.models.foreign.read_weights`.
+        ema: take the moving average of the weights, not the weights themselves.
+
+    Returns:
+        The entry that was taken, such as ``state_dict_ema``; empty for a bare state dict.
 
     Raises:
-        ConfigError: a key is missing or unknown, or a shape differs; the message names it.
+        ConfigError: no weights can be recognised, a name is missing or unknown, a shape differs, or values are not
+            finite floating-point numbers; the message names it.
+        CheckpointError: the file cannot be read.
     """
-    weights = state_dict.get("model", state_dict)
-    check_state_dict(model, weights, "state dict")  # type: ignore[arg-type]
-    model.load_state_dict(weights)  # type: ignore[arg-type]
+    weights, entry = read_weights(saved, ema)
+    check_state_dict(model, weights, entry or "state dict")
+    model.load_state_dict(weights)
+    return entry
 
 
 def check_state_dict(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

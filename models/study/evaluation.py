@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvmoe_deploy.checkpoint import Superclasses
+from mvmoe_deploy.errors import CheckFailed
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE
 from mvmoe_deploy.models.architectures.vmoe import VMoE
@@ -109,6 +110,9 @@ def predict(
         batch: images at once.
         progress: wraps the iterator over batches.
         experts: ``[n, k]`` experts of a Mobile V-MoE to use instead of its router's choice.
+
+    Raises:
+        CheckFailed: the model's outputs are not finite.
     """
     was_training = model.training
     model.eval()
@@ -139,7 +143,7 @@ def predict(
             )
         else:
             logits = model(x)
-        tops.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
+        tops.append(_best_classes(logits))
     model.train(was_training)
     back = order.argsort()
     routing: ImageRouting | TokenRouting | None = None
@@ -154,6 +158,22 @@ def predict(
             torch.stack([part.overflow for part in by_token]).sum(0),
         )
     return Predictions(images.labels, torch.cat(tops)[back], routing)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuses logits ``[B, C]`` among which no class is the most probable one.
+
+    Raises:
+        CheckFailed: an image's logits are NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits.amax(1)).all()):
+        raise CheckFailed("the model's outputs are NaN or infinite for some images, so they say nothing; train again")
+
+
+def _best_classes(logits: Tensor) -> Tensor:
+    """The most probable classes ``[B, 5]`` of logits ``[B, C]``."""
+    check_finite(logits)
+    return logits.topk(min(5, logits.shape[1])).indices.cpu()
 
 
 def predict_with_bundle(
@@ -172,7 +192,7 @@ def predict_with_bundle(
         logits, routed = runtime.run(
             normalise(images.pixels[rows]).numpy(), None if experts is None else experts[rows].numpy()
         )
-        tops.append(torch.from_numpy(logits).topk(min(5, logits.shape[1])).indices)
+        tops.append(_best_classes(torch.from_numpy(logits)))
         if routed is not None:
             routes.append(routed)
     routing = None

@@ -9,6 +9,7 @@ from torch import nn
 
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models.study.evaluation import check_finite
 from mvmoe_deploy.models.train.data import ImageSet, normaliser
 
 
@@ -20,11 +21,16 @@ def confusion(
 
     Softmax instead of counted errors, because a class has few held-out images and most class pairs are never
     confused outright.
+
+    Raises:
+        CheckFailed: the model's outputs are not finite.
     """
     normalise = normaliser(preprocessing, next(model.parameters()).device)
     total = torch.zeros(len(images.class_ids), len(images.class_ids), dtype=torch.float64)
     for start in range(0, len(images.labels), batch):
-        probabilities = model(normalise(images.pixels[start : start + batch])).softmax(-1)
+        logits = model(normalise(images.pixels[start : start + batch]))
+        check_finite(logits)
+        probabilities = logits.softmax(-1)
         total.index_add_(0, images.labels[start : start + batch], probabilities.double())
     return (total / torch.bincount(images.labels, minlength=len(total))[:, None]).numpy()
 

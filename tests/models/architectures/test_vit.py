@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from mvmoe_deploy import models
 from mvmoe_deploy.bench.candidates.baselines import StockViT
-from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.errors import CheckpointError, ConfigError
 
 WIDTH, DEPTH, PATCH, CLASSES, PATCHES = 32, 2, 8, 6, 16
 
@@ -50,12 +54,99 @@ def model() -> models.ViT:
     return models.build(tiny.dense_config())
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["timm", "deit"])
-def test_timm_and_deit_state_dicts_load(model: models.ViT, wrapped: bool) -> None:
+def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+def other(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor + 1 for name, tensor in weights.items()}
+
+
+W = timm_state_dict()
+TRAINED = {"epoch": 1, "arch": "vit", "optimizer": {"state": {}}, "args": argparse.Namespace(lr=0.1), "metric": 0.5}
+SAVED: list[tuple[str, Any, bool, str]] = [
+    ("a bare state dict", W, False, ""),
+    ("DeiT", {"model": W}, False, "model"),
+    ("DeiT's training", {**TRAINED, "model": W, "model_ema": other(W)}, False, "model"),
+    ("DeiT's average", {**TRAINED, "model": other(W), "model_ema": W}, True, "model_ema"),
+    ("timm's training", {**TRAINED, "state_dict": W, "state_dict_ema": other(W)}, False, "state_dict"),
+    ("timm's average", {**TRAINED, "state_dict": other(W), "state_dict_ema": W}, True, "state_dict_ema"),
+    ("nothing but the average", {**TRAINED, "state_dict_ema": W}, False, "state_dict_ema"),
+    ("distributed", prefixed("module.", W), False, ""),
+    ("compiled", {"state_dict": prefixed("_orig_mod.", W)}, False, "state_dict"),
+    ("both", {"state_dict": prefixed("module._orig_mod.", W)}, False, "state_dict"),
+    ("both, the other way", prefixed("_orig_mod.module.", W), False, ""),
+    ("half precision", {name: tensor.half().float().bfloat16() for name, tensor in W.items()}, False, ""),
+]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["object", "file"])
+@pytest.mark.parametrize(("saved", "ema", "entry"), [case[1:] for case in SAVED], ids=[case[0] for case in SAVED])
+def test_what_timm_and_deit_save_loads(
+    model: models.ViT, saved: Any, ema: bool, entry: str, stored: bool, tmp_path: Path
+) -> None:
     weights = timm_state_dict()
-    models.load_timm_state_dict(model, {"model": weights} if wrapped else weights)  # type: ignore[dict-item]
+    if saved is SAVED[-1][1]:
+        weights = {name: tensor.half().bfloat16().float() for name, tensor in weights.items()}
+    if stored:
+        torch.save(saved, tmp_path / "last.pth.tar")
+        saved = tmp_path / "last.pth.tar"
+    assert models.load_timm_state_dict(model, saved, ema) == entry
     assert set(model.state_dict()) == set(weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_pickled_module_loads(model: models.ViT, dense_model: models.ViT) -> None:
+    assert models.load_timm_state_dict(model, {"model": dense_model}) == "model"
+    assert torch.equal(model.head.weight, dense_model.head.weight)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ema", "message"),
+    [
+        ({}, False, "no weights recognised, it is empty"),
+        (TRAINED, False, "no weights recognised, only epoch, arch, optimizer, args, metric"),
+        ({"model": 3, "epoch": 1}, False, "no weights recognised, only model, epoch"),
+        ({**TRAINED, "state_dict": W}, True, "no moving average .*state_dict_ema or model_ema.*, only epoch, arch"),
+        ([W], False, "is a list, expected a state dict"),
+        (W | {"head.weight": None}, False, r"'head\.weight' is a NoneType, not a tensor"),
+        (W | {"head.weight": W["head.weight"].numpy()}, False, r"'head\.weight' is a ndarray, not a tensor"),
+        (W | {"head.weight": W["head.weight"].to(torch.int8)}, False, "is of type int8, which means nothing without"),
+        (W | {"head.weight": W["head.weight"].to(torch.float8_e4m3fn)}, False, "is of type float8_e4m3fn"),
+        (W | {"head.weight": W["head.weight"].to(torch.complex64)}, False, "is of type complex64"),
+        (W | {"head.weight": W["head.weight"].to_sparse()}, False, "is sparse, and dense weights are needed"),
+        (W | {"head.weight": torch.quantize_per_tensor(W["head.weight"], 0.1, 0, torch.qint8)}, False, "is quantised"),
+        (W | {"head.weight": W["head.weight"].to("meta")}, False, "has no values"),
+        (W | {"head.weight": W["head.weight"] * float("nan")}, False, "'head.weight' has values that are NaN"),
+        (
+            {"state_dict": W | {"head.bias": W["head.bias"] / 0}},
+            False,
+            "state_dict: 'head.bias' has values that are NaN",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_says_what_was_found(model: models.ViT, saved: Any, ema: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        models.load_timm_state_dict(model, saved, ema)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (W["head.weight"].to(torch.int8), r"weights\['head\.weight'\] is of type I8, expected F32"),
+        (W["head.weight"].to(torch.complex64), "is of type C64"),
+        (W["head.weight"].to_sparse(), "is sparse"),
+        (torch.quantize_per_tensor(W["head.weight"], 0.1, 0, torch.qint8), "is quantised"),
+        (W["head.weight"].to(torch.float8_e4m3fn), "is a torch._utils._rebuild_tensor_v3|is of type"),
+        (None, "is a NoneType"),
+    ],
+)
+def test_a_file_s_weights_of_other_types_are_named(
+    model: models.ViT, weight: Any, message: str, tmp_path: Path
+) -> None:
+    torch.save(W | {"head.weight": weight}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        models.load_timm_state_dict(model, tmp_path / "x.pt")
 
 
 def test_a_missing_weight_is_named(model: models.ViT) -> None:
