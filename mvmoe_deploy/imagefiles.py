@@ -18,10 +18,9 @@ MAX_FILE_BYTES = 1 << 30
 MAX_DEPTH = 32
 """Of the folders that are searched for images."""
 
-_CLAIMS = re.compile(
+_CLAIMS = (
     r"\.(jpe?g?|jfif|a?png|gif|webp|bmp|dib|tiff?|hei[cf]|avif|j2k|jp2|jxl|p[bgpn]m|ico|dds|tga|qoi|psd|exr|svg"
-    r"|dng|cr[23]|nef|raf)",
-    re.IGNORECASE,
+    r"|dng|cr[23]|nef|raf)"
 )
 _MAGIC = [
     (rb"\xff\xd8\xff", "JPEG"),
@@ -42,17 +41,17 @@ _MAGIC = [
     (rb"P[1-7]\s+[#\d]", "PPM"),
     (rb"\x76\x2f\x31\x01", "OpenEXR"),
 ]
-_FORMATS = [(re.compile(pattern, re.DOTALL), name) for pattern, name in _MAGIC]
 
 
 def image_format(head: bytes) -> str | None:
     """The image format that a file's first :data:`HEAD` bytes are of; None if they are of no image."""
-    return next((name for pattern, name in _FORMATS if pattern.match(head)), None)
+    # compiled when first used, which most runs never do
+    return next((name for pattern, name in _MAGIC if re.match(pattern, head, re.DOTALL)), None)
 
 
 def claims_to_be_image(name: str) -> bool:
     """Whether a file's name is that of an image, which it is then taken for, readable or not."""
-    return _CLAIMS.fullmatch(os.path.splitext(name)[1]) is not None
+    return re.fullmatch(_CLAIMS, os.path.splitext(name)[1], re.IGNORECASE) is not None
 
 
 def is_hidden(part: str) -> bool:

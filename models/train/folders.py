@@ -184,7 +184,8 @@ def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
             found = _sort_out(archive, source, _files_of_zip(archive, opened))
             yield _divide(found, split, val_share) if divided else found
     else:
-        raise DataError(f"{data}: has neither a folder {split}/ nor a file {split}.zip")
+        hint = "; mvmoe-train --val-share 0.1 takes a tenth of each class instead" if split == "val" else ""
+        raise DataError(f"{data}: has neither a folder {split}/ nor a file {split}.zip{hint}")
 
 
 def _files_of_folder(folder: Path) -> list[_File]:
