@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import Manifest, Piece, TensorSpec
 from mvmoe_deploy.exporters.exporter import Options
-from mvmoe_deploy.exporters.split import PieceModule, Split
+from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 
 Progress = Callable[[str], None]
 """Called with what is about to be done, such as ``trunk: tracing``."""
@@ -35,7 +35,7 @@ class Job(Generic[OptionsType]):
         progress: to be told about each step.
     """
 
-    split: Split
+    split: SplitModel
     directory: Path
     options: OptionsType
     manifest: Manifest
@@ -70,21 +70,30 @@ def describe_piece(
     function: str | None = None,
     bytes_per_weight: float = 4,
 ) -> Piece:
-    """The manifest entry of a converted piece, its shapes and parameters taken from the torch module."""
+    """The manifest entry of a converted piece, its shapes and parameters taken from the torch module.
+
+    Args:
+        piece: as it was converted.
+        graph: the file or package to open, relative to the bundle.
+        files: every file that loading it reads, ``graph`` or what is in it included.
+        flops: of one image.
+        function: the method or function in ``graph``, where that holds several.
+        bytes_per_weight: what a weight takes once it is loaded.
+    """
     outputs = piece(*piece.inputs.values())
     parameters = count_parameters(piece.module)
     return Piece(
-        piece.role,
-        graph,
-        files,
-        [_spec(name, tensor) for name, tensor in piece.inputs.items()],
-        [_spec(name, tensor) for name, tensor in zip(piece.outputs, outputs, strict=True)],
-        parameters,
-        int(parameters * bytes_per_weight),
-        flops,
-        piece.expert,
-        piece.layer,
-        function,
+        role=piece.role,
+        graph=graph,
+        files=files,
+        inputs=[_spec(name, tensor) for name, tensor in piece.inputs.items()],
+        outputs=[_spec(name, tensor) for name, tensor in zip(piece.outputs, outputs, strict=True)],
+        parameters=parameters,
+        weight_bytes=int(parameters * bytes_per_weight),
+        flops=flops,
+        expert=piece.expert,
+        layer=piece.layer,
+        function=function,
     )
 
 

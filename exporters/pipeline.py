@@ -21,7 +21,7 @@ from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ExportError, ImageError
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
-from mvmoe_deploy.exporters.split import Split, split
+from mvmoe_deploy.exporters.split import SplitModel, split_model
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
 from mvmoe_deploy.imagefiles import image_files
@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path) -> tuple[nn.Module, Header, Source]:
 
 
 def export_model(
-    model: nn.Module | Split,
+    model: nn.Module | SplitModel,
     header: Header,
     target: str,
     out: Path,
@@ -101,7 +101,7 @@ def export_model(
     """Exports a model in memory: any :class:`~mvmoe_deploy.exporters.split.PerImageRouted`, or a dense one.
 
     Args:
-        model: the model, whose own forward is the reference; or what :func:`split` made of it, to export that
+        model: the model, whose own forward is the reference; or what :func:`split_model` made of it, to export that
             several times (its router is then fused or separate as it was split).
         header: class names, preprocessing, super-classes. ``header.model`` is free form for foreign models.
         target: one of :func:`mvmoe_deploy.targets.known`, such as ``onnx``.
@@ -128,9 +128,19 @@ def export_model(
         tensors, image_source = verification_images(header.preprocessing, images)
         progress("splitting")
         size = header.preprocessing.size
-        pieces = model if isinstance(model, Split) else split(model, size, options.separate_router)
+        pieces = model if isinstance(model, SplitModel) else split_model(model, size, options.separate_router)
         manifest = _manifest(header, target, options, pieces.routing, source or Source("", "0" * 64))
-        converted = convert(Job(pieces, directory, options, manifest, tensors, _flops_of(header.model), progress))
+        converted = convert(
+            Job(
+                split=pieces,
+                directory=directory,
+                options=options,
+                manifest=manifest,
+                images=tensors,
+                piece_flops=_flops_of(header.model),
+                progress=progress,
+            )
+        )
         paths = sorted({path for piece in converted.pieces for path in piece.files})
         manifest = msgspec.structs.replace(
             manifest,
@@ -204,22 +214,22 @@ def _manifest(
             else:
                 experts.append(Expert(f"expert {index}", []))
     return Manifest(
-        bundles.FORMAT,
-        bundles.VERSION,
-        target,
-        options.layout,
-        options.precision,
-        header.model,
-        routing,
-        header.preprocessing,
-        header.class_ids,
-        header.class_names,
-        experts,
-        [],
-        [],
-        {},
-        source,
-        {
+        format=bundles.FORMAT,
+        version=bundles.VERSION,
+        target=target,
+        layout=options.layout,
+        precision=options.precision,
+        model=header.model,
+        routing=routing,
+        preprocessing=header.preprocessing,
+        class_ids=header.class_ids,
+        class_names=header.class_names,
+        experts=experts,
+        files=[],
+        pieces=[],
+        verification={},
+        source=source,
+        tools={
             "mvmoe-deploy": mvmoe_deploy.__version__,
             "torch": str(torch.__version__),
             "numpy": np.__version__,

@@ -9,7 +9,7 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from mvmoe_deploy.bundle import Role, Routing, piece_name
+from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Role, Routing, piece_name
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.models import VMoE
 
@@ -106,7 +106,7 @@ class RoutedTrunk(nn.Module):
 
 
 @dataclass
-class Split:
+class SplitModel:
     """All pieces of a model, in the order of :func:`mvmoe_deploy.bundle.expected_pieces`.
 
     Attributes:
@@ -139,7 +139,7 @@ def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
     }
 
 
-def split(model: nn.Module, image_size: int, separate_router: bool = False) -> Split:
+def split_model(model: nn.Module, image_size: int, separate_router: bool = False) -> SplitModel:
     """Splits a model into pieces: a dense one is a single piece.
 
     Args:
@@ -157,7 +157,7 @@ def split(model: nn.Module, image_size: int, separate_router: bool = False) -> S
     images = torch.randn(2, 3, image_size, image_size, generator=generator)
     reference = model
     if not is_routed(model):
-        return Split(reference, None, [PieceModule("model", model, {"images": images}, ["logits"])])
+        return SplitModel(reference, None, [PieceModule("model", model, {IMAGES: images}, [LOGITS])])
     routing = Routing(model.experts, model.k, model.moe_layers, "separate" if separate_router else "fused")
     trunk, router = model.trunk_module(), model.router_module()
     with torch.no_grad():
@@ -165,28 +165,28 @@ def split(model: nn.Module, image_size: int, separate_router: bool = False) -> S
     gate = torch.tensor([0.25, 0.75])
     if separate_router:
         pieces = [
-            PieceModule("trunk", trunk, {"images": images}, ["tokens"]),
-            PieceModule("router", router, {"tokens": tokens}, ["probabilities"]),
+            PieceModule("trunk", trunk, {IMAGES: images}, [TOKENS]),
+            PieceModule("router", router, {TOKENS: tokens}, [PROBABILITIES]),
         ]
     else:
-        pieces = [PieceModule("trunk", RoutedTrunk(trunk, router), {"images": images}, ["tokens", "probabilities"])]
+        pieces = [PieceModule("trunk", RoutedTrunk(trunk, router), {IMAGES: images}, [TOKENS, PROBABILITIES])]
     if model.k == 1:
         for expert in range(model.experts):
             tail = model.tail_module(expert)
-            pieces.append(PieceModule("tail", tail, {"tokens": tokens, "gate": gate}, ["logits"], expert))
+            pieces.append(PieceModule("tail", tail, {TOKENS: tokens, GATE: gate}, [LOGITS], expert))
     else:
         # The chosen experts' outputs add up within each layer, so a layer cannot be part of any one expert's graph.
         for layer in range(model.moe_layers):
             attention = model.attention_module(layer)
             pieces.append(
-                PieceModule("attention", attention, {"tokens": tokens}, ["residual", "expert_input"], None, layer)
+                PieceModule("attention", attention, {TOKENS: tokens}, ["residual", "expert_input"], None, layer)
             )
             tokens, expert_input = pieces[-1](tokens)
             for expert in range(model.experts):
                 module = model.expert_module(expert, layer)
-                inputs = {"expert_input": expert_input, "gate": gate}
+                inputs = {"expert_input": expert_input, GATE: gate}
                 pieces.append(PieceModule("expert_layer", module, inputs, ["addend"], expert, layer))
-        pieces.append(PieceModule("head", model.head_module(), {"tokens": tokens}, ["logits"]))
+        pieces.append(PieceModule("head", model.head_module(), {TOKENS: tokens}, [LOGITS]))
     for piece in pieces:
         piece.module.eval()
-    return Split(reference, routing, pieces)
+    return SplitModel(reference, routing, pieces)

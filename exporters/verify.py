@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mvmoe_deploy.backends import Backend
-from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.bundle import LOGITS, Bundle
 from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
 from mvmoe_deploy.exporters import differences
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.precision import Tolerance
-from mvmoe_deploy.exporters.split import PieceModule, Split
+from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 from mvmoe_deploy.runtime import RoutedBatch, Runtime, top_k
 
 Array = NDArray[np.floating[Any]]
@@ -153,7 +153,7 @@ class Measure:
 
 
 def verify(
-    split: Split,
+    split: SplitModel,
     bundle: Bundle,
     backend: Backend,
     images: Tensor,
@@ -220,7 +220,7 @@ def check_piece(
         absolute = max(absolute, _max_abs(by_name[name], right))
     check_measures(measures, where, bundle)
     if "top_classes" in by_name:
-        check_ranking(by_name["logits"], by_name["top_probabilities"], by_name["top_classes"], where)
+        check_ranking(by_name[LOGITS], by_name["top_probabilities"], by_name["top_classes"], where)
     return PieceResult(
         piece.name, absolute, max(each.error for each in measures), max(each.tolerances for each in measures)
     )
@@ -237,13 +237,13 @@ def check_output(name: str, actual: Array, expected: Array, where: str) -> None:
     if name == "probabilities":
         differences.check_probabilities(expected, where, "PyTorch's")
         differences.check_probabilities(actual, where, "the bundle's")
-    elif name == "logits":
+    elif name == LOGITS:
         differences.check_masks(actual, differences.logit_scale(expected), where)
 
 
 def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> list[Measure]:
     """By how much an output of a piece differs, in the units that such an output is judged in."""
-    if name == "logits":
+    if name == LOGITS:
         errors = differences.logit_errors(actual, expected, differences.logit_scale(expected))
         probabilities = np.abs(differences.softmax(actual) - differences.softmax(expected))
         return [
@@ -305,7 +305,7 @@ def _max_abs(actual: Array, expected: Array) -> float:
     return float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0))
 
 
-def _reference_inputs(split: Split, images: Tensor) -> list[tuple[PieceModule, list[Tensor]]]:
+def _reference_inputs(split: SplitModel, images: Tensor) -> list[tuple[PieceModule, list[Tensor]]]:
     """Each piece with inputs that the reference gives it: all images, or a few for the E copies of one graph."""
     if split.routing is None:
         return [(split.pieces[0], [images])]
@@ -331,7 +331,7 @@ def _reference_inputs(split: Split, images: Tensor) -> list[tuple[PieceModule, l
     return pairs + [(head, [few]) for head in split.of("head")]
 
 
-def _end_to_end(split: Split, bundle: Bundle, backend: Backend, images: Tensor, tolerance: Tolerance) -> Report:
+def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Tensor, tolerance: Tolerance) -> Report:
     where = f"{bundle.path.name}: end to end"
     runtime = Runtime(bundle, backend, max_resident=1 if split.routing else None)
     ours, routed = _run(runtime, images.numpy())
@@ -347,8 +347,8 @@ def _end_to_end(split: Split, bundle: Bundle, backend: Backend, images: Tensor, 
         rows = np.array([flip.image for flip in flips], int)
         if len(rows):  # their logits have to be right as well, which PyTorch can only tell for its own route
             ours[rows] = _run(runtime, images.numpy()[rows], wanted[rows])[0]
-    check_output("logits", ours, theirs, f"{where}: logits")
-    measures = measure("logits", ours, theirs, tolerance)
+    check_output(LOGITS, ours, theirs, f"{where}: logits")
+    measures = measure(LOGITS, ours, theirs, tolerance)
     changes = class_changes(theirs, ours.argmax(axis=1), tolerance)
     report = Report(
         images=len(images),
@@ -457,7 +457,7 @@ def distance(name: str, a: Array, b: Array, tolerance: Tolerance) -> float:
     return min(max(each.tolerances for each in measure(name, x, y, tolerance)) for x, y in ((a, b), (b, a)))
 
 
-def _reference_probabilities(split: Split, images: Tensor) -> NDArray[np.float32]:
+def _reference_probabilities(split: SplitModel, images: Tensor) -> NDArray[np.float32]:
     outputs = split.of("trunk")[0](images)
     for router in split.of("router"):
         outputs = [*outputs, router(outputs[0])[0]]

@@ -24,6 +24,9 @@ version 3 added ``manifest.sha256``."""
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 """One line, as ``sha256sum manifest.json`` prints it: what covers the manifest as the manifest covers all else."""
+IMAGES, TOKENS, PROBABILITIES, GATE, LOGITS = "images", "tokens", "probabilities", "gate", "logits"
+"""Names of the tensors that pass between the application and the pieces."""
+
 WEIGHT_ALIGNMENT = 64
 """Of weights in their file, for vector loads from a mapped file."""
 
@@ -408,7 +411,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
     classes = len(manifest.class_names)
     experts = manifest.routing.experts if manifest.routing else 0
     size = manifest.preprocessing.size
-    shapes: dict[str, list[int | str]] = {"images": [3, size, size], "logits": [classes], "probabilities": [experts]}
+    shapes: dict[str, list[int | str]] = {IMAGES: [3, size, size], LOGITS: [classes], PROBABILITIES: [experts]}
     for piece in manifest.pieces:
         for spec in (*piece.inputs, *piece.outputs):
             if spec.shape[1:] != shapes.get(spec.name, spec.shape[1:]):

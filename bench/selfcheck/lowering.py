@@ -26,7 +26,7 @@ from mvmoe_deploy.exporters.executorch.convert import Lowered, delegation, examp
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
-from mvmoe_deploy.exporters.split import PieceModule, split
+from mvmoe_deploy.exporters.split import PieceModule, split_model
 from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, config_from_name
 from mvmoe_deploy.models.architectures.vit import embed
@@ -74,7 +74,7 @@ def measure(
         name: _export(model, directory / f"{name}.mvmoe", progress)
         for name, model in (("routed", moe), ("dense", dense))
     }
-    (trunk, *_) = split(moe, size).pieces
+    (trunk, *_) = split_model(moe, size).pieces
     files = {"rewritten": bundles["routed"] / "trunk.pte"}
     lowered: dict[str, Lowered] = {}
     for name, lowering in {

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
-from mvmoe_deploy.bundle import Manifest, Piece
+from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Manifest, Piece
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
@@ -55,14 +55,14 @@ DATE = "com.github.apple.coremltools.conversion_date"
 
 
 @dataclass
-class Package:
+class PackageDraft:
     """A converted piece in memory: the model and its ``weight.bin``."""
 
     model: Model_pb2.Model
     weights: bytes
 
     @classmethod
-    def read(cls, path: Path) -> Package:
+    def read(cls, path: Path) -> PackageDraft:
         """Reads a package that coremltools wrote."""
         read = read_package(path)
         return cls(read.model, read.weights.tobytes())
@@ -143,7 +143,7 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
     options = job.options
     _check(options, job.manifest)
     pieces = job.split.pieces
-    packages: dict[str, Package] = {}
+    packages: dict[str, PackageDraft] = {}
     with tempfile.TemporaryDirectory(prefix="mvmoe-coreml-") as scratch:
         for family in job.split.families():
             packages |= zip((piece.name for piece in family), _convert_family(family, job), strict=True)
@@ -191,7 +191,7 @@ def _check(options: CoreMLOptions, manifest: Manifest) -> None:
         raise ExportError("coreml: a classifier needs class names, and the checkpoint has none")
 
 
-def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[Package]:
+def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[PackageDraft]:
     """Converts pieces that are the same graph with other weights.
 
     One of them is traced with random numbers in place of the weights that are its own. These numbers are then found
@@ -220,8 +220,8 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
 
 
 def _put_weights(
-    template: Package, traced: nn.Module, module: nn.Module, own: list[str], options: CoreMLOptions
-) -> Package | None:
+    template: PackageDraft, traced: nn.Module, module: nn.Module, own: list[str], options: CoreMLOptions
+) -> PackageDraft | None:
     """The template with ``module``'s weights in place of ``traced``'s; None where they cannot be found exactly."""
     places = {template.weights[start : start + size]: start for start, size in _blobs(template)}
     weights = bytearray(template.weights)
@@ -233,7 +233,7 @@ def _put_weights(
             return None
         start = places[old.tobytes()]
         weights[start : start + old.nbytes] = new.tobytes()
-    return Package(copy.deepcopy(template.model), bytes(weights))
+    return PackageDraft(copy.deepcopy(template.model), bytes(weights))
 
 
 def _stored(weight: Tensor, options: CoreMLOptions) -> NDArray[Any]:
@@ -242,7 +242,7 @@ def _stored(weight: Tensor, options: CoreMLOptions) -> NDArray[Any]:
         return weight.detach().numpy().astype(np.float32 if options.precision == "fp32" else np.float16)
 
 
-def _blobs(package: Package) -> Iterator[tuple[int, int]]:
+def _blobs(package: PackageDraft) -> Iterator[tuple[int, int]]:
     """(offset, bytes) of the data of every constant in ``weight.bin``."""
     weights = np.frombuffer(package.weights, np.uint8)
     for function in package.model.mlProgram.functions.values():
@@ -254,16 +254,16 @@ def _blobs(package: Package) -> Iterator[tuple[int, int]]:
                         yield start, size
 
 
-def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOptions]) -> Package:
+def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOptions]) -> PackageDraft:
     """Traces and converts one module, for one image at a time."""
     options, manifest = job.options, job.manifest
     outputs = piece.outputs
     if _classifies(piece, options):
         module, outputs = WithProbabilities(module), [*outputs, SOFTMAX]
     inputs = [ct.TensorType(name, (1, *example.shape[1:]), np.float32) for name, example in piece.inputs.items()]
-    if options.image_input and "images" in piece.inputs:
+    if options.image_input and IMAGES in piece.inputs:
         module = PixelInput(module, manifest.preprocessing)
-        inputs = [ct.ImageType("images", (1, *piece.inputs["images"].shape[1:]), color_layout=ct.colorlayout.RGB)]
+        inputs = [ct.ImageType(IMAGES, (1, *piece.inputs[IMAGES].shape[1:]), color_layout=ct.colorlayout.RGB)]
     single = options.precision == "fp32"
     try:
         with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="mvmoe-coreml-") as scratch:
@@ -277,7 +277,7 @@ def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOption
                 skip_model_load=True,
             )
             converted.save(f"{scratch}/piece.mlpackage")
-            return Package.read(Path(scratch) / "piece.mlpackage")
+            return PackageDraft.read(Path(scratch) / "piece.mlpackage")
     except Exception as error:  # the toolchain raises whatever it meets
         raise ExportError(
             f"{piece.name}: coremltools {ct.__version__} cannot convert it ({first_line(error)})"
@@ -312,7 +312,7 @@ def class_labels(manifest: Manifest) -> list[str]:
 
 
 def _classifies(piece: PieceModule, options: CoreMLOptions) -> bool:
-    return options.classifier and "logits" in piece.outputs
+    return options.classifier and LOGITS in piece.outputs
 
 
 def _add_classifier(model: Model_pb2.Model, labels: list[str], function: str | None = None) -> None:
@@ -364,7 +364,7 @@ def _add_classifier(model: Model_pb2.Model, labels: list[str], function: str | N
     description.predictedProbabilitiesName = CLASS_PROBABILITIES
 
 
-def _compress(package: Package, precision: str, scratch: Path) -> Package:
+def _compress(package: PackageDraft, precision: str, scratch: Path) -> PackageDraft:
     """Quantises weights to 8 bits, symmetrically per output channel, or clusters them into 2^6 or 2^4 values."""
     before, after = scratch / "before.mlpackage", scratch / "after.mlpackage"
     package.write(before)
@@ -379,13 +379,13 @@ def _compress(package: Package, precision: str, scratch: Path) -> Package:
             )
             model = cto.palettize_weights(model, cto.OptimizationConfig(palettizer))
         model.save(str(after))
-    compressed = Package.read(after)
+    compressed = PackageDraft.read(after)
     shutil.rmtree(before)
     shutil.rmtree(after)
     return compressed
 
 
-def _pack(packages: dict[str, Package], default: str, scratch: Path) -> Package:
+def _pack(packages: dict[str, PackageDraft], default: str, scratch: Path) -> PackageDraft:
     """One multifunction package with a function per piece; equal weights are stored once."""
     descriptor = ct.utils.MultiFunctionDescriptor()
     for name, package in packages.items():
@@ -395,18 +395,18 @@ def _pack(packages: dict[str, Package], default: str, scratch: Path) -> Package:
     descriptor.default_function_name = default
     with quiet():
         ct.utils.save_multifunction(descriptor, str(scratch / PACKED))
-    return Package.read(scratch / PACKED)
+    return PackageDraft.read(scratch / PACKED)
 
 
-def _describe(package: Package, piece: PieceModule | None, job: Job[CoreMLOptions]) -> None:
+def _describe(package: PackageDraft, piece: PieceModule | None, job: Job[CoreMLOptions]) -> None:
     """Writes the metadata that Xcode shows, and drops the date; ``piece`` is None for a packed package."""
     manifest, options, description = job.manifest, job.options, package.model.description
     texts = {
-        "images": f"normalised image, {manifest.preprocessing.size} × {manifest.preprocessing.size}",
-        "tokens": "tokens of the image, class token first",
-        "probabilities": "router's probability of each expert; the largest chooses the tail and is its gate",
-        "gate": "router's probability of this expert",
-        "logits": "score of each class, before softmax",
+        IMAGES: f"normalised image, {manifest.preprocessing.size} × {manifest.preprocessing.size}",
+        TOKENS: "tokens of the image, class token first",
+        PROBABILITIES: "router's probability of each expert; the largest chooses the tail and is its gate",
+        GATE: "router's probability of this expert",
+        LOGITS: "score of each class, before softmax",
         "residual": "tokens after attention; add the gated experts' outputs to it",
         "expert_input": "normalised tokens for the chosen experts",
         "addend": "what this expert adds to the residual, gate included",
@@ -414,7 +414,7 @@ def _describe(package: Package, piece: PieceModule | None, job: Job[CoreMLOption
         CLASS_PROBABILITIES: "probability of each class",
     }
     if options.image_input:
-        texts["images"] = f"RGB image, {manifest.preprocessing.size} × {manifest.preprocessing.size}; normalised inside"
+        texts[IMAGES] = f"RGB image, {manifest.preprocessing.size} × {manifest.preprocessing.size}; normalised inside"
     for part in (description, *description.functions):
         for feature in (*part.input, *part.output):
             feature.shortDescription = texts.get(feature.name, "")
@@ -434,7 +434,7 @@ def _describe(package: Package, piece: PieceModule | None, job: Job[CoreMLOption
     }
     if piece is None:
         user |= {each.name: _purpose(each, manifest) for each in job.split.pieces}
-    if manifest.class_names and (piece is None or "logits" in piece.outputs):
+    if manifest.class_names and (piece is None or LOGITS in piece.outputs):
         user["classes"] = json.dumps(class_labels(manifest), ensure_ascii=False)
     for key, value in user.items():
         metadata.userDefined[key] = value
@@ -444,7 +444,7 @@ def _purpose(piece: PieceModule, manifest: Manifest) -> str:
     """What a piece does, and for an expert which classes it is for."""
     does = {
         "model": "image to logits",
-        "trunk": "image to tokens" + (" and router probabilities" if "probabilities" in piece.outputs else ""),
+        "trunk": "image to tokens" + (" and router probabilities" if PROBABILITIES in piece.outputs else ""),
         "router": "tokens to router probabilities",
         "tail": "tokens and gate to logits",
         "attention": "attention of a mixture-of-experts layer",

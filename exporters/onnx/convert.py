@@ -17,7 +17,7 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from mvmoe_deploy.bundle import WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
+from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
@@ -189,7 +189,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
             value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
-    if piece.outputs == ["logits"]:
+    if piece.outputs == [LOGITS]:
         _rank(model.graph)
     return model
 
@@ -270,7 +270,7 @@ def _write_swappable(
 def _describe(piece: PieceModule, graph: ir.Model, name: str, files: list[str], job: Job[Options]) -> Piece:
     described = describe_piece(piece, name, [name, *files], job.piece_flops(piece.role))
     outputs = described.outputs
-    if outputs[-1].name == "logits":
+    if outputs[-1].name == LOGITS:
         classes = outputs[-1].shape[-1]
         assert isinstance(classes, int)
         outputs = [*outputs, *_ranking_specs(classes)]

@@ -95,10 +95,10 @@ def main(argv: list[str] | None = None) -> None:
 def _export_all(args: argparse.Namespace, own: dict[str, dict[str, Any]]) -> None:
     """Exports for every target; ``own`` holds by target the options that it knows, of those that were given."""
     from mvmoe_deploy.exporters.pipeline import export_model, read_checkpoint
-    from mvmoe_deploy.exporters.split import split
+    from mvmoe_deploy.exporters.split import split_model
 
     model, header, source = read_checkpoint(args.checkpoint)
-    pieces = split(model, header.preprocessing.size, args.separate_router)
+    pieces = split_model(model, header.preprocessing.size, args.separate_router)
     failed: list[MvmoeError] = []
     done: list[dict[str, Any]] = []
     for target, given in own.items():

@@ -22,7 +22,7 @@ from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import BackendError, VerificationError
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.exporters.split import split
+from mvmoe_deploy.exporters.split import split_model
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.quiet import quiet
 
@@ -240,7 +240,7 @@ def check(bundle: Path) -> None:
     tiny.rehash(bundle)
     opened = open_bundle(bundle)
     opened.check()
-    pieces = split(tiny.lively_model(CONFIG), CONFIG.image_size)
+    pieces = split_model(tiny.lively_model(CONFIG), CONFIG.image_size)
     with torch.no_grad():
         verify(pieces, opened, open_backend(opened, "reference"), tiny.inputs(8), "tests")
 

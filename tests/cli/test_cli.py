@@ -357,8 +357,8 @@ def test_export_to_all_targets_goes_on_after_one_failed(
 ) -> None:
     """The first target fails; the second is exported all the same, from the same split, and the exit code tells."""
     splits: list[object] = []
-    real = split.split
-    monkeypatch.setattr(split, "split", lambda *args: splits.append(args) or real(*args))
+    real = split.split_model
+    monkeypatch.setattr(split, "split_model", lambda *args: splits.append(args) or real(*args))
     two = {name: targets.get(name) for name in ("coreml", "onnx")}
     monkeypatch.setattr(targets, "known", lambda: two)
     monkeypatch.delitem(sys.modules, "mvmoe_deploy.exporters.coreml.convert", raising=False)

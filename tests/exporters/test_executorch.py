@@ -24,7 +24,7 @@ from mvmoe_deploy.exporters.executorch import rewrite as xnnpack
 from mvmoe_deploy.exporters.executorch.exporter import ExecuTorchOptions
 from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.precision import FP32
-from mvmoe_deploy.exporters.split import PieceModule, split
+from mvmoe_deploy.exporters.split import PieceModule, split_model
 from mvmoe_deploy.exporters.verify import check_piece
 from mvmoe_deploy.models.architectures.vit import Attention
 
@@ -180,7 +180,7 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
 
     manifest = bundle("foreign").manifest
     job = Job(
-        split(DataDependent(), 16),
+        split_model(DataDependent(), 16),
         tmp_path,
         ExecuTorchOptions("fp32", "separate"),
         manifest,

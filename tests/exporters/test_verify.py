@@ -18,7 +18,7 @@ from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.exporters.split import split
+from mvmoe_deploy.exporters.split import split_model
 from mvmoe_deploy.exporters.verify import Report, check_ranking, verify
 
 
@@ -26,7 +26,7 @@ def verified(bundle: Path, model: torch.nn.Module) -> Report:
     """Verifies a bundle as the pipeline does before it appears."""
     opened = open_bundle(bundle)
     opened.check()  # whatever was damaged, the manifest agrees with it
-    return verify(split(model, tiny.SIZE), opened, open_backend(opened), tiny.inputs(), "test")
+    return verify(split_model(model, tiny.SIZE), opened, open_backend(opened), tiny.inputs(), "test")
 
 
 def stored(bundle: Path, graph: str, shape: tuple[int, ...]) -> tuple[Path, int]:
@@ -174,7 +174,7 @@ def test_a_backend_that_raises_is_a_failed_verification(bundle_path: Path, moe_m
 
     bundle: Bundle = open_bundle(bundle_path)
     with pytest.raises(VerificationError, match=r"trunk: does not run on broken \(no such kernel\)"):
-        verify(split(moe_model, tiny.SIZE), bundle, Broken(), tiny.inputs(4), "test")
+        verify(split_model(moe_model, tiny.SIZE), bundle, Broken(), tiny.inputs(4), "test")
 
 
 # classes that a graph ranks itself

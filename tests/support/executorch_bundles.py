@@ -15,7 +15,7 @@ from mvmoe_deploy import checkpoint
 from mvmoe_deploy.bundle import Bundle, describe_files, open_bundle, write_manifest
 from mvmoe_deploy.exporters.executorch.exporter import ExecuTorchOptions
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.exporters.split import Split, split
+from mvmoe_deploy.exporters.split import SplitModel, split_model
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig
 
@@ -51,9 +51,9 @@ def routed_model(k: int = 1) -> MobileVMoE:
 
 
 @functools.cache
-def pieces(k: int = 1) -> Split:
+def pieces(k: int = 1) -> SplitModel:
     """The routed model's pieces."""
-    return split(routed_model(k), SIZE)
+    return split_model(routed_model(k), SIZE)
 
 
 @functools.cache
