@@ -1,8 +1,9 @@
 """What a device needs: open a bundle, route an image, run the one expert it needs.
 
->>> import mvmoe_deploy
->>> with mvmoe_deploy.load("birds.mvmoe", max_resident=2) as runtime:
-...     runtime.predict("photo.jpg").label
+Examples:
+    >>> import mvmoe_deploy
+    >>> with mvmoe_deploy.load("birds.mvmoe", max_resident=2) as runtime:
+    ...     runtime.predict("photo.jpg").label
 """
 
 from mvmoe_deploy.errors import MvmoeError
@@ -10,3 +11,4 @@ from mvmoe_deploy.runtime import Prediction, RoutedBatch, Runtime, Score, Stats,
 
 __all__ = ["MvmoeError", "Prediction", "RoutedBatch", "Runtime", "Score", "Stats", "load"]
 __version__ = "0.1.0"
+"""Of this release; pyproject.toml reads it from here."""

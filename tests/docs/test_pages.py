@@ -7,6 +7,7 @@ import itertools
 import re
 import shlex
 import string
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -148,3 +149,24 @@ def test_files_and_targets_that_are_named_exist(page: Path) -> None:
         target for target in targets if f"`make {target}" in text and not re.search(rf"^{target}:", makefile, re.M)
     ]
     assert not unknown, f"{name_of(page)} names make targets {unknown}"
+
+
+def test_every_package_has_an_api_page() -> None:
+    """Pages show a package with all that is in it, but for what a filter leaves to other pages."""
+    shown = []  # of each directive, the package and what its filters leave out
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        for directive in re.split(r"^::: ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            shown.append((directive.split()[0], set(re.findall(r"!\^([a-z]\w*)\$", directive))))
+
+    def has_page(package: str) -> bool:
+        for root, left_out in shown:
+            inside = package.removeprefix(root)
+            if inside != package and inside[:1] in ("", ".") and inside.lstrip(".").partition(".")[0] not in left_out:
+                return True
+        return False
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = [name for name in project["tool"]["setuptools"]["packages"] if not name.startswith("mvmoe_deploy.cli")]
+    assert [package for package in packages if not has_page(package)] == []
+    assert not has_page("mvmoe_deploy.cli")
+    assert not has_page("mvmoe_deployed")
