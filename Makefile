@@ -28,7 +28,7 @@ types: .venv/dev
 
 # The documentation, in site/. Strict: a broken link or a module that cannot be found is an error.
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/offline.py site
 
 # docs/manifest.schema.json, from the code. A test fails while it is stale.
