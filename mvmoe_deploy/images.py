@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import stat
 import threading
 import warnings
 from pathlib import Path
@@ -179,6 +181,10 @@ def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _identify(source: str | Path | io.BytesIO, name: str) -> Image.Image:
+    if not isinstance(source, io.BytesIO):
+        kind_of_file = os.stat(source).st_mode
+        if not stat.S_ISREG(kind_of_file) and not stat.S_ISDIR(kind_of_file):  # a pipe would wait for a writer
+            raise ImageError(f"{name}: is a pipe or a device, expected an image file")
     try:
         return Image.open(source)
     except UnidentifiedImageError:

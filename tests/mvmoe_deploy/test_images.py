@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
 import sys
 import time
@@ -137,6 +138,17 @@ def test_cmyk_jpeg() -> None:
     file = encoded(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"), "JPEG", quality=95)
     assert Image.open(io.BytesIO(file)).mode == "CMYK"
     uniform(rgb(file), 200, 40, 90, within=4)
+
+
+def test_ycck_jpeg() -> None:
+    """Four components that hold Y, Cb, Cr and K, inverted as Adobe has it; made by patching what Pillow writes."""
+    y, cb, cr = Image.new("RGB", (16, 16), (255 - 200, 255 - 40, 255 - 90)).convert("YCbCr").split()
+    channels = [*(each.point(lambda value: 255 - value) for each in (y, cb, cr)), Image.new("L", (16, 16), 0)]
+    file = bytearray(encoded(Image.merge("CMYK", channels), "JPEG", quality=95))
+    marker = file.index(b"\xff\xee\0\x0eAdobe")
+    assert file[marker + 15] == 0
+    file[marker + 15] = 2
+    uniform(rgb(bytes(file)), 200, 40, 90, within=4)
 
 
 def test_transparency_is_laid_over_white() -> None:
@@ -359,6 +371,17 @@ def test_no_such_file_and_a_directory(tmp_path: Path) -> None:
         decode(tmp_path / "none.jpg")
     with pytest.raises(ImageError, match="is a directory"):
         decode(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ImageError, match="is a pipe or a device"):
+            decode(path)
+    for odd, message in (
+        ("x" * 5000, "File name too long"),
+        ("a\0b", "embedded null"),
+        (tmp_path / "none.jpg" / "x", "no such file"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            decode(odd)
 
 
 def png_header(width: int, height: int) -> bytes:
