@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from mvmoe_deploy.errors import ImageError
+from mvmoe_deploy.errors import ImageError, first_line
 
 MAX_PIXELS = 100_000_000
 """Largest image that is decoded (a 20,000 × 5,000 panorama); a larger one is refused from its header alone.
@@ -211,11 +211,9 @@ def _identify(source: str | Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    """A foreign error in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "damaged"  # its own message may hold an object's address
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

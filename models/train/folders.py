@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvmoe_deploy.checkpoint import Superclasses
-from mvmoe_deploy.errors import DataError, ImageError
+from mvmoe_deploy.errors import DataError, ImageError, first_line
 from mvmoe_deploy.imagefiles import HEAD, MAX_FILE_BYTES, claims_to_be_image, image_format, is_hidden, walk
 from mvmoe_deploy.images import Preprocessing, to_pixels
 from mvmoe_deploy.models.train.data import ImageSet
@@ -178,8 +178,8 @@ def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
     elif archive.is_file():
         try:
             opened = zipfile.ZipFile(archive)
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise DataError(f"{archive}: not a readable zip file ({error})") from None
+        except Exception as error:  # zipfile raises whatever it stumbles over
+            raise DataError(f"{archive}: not a readable zip file ({first_line(error)})") from None
         with opened:
             found = _sort_out(archive, source, _files_of_zip(archive, opened))
             yield _divide(found, split, val_share) if divided else found
@@ -203,18 +203,18 @@ def _files_of_folder(folder: Path) -> list[_File]:
         paths = [(parts, folder.joinpath(*parts)) for parts in walk(folder)]
     except ImageError as error:
         raise DataError(str(error)) from None
-    return [_File(parts, str(path), partial(read, path)) for parts, path in paths]
+    return [_File(parts, _printable(str(path)), partial(read, path)) for parts, path in paths]
 
 
 def _files_of_zip(path: Path, archive: zipfile.ZipFile) -> list[_File]:
     def read(entry: zipfile.ZipInfo, count: int) -> bytes:
-        name = f"{path}:{entry.filename}"
+        name = _printable(f"{path}:{entry.filename}")
         _check_size(name, entry.file_size)
         try:
             with archive.open(entry) as file:
                 return file.read(count)
         except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError where it is encrypted, …
-            raise ImageError(f"{name}: damaged in the zip file ({error})") from None
+            raise ImageError(f"{name}: damaged in the zip file ({first_line(error)})") from None
 
     files: dict[tuple[str, ...], _File] = {}
     for entry in archive.infolist():
@@ -222,11 +222,16 @@ def _files_of_zip(path: Path, archive: zipfile.ZipFile) -> list[_File]:
         *parts, last = entry.filename.replace("\\", "/").split("/")
         key = (*(part for part in parts if part not in ("", ".")), last)
         if key in files and last:
-            raise DataError(f"{path}:{entry.filename}: is in the zip file twice")
-        files[key] = _File(key, f"{path}:{entry.filename}", partial(read, entry))
+            raise DataError(f"{_printable(f'{path}:{entry.filename}')}: is in the zip file twice")
+        files[key] = _File(key, _printable(f"{path}:{entry.filename}"), partial(read, entry))
     # as in a folder, an entry for a folder tells something only where nothing is inside
     filled = {key[:depth] for key in files if key[-1] for depth in range(len(key))}
     return [file for key, file in sorted(files.items()) if key[-1] or (key[:-1] and key[:-1] not in filled)]
+
+
+def _printable(name: str) -> str:
+    """A name within one line, without what would command a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def _check_size(name: str, size: int) -> None:

@@ -205,6 +205,12 @@ def test_a_zip_from_windows(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_a_name_that_would_command_a_terminal_is_shown_in_one_line(zipped: bool, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"n1/a\?\[2Jb\?c\.jpg: not an image that can be read"):
+        read({**TWO, "n1/a\033[2Jb\nc.jpg": b"no image"}, tmp_path, zipped)
+
+
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     data = write(TWO, tmp_path / "data", zipped=False)
     (tmp_path / "elsewhere").mkdir()
