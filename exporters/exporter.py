@@ -13,7 +13,10 @@ from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.precision import Precision
 
 if TYPE_CHECKING:
+    from mvmoe_deploy.bundle import Bundle, Piece
     from mvmoe_deploy.exporters.job import Converted, Job
+    from mvmoe_deploy.exporters.split import PieceModule
+    from mvmoe_deploy.exporters.weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Exporter:
         layouts: how it can lay out pieces in files, the default first.
         options: the type of its options, :class:`Options` or a frozen subclass of it.
         add_arguments: adds the command line options of the subclass, named as its fields, with the same defaults.
+        stored_weights: ``module:function``, the function ``stored_weights(piece, written, bundle) -> StoredWeights``,
+            which reads a piece's weights back from a bundle; empty where the target has none. Without it, experts whose
+            outputs are too alike cannot be verified.
     """
 
     converts: str
@@ -57,6 +63,7 @@ class Exporter:
     layouts: tuple[str, ...] = ("separate",)
     options: type[Options] = Options
     add_arguments: Callable[[argparse._ArgumentGroup], None] = no_arguments
+    stored_weights: str = ""
 
     @property
     def own_options(self) -> frozenset[str]:
@@ -96,6 +103,21 @@ def converter_of(target: str) -> Callable[[Job[Any]], Converted]:
     convert: Callable[[Job[Any]], Converted]
     convert = targets.resolve(exporter_of(target).converts, f"target {target}", record.requirement, ExportError)
     return convert
+
+
+def weights_reader_of(target: str) -> Callable[[PieceModule, Piece, Bundle], StoredWeights] | None:
+    """A target's ``stored_weights``, or None where it has none.
+
+    Raises:
+        ConfigError: there is no such target.
+        ExportError: its toolchain is not installed.
+    """
+    name = exporter_of(target).stored_weights
+    if not name:
+        return None
+    read: Callable[[PieceModule, Piece, Bundle], StoredWeights]
+    read = targets.resolve(name, f"target {target}", targets.get(target).requirement, ExportError)
+    return read
 
 
 def complete_options(given: Options | None, target: str) -> Options:

@@ -48,20 +48,22 @@ class Precision:
 FP32 = Precision(
     "fp32",
     4,
-    Tolerance(logits=5e-5, probabilities=2e-5, channels=1e-4, margin=2e-5, agreement=1.0),
-    "Engines sum in another order and approximate erf and exp: about 1e-6 per operator, seen to reach 1e-5 after "
-    "twelve blocks. A wrong expert shows 1e-2 and more.",
+    Tolerance(logits=2e-5, probabilities=1e-5, channels=5e-5, margin=1e-5, agreement=1.0),
+    "Engines sum in another order and approximate erf and exp. Seen: logits 5e-6, probabilities 2e-6, channels 1.6e-5, "
+    "at 6 to 12 blocks of width 64 to 384.",
 )
 FP16 = Precision(
     "fp16",
     2,
-    Tolerance(logits=3e-2, probabilities=1e-2, channels=4e-2, margin=1e-2, agreement=1.0),
-    "11 bits of mantissa: 5e-4 per weight, and per operator where arithmetic is fp16 too, which adds up over blocks.",
+    Tolerance(logits=2.5e-2, probabilities=6e-3, channels=4e-2, margin=1e-2, agreement=1.0),
+    "11 bits of mantissa, per weight and per operator, which adds up over blocks. Seen: logits 9e-3, probabilities "
+    "2e-3, channels 1.4e-2.",
 )
 INT8 = Precision(
     "int8",
     1,
-    Tolerance(logits=0.3, probabilities=0.1, channels=0.4, margin=0.1, agreement=0.97),
+    Tolerance(logits=0.3, probabilities=0.1, channels=0.6, margin=0.1, agreement=0.97),
     "One scale per output channel: a weight is off by up to 1/254 of the largest in its channel. Activations are "
-    "quantised as well where that is dynamic.",
+    "quantised as well where that is dynamic. Seen: logits 0.12, probabilities 0.03, channels 0.26, another class "
+    "where PyTorch prefers its own by 0.03.",
 )

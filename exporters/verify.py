@@ -20,9 +20,10 @@ from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import LOGITS, Bundle
 from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
 from mvmoe_deploy.exporters import differences
-from mvmoe_deploy.exporters.exporter import exporter_of
+from mvmoe_deploy.exporters.exporter import exporter_of, weights_reader_of
 from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
+from mvmoe_deploy.exporters.weights import StoredWeights, same_weights, whose
 from mvmoe_deploy.runtime import RoutedBatch, Runtime, top_k
 
 Array = NDArray[np.floating[Any]]
@@ -113,6 +114,8 @@ class Report(msgspec.Struct):
         routing_agreement: share of images sent to the same experts; None for a dense model.
         route_flips: images routed otherwise.
         class_changes: images with PyTorch's route but another top-1 class.
+        gates_apart: how many tolerances the logits would be off, on these images, if gates were renormalised (for
+            k = 1: left out); None for a dense model.
         eyesight: whether swapped experts would have been noticed; None where there is only one.
         tolerance: what was allowed.
     """
@@ -128,6 +131,7 @@ class Report(msgspec.Struct):
     routing_agreement: float | None
     route_flips: list[Change]
     class_changes: list[Change]
+    gates_apart: float | None
     eyesight: Eyesight | None
     tolerance: dict[str, float]
 
@@ -175,17 +179,17 @@ def verify(
     """
     tolerance = exporter_of(bundle.manifest.target).precision(bundle.manifest.precision).tolerance
     results = []
-    references: dict[tuple[str, int | None], list[Array]] = {}
+    families: dict[tuple[str, int | None], list[tuple[PieceModule, Array]]] = {}
     for piece, inputs in _reference_inputs(split, images):
         progress(f"{piece.name}: verifying")
         expected = [tensor.numpy() for tensor in piece(*inputs)]
         results.append(check_piece(piece, inputs, expected, bundle, backend, tolerance))
         if piece.expert is not None:
-            references.setdefault((piece.outputs[0], piece.layer), []).append(expected[0])
+            families.setdefault((piece.role, piece.layer), []).append((piece, expected[0]))
     progress("verifying end to end")
     report = _end_to_end(split, bundle, backend, images, tolerance)
     report.pieces, report.image_source = results, image_source
-    report.eyesight = _eyesight(references, tolerance)
+    report.eyesight = _eyesight(list(families.values()), bundle, tolerance)
     return report
 
 
@@ -362,6 +366,7 @@ def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Ten
         routing_agreement=None if split.routing is None else 1 - len(flips) / len(images),
         route_flips=flips,
         class_changes=changes,
+        gates_apart=None,
         eyesight=None,
         tolerance=asdict(tolerance),
     )
@@ -376,7 +381,83 @@ def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Ten
                 f"{bundle.manifest.precision}; PyTorch prefers {worst.reference} to {worst.bundle} by "
                 f"{worst.margin:.2g} spreads for image {worst.image}; no bundle was written"
             )
+    if split.routing is not None:
+        report.gates_apart = _check_gates(split, runtime, images, tolerance)
     return report
+
+
+def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance: Tolerance) -> float:
+    """Runs images whose gates are far from 1, and tells how well they show what is done with the gates.
+
+    Every image of a sure router has a gate of about 1, and then it makes no difference whether gates are multiplied
+    with or renormalised. Between two images that are routed otherwise lies one on whose route they are even.
+
+    Returns:
+        By how many tolerances the logits would differ if gates were renormalised.
+
+    Raises:
+        VerificationError: logits are out of tolerance.
+    """
+    bundle = runtime.bundle
+    assert split.routing is not None
+    few = images[:IMAGES_PER_EXPERT]
+    between = images_between_experts(split, images)
+    if len(between):
+        right = split.model(between).detach().numpy()
+        wanted = top_k(_reference_probabilities(split, between), split.routing.k)
+        found, _ = _run(runtime, between.numpy(), wanted)  # the route itself is a tie
+        where = f"{bundle.path.name}: end to end, images between two experts"
+        check_output(LOGITS, found, right, f"{where}: logits")
+        check_measures(measure(LOGITS, found, right, tolerance), where, bundle)
+        few = torch.cat([few, between])
+    right = split.model(few).detach().numpy()
+    wrong = torch.cat([_with_renormalised_gates(split, image[None]) for image in few]).numpy()
+    return max(each.tolerances for each in measure(LOGITS, wrong, right, tolerance))
+
+
+def images_between_experts(split: SplitModel, images: Tensor, count: int = 4, halvings: int = 6) -> Tensor:
+    """Blends of two images each, near the point where the router changes its mind; none if all are routed alike.
+
+    Args:
+        split: the reference.
+        images: ``[n, 3, S, S]``.
+        count: of blends.
+        halvings: how near: to 2^-halvings of the way from one image to the other.
+    """
+    assert split.routing is not None
+    k = split.routing.k
+
+    def routes(batch: Tensor) -> NDArray[np.int64]:
+        return np.sort(top_k(_reference_probabilities(split, batch), k))
+
+    some = images[: 4 * IMAGES_PER_EXPERT]
+    found = routes(some)
+    others = np.flatnonzero((found != found[0]).any(axis=1))[:count].tolist()
+    near, far = some[:1].expand(len(others), -1, -1, -1), some[others]
+    for _ in range(halvings if others else 0):
+        middle = (near + far) / 2
+        alike = torch.from_numpy((routes(middle) == found[0]).all(axis=1))[:, None, None, None]
+        near, far = torch.where(alike, middle, near), torch.where(alike, far, middle)
+    return near
+
+
+def _with_renormalised_gates(split: SplitModel, image: Tensor) -> Tensor:
+    """What the model's logits would be if an image's gates were made to sum to 1."""
+    assert split.routing is not None
+    probabilities = _reference_probabilities(split, image)
+    chosen = top_k(probabilities, split.routing.k)[0].tolist()
+    gates = torch.from_numpy(probabilities[0, chosen] / probabilities[0, chosen].sum())[:, None]
+    x = split.of("trunk")[0](image)[0]
+    if split.routing.k == 1:
+        return split.of("tail")[chosen[0]](x, gates[0])[0]
+    segments = {(piece.expert, piece.layer): piece for piece in split.of("expert_layer")}
+    for attention in split.of("attention"):
+        x, expert_input = attention(x)
+        addends = [
+            segments[expert, attention.layer](expert_input, gate)[0] for expert, gate in zip(chosen, gates, strict=True)
+        ]
+        x = x + sum(addends)
+    return split.of("head")[0](x)[0]
 
 
 def _run(
@@ -440,16 +521,61 @@ def class_changes(logits: Array, found: NDArray[np.int64], tolerance: Tolerance)
     return changes
 
 
-def _eyesight(references: dict[tuple[str, int | None], list[Array]], tolerance: Tolerance) -> Eyesight | None:
-    """The two experts whose outputs are the most similar, in any MoE layer."""
-    closest: Eyesight | None = None
-    for name, layer in references:
-        outputs = references[name, layer]
-        for a, b in combinations(range(len(outputs)), 2):
-            apart = distance(name, outputs[a], outputs[b], tolerance)
-            if closest is None or apart < closest.tolerances:
-                closest = Eyesight(apart, [a, b], "outputs" if apart >= SEEN else "nothing", 0)
+def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, tolerance: Tolerance) -> Eyesight | None:
+    """Tells experts apart: by PyTorch's outputs for the same inputs, or else by the weights in the bundle.
+
+    Args:
+        families: the experts of each layer, in order, with their outputs.
+        bundle: as written.
+        tolerance: what outputs may differ by.
+
+    Raises:
+        VerificationError: a piece holds another expert's weights.
+    """
+    closest = Eyesight(np.inf, [], "outputs", 0)
+    alike = []
+    for family in families:
+        for a, b in combinations(range(len(family)), 2):
+            apart = distance(family[a][0].outputs[0], family[a][1], family[b][1], tolerance)
+            if apart < SEEN:
+                alike.append((family[a][0], family[b][0]))
+            if apart < closest.tolerances:
+                closest.tolerances, closest.experts = apart, [a, b]
+    if not closest.experts:
+        return None
+    if alike:
+        closest.told_apart_by, closest.copies = _by_weights(alike, bundle)
     return closest
+
+
+def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) -> tuple[str, int]:
+    """``weights`` or, where some cannot be read, ``nothing``; and how many pairs of experts have equal weights."""
+    read = weights_reader_of(bundle.manifest.target)
+    if read is None:
+        return "nothing", 0
+    stored: dict[str, StoredWeights] = {}
+    by, copies, held = "weights", 0, set()
+    for pair in alike:
+        for piece in pair:
+            if piece.name not in stored:
+                stored[piece.name] = read(piece, bundle.piece(piece.role, piece.expert, piece.layer), bundle)
+        a, b = (stored[piece.name] for piece in pair)
+        if same_weights(a, b):
+            copies += 1
+            if pair[0].name in held and pair[1].name in held:
+                continue
+        for piece, own, other in ((pair[0], a, b), (pair[1], b, a)):
+            verdict = whose(own, other)
+            if verdict == "other":
+                wrong = pair[0] if piece is pair[1] else pair[1]
+                raise VerificationError(
+                    f"{bundle.path.name}: {piece.name}: holds the weights of {wrong.name}; no bundle was written"
+                )
+            if verdict == "unknown":
+                by = "nothing"
+            elif verdict == "equal":
+                held.add(piece.name)
+    return by, copies
 
 
 def distance(name: str, a: Array, b: Array, tolerance: Tolerance) -> float:

@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
-from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Manifest, Piece
+from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Bundle, Manifest, Piece
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
+from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.quiet import quiet
 
@@ -179,6 +180,13 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
         },
         ("reference", "coreml") if sys.platform == "darwin" else ("reference",),
     )
+
+
+def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
+    """Reads a piece's weights back: the program's constants, decompressed."""
+    constants = read_package(bundle.path / written.graph).program(written.function).constants.values()
+    found = [value for value in constants if isinstance(value, np.ndarray) and value.dtype == np.float32]
+    return StoredWeights({name: weight.numpy() for name, weight in piece.module.state_dict().items()}, found)
 
 
 def _check(options: CoreMLOptions, manifest: Manifest) -> None:

@@ -57,15 +57,18 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 PALETTE6 = Precision(
     "palette6",
     0.75,
-    Tolerance(logits=0.5, probabilities=0.3, channels=1.2, margin=0.15, agreement=0.97),
-    "64 values per tensor, placed by k-means: errors like those of int8.",
+    Tolerance(logits=0.6, probabilities=0.3, channels=1.5, margin=0.2, agreement=0.97),
+    "64 values per tensor, placed by k-means. Seen: logits 0.24, probabilities 0.11, channels 0.6, another class where "
+    "PyTorch prefers its own by 0.09.",
     "64 values per weight tensor",
 )
 PALETTE4 = Precision(
     "palette4",
     0.5,
     Tolerance(logits=1.5, probabilities=0.7, channels=5.0, margin=0.3, agreement=0.75),
-    "16 values per tensor: known to cost accuracy, exported for those who measure what it costs them.",
+    "16 values per tensor: known to cost accuracy, exported for those who measure what it costs. Seen: logits 0.8, "
+    "probabilities 0.4, channels 2.8; of 64 images 16 got another class, 6 of them where PyTorch prefers its own by "
+    "more than the margin.",
     "16 values per weight tensor",
 )
 EXPORTER = Exporter(
@@ -74,4 +77,5 @@ EXPORTER = Exporter(
     layouts=("separate", "packed"),
     options=CoreMLOptions,
     add_arguments=add_arguments,
+    stored_weights="mvmoe_deploy.exporters.coreml.convert:stored_weights",
 )

@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mvmoe_deploy.bundle import Piece
+from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH, ExecuTorchOptions
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.job import Converted, Job, count_parameters, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule
+from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.quiet import quiet
 
 with quiet():
@@ -110,6 +112,37 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
             "delegation": {name: vars(piece.delegation) for name, piece in lowered.items()},
         },
     )
+
+
+def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
+    """Reads a piece's weights back: those that the delegates of its method name, by their sha256.
+
+    A file does not say which of its weights are int8, nor which scales belong to which, so each is read in every way
+    that its size allows; :func:`mvmoe_deploy.exporters.weights.whose` takes the most similar.
+    """
+    file = deserialize_pte_binary((bundle.path / written.graph).read_bytes())
+    (plan,) = (plan for plan in file.program.execution_plan if plan.name == written.function)
+    used = {
+        digest.decode()
+        for delegate in plan.delegates
+        for digest in _SHA256.findall(file.program.backend_delegate_data[delegate.processed.index].data)
+    }
+    assert file.named_data is not None
+    stored = file.named_data.pte_data.items()
+    buffers = [file.named_data.buffers[each.buffer_index] for key, each in stored if key[-64:] in used]
+    floats = [np.frombuffer(buffer, np.float32) for buffer in buffers if len(buffer) % 4 == 0]
+    floats = [array for array in floats if np.isfinite(array).all()]
+    if bundle.manifest.precision == "int8":
+        scales = [array for array in floats if (array > 0).all()]
+        quantized = [np.frombuffer(buffer, np.int8) for buffer in buffers]
+        floats += [
+            array.reshape(len(scale), -1) * scale[:, None]
+            for array in quantized
+            for scale in scales
+            if len(array) > len(scale) and len(array) % len(scale) == 0
+        ]
+    module = rewrite(piece, reflect=bundle.manifest.precision == "fp32")
+    return StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, floats)
 
 
 def export(

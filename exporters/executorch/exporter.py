@@ -47,4 +47,5 @@ EXPORTER = Exporter(
     layouts=("separate", "packed"),
     options=ExecuTorchOptions,
     add_arguments=add_arguments,
+    stored_weights="mvmoe_deploy.exporters.executorch.convert:stored_weights",
 )

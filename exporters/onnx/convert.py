@@ -17,11 +17,12 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Piece, TensorSpec, Weight
+from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Bundle, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
+from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.models.architectures.vit import Attention
 
 OPSET = 23
@@ -152,6 +153,17 @@ def convert(job: Job[Options]) -> Converted:
             pieces.append(_describe(piece, graph, path.name, files, job))
     versions = {m.__name__: m.__version__ for m in (onnx, onnxruntime, onnxscript)}
     return Converted(pieces, {**versions, "opset": str(OPSET)})
+
+
+def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
+    """Reads a piece's weights back: from its graph, and those that the graph takes as inputs from their files."""
+    graph = onnx.load(bundle.path / written.graph).graph
+    found = [onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer]
+    for weight in written.weights:
+        values = np.fromfile(bundle.path / weight.file, "<f4", weight.bytes // 4, offset=weight.offset)
+        found.append(values.reshape(weight.shape))
+    expected = {name: weight.numpy() for name, weight in rewrite(piece.module, {}).state_dict().items()}
+    return StoredWeights(expected, [array.astype(np.float32) for array in found if array.dtype.kind == "f"])
 
 
 def trace(piece: PieceModule, module: nn.Module) -> ir.Model:

@@ -35,6 +35,9 @@ def _lines(report: dict[str, Any], precision: str) -> list[str]:
     if report["routing_agreement"] is not None:
         lines.append(f"  routing agreement {report['routing_agreement']:.1%}")
         lines += _changes(report["route_flips"], "routed to", report["tolerance"]["margin"])
+    if report["gates_apart"] is not None:
+        off = f"{report['gates_apart']:,.3g} tolerances off"
+        lines.append(f"  if gates were left out or renormalised, logits would be {off} on these images")
     if report["eyesight"] is not None:
         lines += _eyesight(report["eyesight"])
     return lines
@@ -60,13 +63,11 @@ def _eyesight(eyesight: dict[str, Any]) -> list[str]:
     lines = [f"  experts {a} and {b} are the most alike: their outputs are {apart}"]
     by = eyesight["told_apart_by"]
     if by == "outputs":
-        lines.append("  so a wrong expert would have shown in any output")
+        lines.append("  so a wrong expert would have shown")
     else:
-        lines.append("  so outputs do not verify which expert is which")
+        lines.append("  so a wrong expert need not have shown: this does not verify which expert is which")
     if by == "weights":
-        lines.append(
-            "  each expert's weights in the bundle were compared with the checkpoint's instead: they are its own"
-        )
+        lines.append("  their weights in the bundle were compared with the checkpoint's instead, and are their own")
     if eyesight["copies"]:
-        lines.append(f"  {eyesight['copies']} pairs of experts have equal weights, so that nothing tells them apart")
+        lines.append(f"  pairs of experts with equal weights, which nothing tells apart: {eyesight['copies']}")
     return lines
