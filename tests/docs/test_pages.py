@@ -68,7 +68,7 @@ def complaint(arguments: list[str], *, complete: bool) -> str | None:
     except Parsed:
         return None
     except Refused as refused:
-        if complete or "required" not in str(refused):
+        if complete or not re.search("are required|expected (at least )?one argument", str(refused)):
             return str(refused)
         flags = [argument.partition("=")[0] for argument in rest if re.match(r"--?[a-z]", argument)]
         unknown = [flag for flag in flags if flag not in refused.parser._option_string_actions]
