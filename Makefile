@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find mvmoe_deploy exporters bench models -type f -not -name '*.pyc') pyproject.toml
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types docs schema clean
+.PHONY: demo test fuzz lint types docs schema clean
 
 # Exports the zoo's trained model and its dense baseline, verifies both, classifies a photo with one expert in memory,
 # and measures them against each other.
@@ -16,6 +16,10 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/pytest -n auto --dist loadfile  # not python -m pytest, which would find the checkout first
+
+# Thousands of damaged and hostile files, of which none may crash, hang or be answered wrongly; some minutes.
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz/fuzz.py
 
 # Ruff checks every Python file of the checkout; mypy the installed package, and the scripts in docs/.
 lint: .venv/dev types

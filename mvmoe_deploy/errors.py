@@ -9,7 +9,16 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class MvmoeError(Exception):
-    """Base of all errors of this project; the message says what was wrong, where, and what to do."""
+    """Base of all errors of this project; the message says what was wrong, where, and what to do.
+
+    It is one line. What cannot be printed, such as a terminal's escapes in the name of a file, is written as in Python.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(MvmoeError):

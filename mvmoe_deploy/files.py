@@ -25,21 +25,21 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it is synced and renamed to ``path``, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with _named(path, temporary):
+    with _named(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
             yield temporary
             _sync(temporary)
             temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _named(path: Path, temporary: Path) -> Iterator[None]:
+def _named(path: Path) -> Iterator[None]:
     """Lets errors name what is being written, not the temporary that nobody has heard of, nor nothing at all.
 
     A full disk is reported by the writing itself, which knows no name.
@@ -48,7 +48,7 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
         yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else ""
-        if error.errno is None or not (not name or Path(name).is_relative_to(temporary)):
+        if error.errno is None or (name and not name.startswith(str(path.parent / f".{path.name}."))):
             raise
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(error.errno, "exists already: something else wrote it meanwhile", str(path)) from None
@@ -70,7 +70,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_killed(path)
-    with _temporary(path, ".tmp") as temporary, _named(path, temporary):
+    with _named(path), _temporary(path, ".tmp") as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():

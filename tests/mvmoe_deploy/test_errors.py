@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mvmoe_deploy.errors import first_line
+from mvmoe_deploy.errors import BundleError, first_line
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,10 @@ from mvmoe_deploy.errors import first_line
 )
 def test_first_line(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_this_project_s_errors_are_one_line_that_can_be_printed() -> None:
+    """A file may be called anything."""
+    error = BundleError("a\x1b[31m.png\n\ud800: damaged, größer als 1 µm")
+    assert str(error) == "a\\x1b[31m.png\\n\\ud800: damaged, größer als 1 µm"
+    assert str(BundleError("plain")) == "plain"

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,7 @@ def test_the_old_directory_comes_back_where_the_new_one_cannot_be_put(
 KILLED = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from mvmoe_deploy import files
 path, moment = Path(sys.argv[1]), sys.argv[2]
 files._exchange = lambda a, b: False
@@ -186,3 +188,23 @@ def test_two_directories_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").exists()
     assert (tmp_path / "b" / "a").exists()
     assert not files._exchange(tmp_path / "a", tmp_path / "absent")
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory])
+def test_errors_name_what_is_written_and_not_a_temporary(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "birds"
+    with pytest.raises(OSError, match="No space left on device") as caught, write(path):
+        raise OSError(28, "No space left on device")  # as a write says it
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught, write(path) as temporary:
+        (temporary / "none" / "x").read_bytes() if temporary.is_dir() else temporary.unlink()
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught, write(path):
+        (tmp_path / "another").read_bytes()
+    assert caught.value.filename == str(tmp_path / "another")  # its own
+    with pytest.raises(OSError, match="too long") as caught, write(tmp_path / ("x" * 250)):
+        pass
+    assert caught.value.filename == str(tmp_path / ("x" * 250))
+    assert not list(tmp_path.iterdir())
