@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mvmoe_deploy.backends import LoadedPiece
@@ -80,7 +81,6 @@ class Residency:
         self._waiting = 0  # threads in _claim that something has to wake
         self._cleared = False
         self._hits = self._misses = self._evictions = 0
-        self._uses = [Use(self, expert) for expert in range(len(sizes))]
         self._check_bounds()
 
     def _check_bounds(self) -> None:
@@ -98,14 +98,43 @@ class Residency:
         if self._most is not None and count > self._most:
             raise BudgetError(f"max_resident={self._most} cannot hold an expert{beside}: needs at least {count}")
 
-    def use(self, expert: int) -> Use:
-        """A context in which an expert is resident, loaded first where needed; entering it gives what was loaded.
+    def acquire(self, expert: int) -> Loaded:
+        """What an expert consists of, loaded first where needed; it stays resident until :meth:`release`.
 
-        It may be kept and entered any number of times. However many threads ask for an absent expert, one loads it
-        and the others wait. Where no room can be made because every other resident expert is in use, it waits for one
-        to be let go.
+        However many threads ask for an absent expert, one loads it and the others wait. Where no room can be made
+        because every other resident expert is in use, it waits for one to be released.
         """
-        return self._uses[expert]
+        # The usual case, a resident expert, written out: a prediction's every step runs with a cold cache, and a
+        # condition's methods cost several times as much as a lock's.
+        with self._lock:
+            slot = self._slots.get(expert)
+            if slot is not None and slot.loaded is not None:
+                self._hits += 1
+                slot.users += 1
+                self._slots.move_to_end(expert)
+                return slot.loaded
+        loaded = self._claim(expert).loaded
+        assert loaded is not None
+        return loaded
+
+    def release(self, expert: int) -> None:
+        """Ends one use of an expert that :meth:`acquire` began."""
+        with self._lock:
+            slot = self._slots[expert]  # it cannot leave while it has a user
+            slot.users -= 1
+            if self._waiting:
+                self._changed.notify_all()
+            if self._cleared and not slot.users:
+                del self._slots[expert]
+
+    @contextlib.contextmanager
+    def use(self, expert: int) -> Iterator[Loaded]:
+        """A context in which an expert is acquired."""
+        loaded = self.acquire(expert)
+        try:
+            yield loaded
+        finally:
+            self.release(expert)
 
     def _claim(self, expert: int) -> _Slot:
         with self._changed:
@@ -180,42 +209,6 @@ class Residency:
             self._cleared = True
             dropped = [self._slots.pop(e) for e in [e for e, slot in self._slots.items() if not slot.users]]
         dropped.clear()
-
-
-class Use:
-    """Holds one expert while it is entered.
-
-    A class with the usual case, a resident expert, written out: a prediction's every step runs with a cold cache, and
-    a generator's context or a condition's methods cost several times as much.
-    """
-
-    __slots__ = ("_expert", "_residency")
-
-    def __init__(self, residency: Residency, expert: int) -> None:
-        self._residency, self._expert = residency, expert
-
-    def __enter__(self) -> Loaded:
-        residency = self._residency
-        with residency._lock:
-            slot = residency._slots.get(self._expert)
-            if slot is not None and slot.loaded is not None:
-                residency._hits += 1
-                slot.users += 1
-                residency._slots.move_to_end(self._expert)
-                return slot.loaded
-        loaded = residency._claim(self._expert).loaded
-        assert loaded is not None
-        return loaded
-
-    def __exit__(self, *_: object) -> None:
-        residency = self._residency
-        with residency._lock:
-            slot = residency._slots[self._expert]  # it cannot leave while it has a user
-            slot.users -= 1
-            if residency._waiting:
-                residency._changed.notify_all()
-            if residency._cleared and not slot.users:
-                del residency._slots[self._expert]
 
 
 def parse_bytes(text: str | int) -> int:

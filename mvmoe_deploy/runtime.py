@@ -22,6 +22,9 @@ from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 
 Floats = NDArray[np.float32]
 
+_Used = tuple[list[NDArray[Any]], float, float]
+"""What experts returned, and the milliseconds that loading and running them took."""
+
 _NEARLY_ONE = 0.95, 1.05
 """A router's probabilities sum to something between these; a thousand in half precision are off by 0.01."""
 
@@ -200,10 +203,9 @@ class Runtime:
             max_resident,
             pinned,
         )
-        self._uses = [self._residency.use(expert) for expert in range(experts)]
         self._pieces: dict[str, LoadedPiece] = {piece.name: self._load_piece(piece) for piece in self._fixed}
         for expert in wanted:
-            with self._uses[expert]:
+            with self._residency.use(expert):
                 pass
 
     def __enter__(self) -> Runtime:
@@ -248,19 +250,20 @@ class Runtime:
         manifest = self.bundle.manifest
         started = perf_counter()
         batch = preprocess(image, manifest.preprocessing, name)[None]
-        timings = {"preprocess": 1e3 * (perf_counter() - started)}
+        preprocessed = 1e3 * (perf_counter() - started)
         experts: list[int] = []
         gates: list[float] = []
         if self._one_expert:
-            outputs, _, expert, gate = self._run_image(pieces, batch, timings)
+            outputs, _, expert, gate, timings = self._run_image(pieces, batch)
             experts, gates = [expert], [gate]
         else:
-            outputs, routed = self._run(pieces, batch, None, timings)
+            outputs, routed, timings = self._run(pieces, batch, None)
             if routed is not None:
                 experts, gates = routed.experts[0].tolist(), routed.gates[0].tolist()
         ranked = _best(outputs, max(1, top))
         if ranked is None:
             raise self._no_answer(experts)
+        timings = {"preprocess": preprocessed, **timings}
         best = [Score(manifest.class_names[i], manifest.class_ids[i], probability) for i, probability in ranked]
         if not experts:
             return Prediction(best, None, None, None, experts, gates, timings)
@@ -298,11 +301,11 @@ class Runtime:
             return np.zeros((0, len(self.bundle.manifest.class_names)), np.float32), self._empty_routing()
         batch = np.ascontiguousarray(batch)
         if len(batch) == 1 and self._one_expert and experts is None:
-            outputs, probabilities, expert, _ = self._run_image(pieces, batch, {})
+            outputs, probabilities, expert, *_ = self._run_image(pieces, batch)
             self._check_logits(outputs[0], [[expert]])
             chosen = slice(expert, expert + 1)
             return outputs[0], RoutedBatch(probabilities, self._numbers[chosen], probabilities[:, chosen])
-        outputs, routed = self._run(pieces, batch, experts, {})
+        outputs, routed, _ = self._run(pieces, batch, experts)
         self._check_logits(outputs[0], None if routed is None else routed.experts)
         return outputs[0], routed
 
@@ -320,9 +323,12 @@ class Runtime:
         )
 
     def _run_image(
-        self, pieces: dict[str, LoadedPiece], batch: Floats, timings: dict[str, float]
-    ) -> tuple[list[NDArray[Any]], Floats, int, float]:
-        """One image and one expert: the tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate.
+        self, pieces: dict[str, LoadedPiece], batch: Floats
+    ) -> tuple[list[NDArray[Any]], Floats, int, float, dict[str, float]]:
+        """One image and one expert.
+
+        Returns:
+            The tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate, and milliseconds by step.
 
         Few steps, and few numpy calls: after a model's run their code is out of the processor's cache, and what takes
         a microsecond otherwise takes ten.
@@ -335,9 +341,8 @@ class Runtime:
         gate = max(row)
         expert = row.index(gate)  # numpy's argmax costs three times as much here
         ready = perf_counter()
-        timings["trunk"], timings["load"], timings["tail"] = 1e3 * (ready - started), 0.0, 0.0
-        outputs = self._use(expert, 0, (tokens, probabilities[:, expert]), timings, ready)
-        return outputs, probabilities, expert, gate
+        outputs, load, tail = self._use(expert, 0, (tokens, probabilities[:, expert]), ready)
+        return outputs, probabilities, expert, gate, {"trunk": 1e3 * (ready - started), "load": load, "tail": tail}
 
     def _run_trunk(self, pieces: dict[str, LoadedPiece], batch: Floats) -> tuple[Floats, Floats]:
         """Tokens ``[B, N, D]`` and the router's probabilities ``[B, E]``."""
@@ -373,19 +378,19 @@ class Runtime:
         )
 
     def _run(
-        self,
-        pieces: dict[str, LoadedPiece],
-        batch: Floats,
-        forced: NDArray[np.int64] | None,
-        timings: dict[str, float],
-    ) -> tuple[list[NDArray[Any]], RoutedBatch | None]:
-        """The outputs of the last piece, logits first (of a batch that was grouped, the logits alone), and routes."""
+        self, pieces: dict[str, LoadedPiece], batch: Floats, forced: NDArray[np.int64] | None
+    ) -> tuple[list[NDArray[Any]], RoutedBatch | None, dict[str, float]]:
+        """A batch.
+
+        Returns:
+            The outputs of the last piece, logits first (of a batch that was grouped, the logits alone), where the
+            images went, and milliseconds by step.
+        """
         started = perf_counter()
         routing = self._routing
         if routing is None:
             outputs = pieces["model"](batch)
-            timings["model"] = 1e3 * (perf_counter() - started)
-            return outputs, None
+            return outputs, None, {"model": 1e3 * (perf_counter() - started)}
         tokens, probabilities = self._run_trunk(pieces, batch)
         sums = probabilities.sum(1)
         fine = (sums > _NEARLY_ONE[0]) & (sums < _NEARLY_ONE[1]) & (probabilities >= 0).all(1)  # NaN fails too
@@ -393,50 +398,49 @@ class Runtime:
             raise self._no_probabilities(probabilities[int(fine.argmin())].tolist())
         experts = top_k(probabilities, routing.k) if forced is None else forced
         gates = probabilities[np.arange(len(batch))[:, None], experts]
-        timings["trunk"], timings["load"], timings["tail"] = 1e3 * (perf_counter() - started), 0.0, 0.0
+        trunk = 1e3 * (perf_counter() - started)
         if routing.k == 1:
-            outputs = [self._run_tails(tokens, experts, gates, timings)]
+            outputs, load, tail = self._run_tails(tokens, experts, gates)
         else:
-            outputs = self._run_segments(pieces, tokens, experts, gates, timings)
-        return outputs, RoutedBatch(probabilities, experts, gates)
+            outputs, load, tail = self._run_segments(pieces, tokens, experts, gates)
+        return outputs, RoutedBatch(probabilities, experts, gates), {"trunk": trunk, "load": load, "tail": tail}
 
-    def _run_tails(
-        self, tokens: Floats, experts: NDArray[np.int64], gates: Floats, timings: dict[str, float]
-    ) -> Floats:
+    def _run_tails(self, tokens: Floats, experts: NDArray[np.int64], gates: Floats) -> _Used:
+        """k = 1: each expert's tail runs the images that were routed to it."""
+        load = tail = 0.0
         logits = np.empty((len(tokens), len(self.bundle.manifest.class_names)), np.float32)
         for expert in self._resident_first(experts):
             rows = np.flatnonzero(experts[:, 0] == expert)
-            logits[rows] = self._use(expert, 0, (tokens[rows], gates[rows, 0]), timings, perf_counter())[0]
-        return logits
+            outputs, loading, running = self._use(expert, 0, (tokens[rows], gates[rows, 0]), perf_counter())
+            logits[rows] = outputs[0]
+            load, tail = load + loading, tail + running
+        return [logits], load, tail
 
     def _run_segments(
-        self,
-        pieces: dict[str, LoadedPiece],
-        tokens: Floats,
-        experts: NDArray[np.int64],
-        gates: Floats,
-        timings: dict[str, float],
-    ) -> list[NDArray[Any]]:
+        self, pieces: dict[str, LoadedPiece], tokens: Floats, experts: NDArray[np.int64], gates: Floats
+    ) -> _Used:
         """k > 1: the chosen experts' outputs add up within each MoE layer."""
         assert self._routing is not None
+        load = tail = 0.0
         for layer in range(self._routing.moe_layers):
             tokens, expert_input = pieces[f"attention_{layer}"](tokens)
             for expert in self._resident_first(experts):
                 rows, choice = np.nonzero(experts == expert)
                 inputs = (expert_input[rows], gates[rows, choice])
-                (addend,) = self._use(expert, layer, inputs, timings, perf_counter())
+                (addend,), loading, running = self._use(expert, layer, inputs, perf_counter())
+                load, tail = load + loading, tail + running
                 tokens[rows] += addend
-        return pieces["head"](tokens)
+        return pieces["head"](tokens), load, tail
 
-    def _use(
-        self, expert: int, layer: int, inputs: tuple[Floats, ...], timings: dict[str, float], started: float
-    ) -> list[NDArray[Any]]:
-        with self._uses[expert] as loaded:
+    def _use(self, expert: int, layer: int, inputs: tuple[Floats, ...], started: float) -> _Used:
+        """Runs a layer of an expert (0 of a tail), loaded first where needed; ``started`` is when that began."""
+        loaded = self._residency.acquire(expert)
+        try:
             ready = perf_counter()
             outputs = loaded[layer](*inputs)
-        timings["load"] += 1e3 * (ready - started)
-        timings["tail"] += 1e3 * (perf_counter() - ready)
-        return outputs
+        finally:
+            self._residency.release(expert)
+        return outputs, 1e3 * (ready - started), 1e3 * (perf_counter() - ready)
 
     def _resident_first(self, experts: NDArray[np.int64]) -> list[int]:
         """Each expert of a batch once; resident ones first, before another's load can evict them."""

@@ -62,7 +62,7 @@ class OnnxRuntimeBackend:
     ) -> Callable[[dict[str, NDArray[Any]], int], list[NDArray[Any]]]:
         """What runs a session on inputs by name and a number of images, and looks at what it returns."""
         names, expected, path = [spec.name for spec in piece.outputs], output_shapes(piece), self._path(piece)
-        bare = _bare_run(session)
+        bare = bare_run(session)
 
         def run(inputs: dict[str, NDArray[Any]], batch: int) -> list[NDArray[Any]]:
             try:
@@ -154,7 +154,7 @@ def open_backend(bundle: Bundle, threads: int | None = 1) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(bundle, threads)
 
 
-def _bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]:
+def bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]:
     """The session's ``run`` without the checks that it makes in Python first.
 
     They cost 15 µs a call once a model's run has emptied the processor's cache, which is felt where a piece takes half

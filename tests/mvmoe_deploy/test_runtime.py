@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -20,6 +21,7 @@ from threads import TIMEOUT, together
 import mvmoe_deploy
 from mvmoe_deploy import models
 from mvmoe_deploy.backends import LoadedPiece, open_backend
+from mvmoe_deploy.backends.onnxruntime import bare_run
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, BudgetError, ImageError
 from mvmoe_deploy.runtime import Runtime, top_k
@@ -668,3 +670,21 @@ def test_two_threads_share_one_pool(bundle_path: Path, expected: np.ndarray, tmp
     for threads in (3, 1):
         assert f"threads={threads}: this process already runs onnxruntime with 2 threads" in done.stdout
     close(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_onnxruntime_still_has_the_session_that_runs_without_checks(bundle_path: Path) -> None:
+    """A private attribute: where a release drops it, predictions go on, each 15 µs slower, and this test fails."""
+    session = onnxruntime.InferenceSession(str(bundle_path / "trunk.onnx"), providers=["CPUExecutionProvider"])
+    assert bare_run(session) != session.run
+    inputs = {"images": tiny.inputs(2).numpy()}
+    names = [output.name for output in session.get_outputs()]
+    for bare, checked in zip(bare_run(session)(names, inputs, None), session.run(names, inputs), strict=True):
+        np.testing.assert_array_equal(bare, checked)
+
+
+def test_without_it_a_session_runs_as_usual() -> None:
+    class Session:
+        def run(self) -> None: ...
+
+    session = Session()
+    assert bare_run(session) == session.run  # type: ignore[arg-type]
