@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, ImageCms, ImageFile
+from PIL import EpsImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin
 from threads import together
 
 from mvmoe_deploy import images
@@ -232,6 +232,29 @@ def test_a_colour_profile_is_ignored() -> None:
     file = encoded(picture(), "PNG", icc_profile=profile)
     assert Image.open(io.BytesIO(file)).info["icc_profile"] == profile
     assert np.array_equal(rgb(file), np.asarray(picture()))
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>\0'
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("how", ["exif", "xmp", "set since"])
+def test_an_orientation_is_found_wherever_it_stands(kind: str, how: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    if how == "xmp" and kind == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options: dict[str, Any] = {"pnginfo": info}
+    elif how == "xmp" and kind == "TIFF":
+        options = {"tiffinfo": {700: XMP}}
+    else:
+        options = {"exif": {"exif": exif}, "xmp": {"xmp": XMP}}.get(how, {})
+    source: Any = encoded(picture(), kind, **options)
+    if how == "set since":
+        source = Image.open(io.BytesIO(source))
+        source.getexif()[0x0112] = 6
+    assert decode(source).size == (30, 40)
 
 
 def test_a_decoded_image_is_not_turned_again() -> None:
