@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -49,7 +49,12 @@ def resample() -> Callable[..., Any]:
     ],
 )
 def test_its_resampling_is_the_runtimes(
-    height: int, width: int, size: int, crop: float, interpolation: str, resample: Callable[..., Any]
+    height: int,
+    width: int,
+    size: int,
+    crop: float,
+    interpolation: Literal["bilinear", "bicubic"],
+    resample: Callable[..., Any],
 ) -> None:
     if height - size > max(0, 2 * (width - size)) and int(PIL.__version__.partition(".")[0]) < 13:
         pytest.skip("this Pillow resamples tall images across first")

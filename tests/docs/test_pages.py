@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import pkgutil
 import re
 import shlex
 import string
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mvmoe_deploy import targets
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "models/zoo").glob("*.md")])
@@ -170,3 +173,20 @@ def test_every_package_has_an_api_page() -> None:
     assert [package for package in packages if not has_page(package)] == []
     assert not has_page("mvmoe_deploy.cli")
     assert not has_page("mvmoe_deployed")
+
+
+def test_the_table_of_targets_is_true() -> None:
+    """Precisions and layouts as the exporters have them, the default first."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in re.findall(r"^\| `\w+` \|.*", page, re.MULTILINE)
+    ]
+    told = {name.strip("`"): (precisions, layouts) for name, precisions, layouts, *_ in rows}
+    assert told.keys() == {
+        name for name, target in targets.known().items() if target.exporter.startswith("mvmoe_deploy.")
+    }
+    for name, cells in told.items():
+        exporter = pkgutil.resolve_name(targets.get(name).exporter)
+        without_notes = [re.sub(r" \(.*?\)", "", cell).split(", ") for cell in cells]
+        assert without_notes == [[precision.name for precision in exporter.precisions], list(exporter.layouts)], name
