@@ -1,7 +1,7 @@
 """What a benchmark run found, as it is written to JSON and read back: one :class:`Results` of :class:`Row`.
 
-Everything in it is measured, or computed by a stated formula; what a platform or a model cannot give is None.
-Units are in the names' docstrings: milliseconds, bytes, shares 0…1.
+Every figure is measured, or computed by a stated formula; None stands for what a platform or a model cannot give. The
+docstrings give the units: milliseconds, bytes, shares from 0 to 1.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.files import atomic_file
 
 FORMAT = 2
-"""Of the JSON file; a reader refuses others."""
+"""Version of the JSON file's form; :func:`read_json` refuses every other."""
 
 Kind = Literal["mobile-vmoe", "dense", "dense-wide", "all-experts", "vmoe", "stock"]
-"""What a row is: a bundle with its experts apart; its dense baseline; a dense model as wide as all experts together;
-one graph that holds all experts; per-token V-MoE; a stock export of the dense baseline."""
+"""What kind of model a row is of: a bundle whose experts are separate pieces; its dense baseline; a dense model as wide
+as all experts together; one graph that holds all experts; a per-token V-MoE; a stock export of the dense baseline."""
 
 
 class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,8 +50,8 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Milliseconds of one operation; nothing trimmed.
 
     Attributes:
-        first: the first of all calls, before any warm-up.
-        warmup: calls made before the samples.
+        first: the very first call, before any warm-up.
+        warmup: number of calls before the samples.
         samples: in the order taken, one per round.
     """
 
@@ -81,7 +81,7 @@ class MemoryPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         resident: resident experts at this moment.
         anonymous: proportional set size of anonymous memory.
         file_backed: of mapped files.
-        ledger: weights that the runtime says it holds; None where it keeps no account.
+        ledger: weights that the runtime says it holds; None for an engine that does not say.
     """
 
     resident: int
@@ -96,7 +96,7 @@ class MemoryPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of one model in a fresh process.
+    """Memory of one model, measured in fresh processes.
 
     Attributes:
         loaded: just after opening.
@@ -170,14 +170,15 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flops: of one image, the paper's convention; None for a foreign model.
         macs: multiply-accumulates of its matrix products, closed form.
         counted_macs: the same counted from the exported graph(s) that one image runs through.
-        parameters, active_parameters: all, and those that one image uses.
+        parameters: number of all parameters.
+        active_parameters: number of those that one image uses.
         bytes_on_disk: without the manifest.
         bytes_first_image: files a device needs for its first image.
-        bytes_per_expert: of the files that each expert adds; empty without experts.
+        bytes_per_expert: size of the files that each expert adds; empty without experts.
         ratio: its warm latency divided by the group's baseline row's, paired by round.
-        hit: warm latency of a prediction whose expert is resident; switch: of one whose expert has to be loaded
-            (files in the page cache).
-        energy: millijoules per prediction; None where the platform does not tell.
+        hit: warm latency of a prediction whose expert is resident.
+        switch: warm latency of a prediction whose expert has to be loaded; its files are in the page cache.
+        energy: millijoules per prediction; None where the platform has no readable counter.
     """
 
     name: str

@@ -85,11 +85,13 @@ def counted(count: int, noun: str) -> str:
 
 
 def folded(text: str, width: int | None = None) -> str:
-    """A text of one or several lines, none longer than the terminal is wide."""
+    """A text of one or several lines, none longer than the terminal is wide; a longer word, such as a path, is kept."""
     width = width or terminal_width()
     if width is None:
         return text
-    return "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(
+        textwrap.fill(line, width, break_on_hyphens=False, break_long_words=False) for line in text.split("\n")
+    )
 
 
 def markdown_table(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import mvmoe_deploy
 from mvmoe_deploy import targets
-from mvmoe_deploy.bench.results import Kind, Paper
+from mvmoe_deploy.bench.results import Kind, Paper, Row
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.runtime import RoutedBatch, Stats
@@ -35,7 +35,7 @@ class Configuration(msgspec.Struct, frozen=True):
         path: a bundle's directory, a bare ``.onnx`` graph, or a checkpoint (backend ``torch``).
         experts: E; 0 for a model that is not split.
         k: experts per image.
-        trained: whether its predictions mean anything, so that its accuracy is worth measuring.
+        trained: whether its weights were trained, so that its accuracy is worth measuring.
     """
 
     name: str
@@ -63,6 +63,10 @@ class Configuration(msgspec.Struct, frozen=True):
     trained: bool = True
     paper: Paper | None = None
 
+    def facts(self) -> dict[str, Any]:
+        """What it shares with :class:`mvmoe_deploy.bench.results.Row`: all that is known before measuring."""
+        return {name: getattr(self, name) for name in Row.__struct_fields__ if name in self.__struct_fields__}
+
     @property
     def opened_as(self) -> str:
         """``bundle``, ``graph`` or ``checkpoint``."""
@@ -83,7 +87,7 @@ class Opened(Protocol):
         ...
 
     def stats(self) -> Stats | None:
-        """What the runtime holds; None where nobody keeps account."""
+        """What the runtime holds; None for an engine that keeps no such account."""
         ...
 
     def close(self) -> None:
@@ -159,7 +163,7 @@ class BareGraph:
         return int(self.run(normalise(image, self._preprocessing)[None])[0].argmax())
 
     def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, None]:
-        """See :class:`Opened`; where experts are inside the graph, nobody can choose them.
+        """See :class:`Opened`; the experts inside a graph cannot be chosen from outside.
 
         Raises:
             BackendError: the graph does not take it; a stock export takes one image at a time.
@@ -171,7 +175,7 @@ class BareGraph:
             raise BackendError(f"{self._path}: onnxruntime cannot run a batch of {len(batch)} ({reason})") from None
 
     def stats(self) -> None:
-        """Nobody keeps account."""
+        """None: this engine does not report what it holds."""
 
     def close(self) -> None:
         """Drops the session."""
@@ -208,7 +212,7 @@ class TorchModel:
         return routed.logits.numpy(), RoutedBatch(probabilities, routed.chosen.numpy(), routed.gates.numpy())
 
     def stats(self) -> None:
-        """Nobody keeps account."""
+        """None: this engine does not report what it holds."""
 
     def close(self) -> None:
         """Drops the model."""

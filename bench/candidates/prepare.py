@@ -263,7 +263,22 @@ def _stock(dense: ViT, header: Header, folder: Path, group: str, progress: Progr
     size = sum(file.stat().st_size for file in (path, path.with_suffix(".onnx.data")) if file.exists())
     config = dense.config
     return Configuration(
-        "stock", group, "stock", "onnxruntime", "fp32", "one graph", str(path), header.preprocessing, 0, 0,
-        model_flops(config), model_macs(config), count_graph(path), total_parameters(config), total_parameters(config),
-        size, size, trained=False,
-    )  # fmt: skip
+        name="stock",
+        group=group,
+        kind="stock",
+        backend="onnxruntime",
+        precision="fp32",
+        layout="one graph",
+        path=str(path),
+        preprocessing=header.preprocessing,
+        experts=0,
+        k=0,
+        flops=model_flops(config),
+        macs=model_macs(config),
+        counted_macs=count_graph(path),
+        parameters=total_parameters(config),
+        active_parameters=total_parameters(config),
+        bytes_on_disk=size,
+        bytes_first_image=size,
+        trained=False,
+    )

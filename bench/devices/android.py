@@ -18,18 +18,18 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import mvmoe_deploy
 from mvmoe_deploy import targets
+from mvmoe_deploy.bench.candidates.prepare import of_bundle, unique
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.noise import scatter
-from mvmoe_deploy.bench.results import FORMAT, Estimate, Latency, Noise, Results, Row
+from mvmoe_deploy.bench.results import FORMAT, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import preprocess
-from mvmoe_deploy.models import config_from_dict
-from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
 
 PLACE = PurePosixPath("/data/local/tmp")
 """The only folder of a stock phone that the shell's user may write to and run programs from."""
@@ -340,8 +340,7 @@ def measure(
             adb.run("push", str(file), str(folder / file.name), timeout=timeout)
         adb.shell("chmod", "755", str(folder / runner.name))
         place = Place(adb, folder, folder / runner.name, threads, timeout)
-        names = [path.stem for path in paths]
-        names = [name if names.count(name) == 1 else f"{name} #{index + 1}" for index, name in enumerate(names)]
+        names = unique([path.stem for path in paths])
         measured = [
             _push(adb, bundle, name, folder / f"bundle{number}", Path(local), images, timeout)
             for number, (bundle, name) in enumerate(zip(bundles, names, strict=True))
@@ -357,7 +356,8 @@ def measure(
         None if after["thermal_status"] is None else max(after["thermal_status"], before["thermal_status"] or 0) > 0
     )
     base = image_samples(measured[0])
-    rows = [row for each in measured for row in _rows(each, base, throttled, float((after["load_average"] or [0])[0]))]
+    load = float((after["load_average"] or [0])[0])
+    rows = [row for each in measured for row in _rows(each, None if each is measured[0] else base, throttled, load)]
     method = {
         "threads": threads,
         "runs": PASSES * per_pass,
@@ -372,7 +372,8 @@ def measure(
     changing = {f"{key} {when}": state[key] for when, state in (("before", before), ("after", after))
                 for key in ("temperatures", "thermal_status", "governors")}  # fmt: skip
     fixed = {key: value for key, value in before.items() if f"{key} before" not in changing}
-    return Results(FORMAT, rows, {**fixed, **changing, "mvmoe-deploy": mvmoe_deploy.__version__}, method)
+    machine = {**fixed, **changing, "mvmoe-deploy": mvmoe_deploy.__version__}
+    return Results(format=FORMAT, rows=rows, machine=machine, method=method)
 
 
 def describe(adb: Adb) -> dict[str, Any]:
@@ -490,75 +491,50 @@ def image_samples(measured: _Measured) -> list[float]:
     return [sum(samples[name][run] for name in _parts(measured.bundle, run)) for run in range(count)]
 
 
-def _rows(measured: _Measured, base: list[float], throttled: bool | None, load: float) -> Iterator[Row]:
-    manifest = measured.bundle.manifest
-    sizes = {file.path: file.bytes for file in manifest.files}
-    config = None
-    with contextlib.suppress(ConfigError):  # a foreign model has no closed form
-        config = config_from_dict(manifest.model)
+def _rows(measured: _Measured, base: list[float] | None, throttled: bool | None, load: float) -> Iterator[Row]:
+    """The row of a bundle, then a row of each of its pieces.
 
-    def row(
-        name: str, samples: list[float], timings: Sequence[Timing], files: set[str], ratio: Estimate | None, **own: Any
-    ) -> Row:
-        return Row(
-            name=name,
-            group="android",
-            kind="mobile-vmoe" if manifest.routing else "dense",
-            backend=targets.get(manifest.target).backend().name,
-            precision=manifest.precision,
-            layout=manifest.layout,
-            counted_macs=None,
-            bytes_on_disk=sum(sizes[path] for path in files),
-            warm=_latency(samples, sum(timing.first for timing in timings), throttled, load),
-            ratio=ratio,
-            **own,
-        )  # fmt: skip
-
-    first = set(_parts(measured.bundle, 0))
-    needed = {path for piece in manifest.pieces if piece.name in first for path in piece.files}
+    Args:
+        measured: the bundle.
+        base: the samples that its ratio is to; None for the first bundle.
+        throttled: whether the phone was; None where it does not tell.
+        load: its load average.
+    """
+    whole = of_bundle(measured.bundle.path, measured.name, group="android")
     image = image_samples(measured)
-    experts = manifest.routing.experts if manifest.routing else 0
-    added = [
-        sum(sizes[path] for path in {p for piece in manifest.pieces if piece.expert == e for p in piece.files}
-            if not any(path in piece.files for piece in manifest.pieces if piece.expert != e))
-        for e in range(experts)
-    ]  # fmt: skip
-    yield row(
-        measured.name,
-        image,
-        [measured.timings[name][0] for name in sorted(first)],
-        set(sizes),
-        None if image == base else ratio_estimate(image, base),
-        flops=model_flops(config) if config else None,
-        macs=model_macs(config) if config else None,
-        parameters=total_parameters(config) if config else sum(piece.parameters for piece in manifest.pieces),
-        active_parameters=active_parameters(config) if config else None,
-        bytes_first_image=sum(sizes[path] for path in needed),
-        bytes_per_expert=added,
+    first_runs = [measured.timings[name][0].first for name in _parts(measured.bundle, 0)]
+    yield Row(
+        **whole.facts(),
+        warm=_latency(image, sum(first_runs), throttled, load),
+        ratio=None if base is None else ratio_estimate(image, base),
     )
+    manifest = measured.bundle.manifest
     if len(manifest.pieces) == 1:
         return
+    sizes = {file.path: file.bytes for file in manifest.files}
     for piece in manifest.pieces:
-        yield row(
-            f"{measured.name}/{piece.name}",
-            measured.samples(piece.name),
-            measured.timings[piece.name][:1],
-            set(piece.files),
-            None,
+        size = sum(sizes[path] for path in set(piece.files))
+        own = msgspec.structs.replace(
+            whole,
+            name=f"{measured.name}/{piece.name}",
             flops=piece.flops or None,
             macs=None,
+            counted_macs=None,
             parameters=piece.parameters,
             active_parameters=piece.parameters,
-            bytes_first_image=sum(sizes[path] for path in piece.files),
+            bytes_on_disk=size,
+            bytes_first_image=size,
             bytes_per_expert=[],
         )
+        first = measured.timings[piece.name][0].first
+        yield Row(**own.facts(), warm=_latency(measured.samples(piece.name), first, throttled, load))
 
 
 def _latency(samples: list[float], first: float, throttled: bool | None, load: float) -> Latency:
     p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
     variation, doubts = scatter(samples, p50)
     noise = Noise(variation, load, throttled, [*doubts, *(["the phone was throttling"] if throttled else [])])
-    return Latency(first, PASSES * WARMUP, p50, p90, p99, noise, samples)
+    return Latency(first=first, warmup=PASSES * WARMUP, p50=p50, p90=p90, p99=p99, noise=noise, samples=samples)
 
 
 def _each(measured: Sequence[_Measured], pick: Callable[[Timing], float | None]) -> dict[str, list[float]] | None:

@@ -83,4 +83,10 @@ def measure_accuracy(
         progress(min(start + BATCH, len(pixels)), len(pixels))
     count = len(pixels)
     router = routed_well / count if c.class_experts and c.experts else None
-    return Accuracy(count, top1 / count, top5 / count, router, heat.tolist() if c.experts else [])
+    return Accuracy(
+        images=count,
+        top1=top1 / count,
+        top5=top5 / count,
+        router=router,
+        heat_map=heat.tolist() if c.experts else [],
+    )

@@ -1,8 +1,8 @@
 """Energy per prediction from the processor's own counters, where the system lets us read them.
 
-Linux has RAPL's counters, macOS ``powermetrics``; both usually take root. They are of the whole processor: what
-everything else on the machine used meanwhile, and what the processor uses when idle, is in the figures. Nothing is
-estimated where there are none.
+Linux has RAPL's counters, macOS ``powermetrics``; both usually take root. They count the whole processor: a figure
+includes what other programs used meanwhile, and what the processor uses when idle. Where there are no counters there is
+no figure; nothing is estimated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""From process start to the first prediction, as an app does it. Run as a script by ``coldstart.py``, never imported.
+"""A process from its start to its first prediction, as an app does it: a script that ``coldstart.py`` runs.
 
-Standard library only until the clock of each step runs: arguments are ``bundle|graph|checkpoint``, backend, path,
-a ``.npy`` file of decoded images, threads; then mean and standard deviation for a bare graph. Prints five moments.
+Never imported. Until the clock of each step runs it uses the standard library only. Arguments are
+``bundle|graph|checkpoint``, backend, path, a ``.npy`` file of decoded images, threads; for a bare graph also mean and
+standard deviation. It prints five moments.
 """
 
 import time

@@ -47,7 +47,9 @@ class Timed:
         samples = self.samples[name]
         p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
         verdict = noise.judge(samples, p50, self.stable, self.since, self.until)
-        return Latency(self.first[name], self.warmup, p50, p90, p99, verdict, samples)
+        return Latency(
+            first=self.first[name], warmup=self.warmup, p50=p50, p90=p90, p99=p99, noise=verdict, samples=samples
+        )
 
 
 def interleave(

@@ -1,4 +1,4 @@
-"""What the figures hold for: processor, system, versions, commit, date."""
+"""The machine that figures were measured on: processor, system, versions, commit, date."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Memory of a model: proportional set size beyond that of the process just before the model was opened.
 
-Each figure comes from a fresh process, since memory that was once taken and given back stays with a process. The
-engine is imported before; the split into anonymous and file-backed memory is the kernel's (``smaps_rollup``).
+Each figure comes from a fresh process, since a process keeps memory that it took and gave back. The engine is imported
+before the first reading; the kernel splits anonymous from file-backed memory (``smaps_rollup``).
 """
 
 from __future__ import annotations

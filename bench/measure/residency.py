@@ -121,7 +121,9 @@ def _measure(request: _Request) -> Residency:
     used = held if before is None else memory.proportional_set_size() - before
     p50, p99 = np.percentile(taken, [50, 99])
     hit_rate = stats.hits / (stats.hits + stats.misses)
-    return Residency(request.mix, request.resident, hit_rate, float(p50), float(p99), used)
+    return Residency(
+        mix=request.mix, resident=request.resident, hit_rate=hit_rate, p50=float(p50), p99=float(p99), bytes=used
+    )
 
 
 if __name__ == "__main__":

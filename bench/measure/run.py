@@ -318,20 +318,7 @@ def _row(c: Configuration, baseline: Configuration, found: _Measured) -> Row:
 
     samples = found.together.warm.samples
     return Row(
-        name=c.name,
-        group=c.group,
-        kind=c.kind,
-        backend=c.backend,
-        precision=c.precision,
-        layout=c.layout,
-        flops=c.flops,
-        macs=c.macs,
-        counted_macs=c.counted_macs,
-        parameters=c.parameters,
-        active_parameters=c.active_parameters,
-        bytes_on_disk=c.bytes_on_disk,
-        bytes_first_image=c.bytes_first_image,
-        bytes_per_expert=c.bytes_per_expert,
+        **c.facts(),
         warm=found.together.warm.latency(c.name),
         ratio=ratio_estimate(samples[c.name], samples[baseline.name]),
         hit=alternating("hit"),
@@ -342,7 +329,6 @@ def _row(c: Configuration, baseline: Configuration, found: _Measured) -> Row:
         residency=found.residency.get(c.name, []),
         accuracy=found.together.accuracy.get(c.name),
         energy=None if found.together.energy is None else found.together.energy[c.name],
-        paper=c.paper,
     )
 
 

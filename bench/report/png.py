@@ -33,10 +33,18 @@ def draw(results: Results, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure = picture(results)
+        with matplotlib.rc_context(ON_WHITE), atomic_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def picture(results: Results) -> Figure:
+    """What :func:`draw` writes."""
     rows = results.rows
     with_memory = any(row.memory for row in rows)
-    with matplotlib.rc_context(ON_WHITE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+    with matplotlib.rc_context(ON_WHITE):
         panels = 1 + with_memory
         figure = Figure(figsize=(WIDTH * panels, bars_height(rows, legend=True) + 0.7), layout="constrained")
         latency, *memory = figure.subplots(1, panels, squeeze=False)[0]
@@ -49,8 +57,7 @@ def draw(results: Results, path: Path) -> None:
             axes.set_title("Memory", loc="left")
             legend_below(figure, axes)
         figure.suptitle(_title(results), fontsize=9, x=0.01, ha="left")
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+    return figure
 
 
 def _title(results: Results) -> str:

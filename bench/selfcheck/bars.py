@@ -1,6 +1,6 @@
-"""The figures this project holds itself to, each measured side by side: ``mvmoe-bench figures``.
+"""The figures that this project holds itself to, each measured side by side.
 
-Random weights do, since nothing here depends on what a model has learned. It takes about eight minutes.
+The models have random weights, since nothing here depends on what a model has learned.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def _all_experts(scale: str, folder: Path) -> Configuration:
 
 
 def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Threads are set once per process, and no earlier model should lie about in memory."""
+    """Calls a function of this module in a new process: threads are set once per process, and memory starts empty."""
     _exported(f"mvmoe_{scale}", folder)
     code = (
         f"import json, pathlib, dataclasses; from mvmoe_deploy.bench.selfcheck import bars as f; print(json.dumps("

@@ -77,12 +77,13 @@ def measure(
     (trunk, *_) = split_model(moe, size).pieces
     files = {"rewritten": bundles["routed"] / "trunk.pte"}
     lowered: dict[str, Lowered] = {}
-    for name, lowering in {
+    lowerings: dict[str, Callable[[], Lowered]] = {
         "naive": lambda: lower_naively(trunk, MAX_BATCH),
         "rewritten, batch 1 only": lambda: lower(export(rewrite(trunk), trunk, max_batch=1)),
         "naive, batch 1 only": lambda: lower_naively(trunk, 1),
         "matrix products": lambda: lower(export(MatrixProducts(rewrite(trunk)), trunk)),
-    }.items():
+    }
+    for name, lowering in lowerings.items():
         progress(f"{name}: lowering")
         lowered[name] = lowering()
         files[name] = directory / f"{name}.pte"

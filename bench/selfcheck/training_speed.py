@@ -80,7 +80,7 @@ def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, dev
                 optimizer.zero_grad(set_to_none=True)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = F.cross_entropy(bare(x).float(), y)
-            loss.backward()
+            torch.autograd.backward(loss)
             for optimizer in bare_optimizers:
                 optimizer.step()
         float(loss.detach())  # waits for the device, as an epoch does

@@ -202,7 +202,8 @@ def progress_bar(items: Iterator[Any], total: int, title: str = "") -> Iterator[
     """A progress bar on standard error, shown only on a terminal and only after two seconds."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=title, delay=2, disable=None, leave=False, file=sys.stderr)
+    bar: Iterator[Any] = tqdm(items, total=total, desc=title, delay=2, disable=None, leave=False, file=sys.stderr)
+    return bar
 
 
 def read_split(

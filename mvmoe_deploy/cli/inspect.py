@@ -11,7 +11,7 @@ from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
 from mvmoe_deploy.cli.common import command, parser
 from mvmoe_deploy.cli.verification import verification_lines
 from mvmoe_deploy.snippets import languages, snippet
-from mvmoe_deploy.terminal import table
+from mvmoe_deploy.terminal import folded, table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def describe(bundle: Bundle) -> str:
     total = sum(file.bytes for file in m.files)
     shape = ", ".join(f"{key} {value}" for key, value in m.model.items() if key != "architecture")
     p = m.preprocessing
-    lines = [
+    about = [
         f"{bundle.path}: {m.target}, {m.precision}, {m.layout} layout, {len(m.files)} files, {total / 1e6:.2f} MB",
         f"model: {m.model.get('architecture', 'foreign')} ({shape})",
         f"from: {m.source.checkpoint or 'a model in memory'} (sha256 {m.source.sha256[:12]}…)",
@@ -55,6 +55,9 @@ def describe(bundle: Bundle) -> str:
         f"mean {_three(p.mean)}, std {_three(p.std)} of 0…1",
         f"classes: {len(m.class_names)} ({', '.join(m.class_names[:4])}, …)",
         f"made with: {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
+    ]
+    lines = [
+        *map(folded, about),
         "",
         table(
             [
@@ -75,13 +78,15 @@ def describe(bundle: Bundle) -> str:
         r = m.routing
         lines += [
             "",
-            f"routing: {r.k} of {r.experts} experts per image, in {r.moe_layers} MoE layers, router {r.router}",
-            table(
-                [[i, e.name, len(e.classes) or None] for i, e in enumerate(m.experts)], ["expert", "is for", "classes"]
-            ),
+            folded(f"routing: {r.k} of {r.experts} experts per image, in {r.moe_layers} MoE layers, router {r.router}"),
         ]
+        known = [None if expert.name == f"expert {i}" else expert.name for i, expert in enumerate(m.experts)]
+        if any(known):
+            classes = [len(expert.classes) or None for expert in m.experts]
+            rows = [[i, name, count] for i, (name, count) in enumerate(zip(known, classes, strict=True))]
+            lines += [table(rows, ["expert", "is for", "classes"])]
     if m.verification:
-        lines += ["", *verification_lines(bundle)]
+        lines += ["", *map(folded, verification_lines(bundle))]
     return "\n".join(lines)
 
 

@@ -122,7 +122,10 @@ def describe(name: str, prediction: Prediction) -> str:
     lines = [name]
     lines += [f"  {score.label:<{width}}  {score.probability:6.1%}" for score in prediction.top]
     if prediction.expert is not None:
-        lines.append(f"  expert {prediction.expert} ({prediction.expert_name}), gate {prediction.gate:.2f}")
+        expert = f"expert {prediction.expert}"
+        if prediction.expert_name and prediction.expert_name != expert:  # what it is for, where that is known
+            expert += f" ({prediction.expert_name})"
+        lines.append(f"  {expert}, gate {prediction.gate:.2f}")
     lines.append("  " + ", ".join(f"{what} {ms:.2f} ms" for what, ms in prediction.timings.items()))
     return "\n".join(lines)
 

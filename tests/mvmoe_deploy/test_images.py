@@ -23,7 +23,7 @@ from threads import together
 
 from mvmoe_deploy import images
 from mvmoe_deploy.errors import ImageError
-from mvmoe_deploy.images import Preprocessing, decode, normalise, preprocess, to_pixels
+from mvmoe_deploy.images import Preprocessing, decode, evenly_spaced, normalise, preprocess, to_pixels
 from mvmoe_deploy.models.train.data import normaliser
 
 GREY = 200
@@ -612,3 +612,11 @@ def test_many_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> 
         together(16, lambda _: decode(file))
     assert most == 1
     assert warnings.filters == before
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "rows"),
+    [(10, 4, [0, 3, 6, 9]), (3, 5, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (5, 2, [0, 4]), (5, 1, [0]), (1, 1, [0])],
+)
+def test_images_are_picked_evenly_with_the_first_and_the_last(total: int, count: int, rows: list[int]) -> None:
+    assert evenly_spaced(total, count).tolist() == rows

@@ -30,6 +30,7 @@ class Look:
         overflow: pixels by which the page is wider than the screen.
         sections: ids of the sections that have a height, in order.
         empty: figures, tables and sections that show nothing.
+        scrolling: titles of the tables that are wider than their frame.
         scripts: script elements, and elements with an inline event handler.
         text: all visible text.
         background: of the page, as computed.
@@ -40,6 +41,7 @@ class Look:
     overflow: int
     sections: list[str]
     empty: list[str]
+    scrolling: list[str]
     scripts: int
     text: str
     background: str
@@ -77,6 +79,9 @@ class Browser:
               empty: all("figure, table, section, svg").filter(element => !shown(element) ||
                      (element.tagName !== "svg" && !element.querySelector("svg, td, dd")))
                      .map(element => element.outerHTML.slice(0, 80)),
+              scrolling: all("table").map(element => element.parentElement)
+                     .filter(frame => frame.scrollWidth > frame.clientWidth + 1)
+                     .map(frame => frame.getAttribute("aria-label") || ""),
               scripts: all("script").length + all("*").filter(
                      element => [...element.attributes].some(each => each.name.startsWith("on"))).length,
               text: document.body.innerText,
@@ -90,6 +95,23 @@ class Browser:
         ]
         requests = [url for url in asked if url != page.as_uri() and not url.startswith("data:")]
         return Look(complaints, requests, **seen)
+
+    def scrolled_to_the_end(self) -> list[tuple[str, bool, bool]]:
+        """Of every table as last shown, scrolled to its right end: title, whether first and last column are in sight."""
+        found = self.driver.execute_script(
+            """
+            return [...document.querySelectorAll("table")].map(table => {
+              const frame = table.parentElement;
+              frame.scrollLeft = 1e6;
+              const inside = cell => {
+                const at = cell.getBoundingClientRect(), box = frame.getBoundingClientRect();
+                return at.left >= box.left - 2 && at.right <= box.right + 2 && box.right <= innerWidth;
+              };
+              const heads = table.querySelectorAll("thead th");
+              return [frame.getAttribute("aria-label") || "", inside(heads[0]), inside(heads[heads.length - 1])];
+            });"""
+        )
+        return [tuple(each) for each in found]
 
     def screenshot(self, path: Path) -> None:
         """The whole page as last shown, as a PNG."""

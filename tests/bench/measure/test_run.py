@@ -20,10 +20,11 @@ from exported import Exported, kept_traces
 from mvmoe_deploy.bench.candidates.configuration import Configuration, expert_turn, open_configuration
 from mvmoe_deploy.bench.candidates.prepare import of_bundle, of_checkpoint, prepare, unique
 from mvmoe_deploy.bench.candidates.suite import choose_scales, paper_scales
-from mvmoe_deploy.bench.measure import energy, memory
+from mvmoe_deploy.bench.measure import energy, memory, noise, run
 from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, measure_accuracy
 from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
 from mvmoe_deploy.bench.measure.images import Images
+from mvmoe_deploy.bench.measure.latency import Timed
 from mvmoe_deploy.bench.measure.memory import measure_memory
 from mvmoe_deploy.bench.measure.residency import MEAN_BURST, measure_residency, mix_sequence
 from mvmoe_deploy.bench.measure.run import Plan, measure, measure_suite
@@ -327,3 +328,28 @@ def test_the_suite_runs_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row.paper.top1 for row in results.rows if row.paper] == [36.64, 41.30]
     assert results.rows[0].flops == results.rows[1].flops
     assert results.rows[0].accuracy is None
+
+
+def test_ratios_are_to_the_first_row_of_the_group(moe: Configuration, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of two rows; every phase is replaced by known samples, different in every round."""
+    names = {"a1": ("a", 1.0), "a2": ("a", 2.0), "b1": ("b", 4.0), "b2": ("b", 12.0)}
+    configurations = [msgspec.structs.replace(moe, name=name, group=group) for name, (group, _) in names.items()]
+    rounds = np.linspace(1, 3, 9)  # a machine that becomes slower: a ratio that is not paired would be wide
+    now = noise.now()
+    timed = Timed(
+        samples={name: (factor * rounds).tolist() for name, (_, factor) in names.items()},
+        first=dict.fromkeys(names, 7.0), warmup=20, stable=True, since=now, until=now,
+    )  # fmt: skip
+    phases = run._Together(timed, throughput={}, energy=None, accuracy={})
+    monkeypatch.setattr(run, "_memory", lambda _: dict.fromkeys(names))
+    monkeypatch.setattr(run, "_together", lambda _: phases)
+    for phase in ("_cold_starts", "_residency"):
+        monkeypatch.setattr(run, phase, lambda _: {})
+    monkeypatch.setattr(run, "_hit_and_switch", lambda _: None)
+    rows = measure(configurations, Images(list(tiny.images(1)), "test"), QUICK).rows
+    assert [(row.name, row.group) for row in rows] == [(name, group) for name, (group, _) in names.items()]
+    ratios = [row.ratio for row in rows]
+    assert [(ratio.value, ratio.low, ratio.high) for ratio in ratios if ratio] == [
+        (pytest.approx(value),) * 3 for value in (1, 2, 1, 3)
+    ]
+    assert [row.warm.p50.value for row in rows] == [2, 4, 8, 24]

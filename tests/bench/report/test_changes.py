@@ -12,7 +12,7 @@ import synthetic
 
 from mvmoe_deploy.bench.measure import bootstrap
 from mvmoe_deploy.bench.report import changes as c
-from mvmoe_deploy.bench.results import Results, Row, write_json
+from mvmoe_deploy.bench.results import Estimate, Results, Row, write_json
 from mvmoe_deploy.cli import bench
 from mvmoe_deploy.errors import ConfigError
 
@@ -46,7 +46,6 @@ def after(factor: float = 1.0, **changes: object) -> Results:
     [
         (1.20, "p50 > 1.05x", 1),
         (1.00, "p50 > 1.05x", 0),
-        (1.051, "p50 > 1.05x", 0),  # above the limit, but not beyond the noise
         (1.20, "p50 > 1.3x", 0),
         (0.80, "p50 < 0.9x", 1),
         (0.80, "p50 > 1.05x", 0),
@@ -59,6 +58,50 @@ def test_the_exit_code_follows_the_interval(run, factor: float, condition: str, 
     assert got == code
     assert "mobile-vmoe" in out
     assert ("mobile-vmoe: p" in err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("condition", "factor", "broken"),
+    [
+        ("p50 > 1.05x", (1.08, 1.04, 1.12), False),  # above the limit, but not beyond the noise
+        ("p50 > 1.05x", (1.08, 1.06, 1.10), True),
+        ("p50 > 1.05x", (1.06, 1.05, 1.07), False),  # the limit itself is allowed
+        ("p50 > 1.05x", (0.50, 0.40, 0.60), False),
+        ("p50 < 0.95x", (0.92, 0.88, 0.96), False),
+        ("p50 < 0.95x", (0.92, 0.90, 0.94), True),
+        ("p50 < 0.95x", (0.94, 0.93, 0.95), False),
+        ("p50 < 0.95x", (2.00, 1.90, 2.10), False),
+        ("memory > 1.1x", (1.10001, 1.10001, 1.10001), True),  # a count has no noise
+    ],
+)
+def test_a_limit_is_broken_by_the_whole_interval(
+    condition: str, factor: tuple[float, float, float], broken: bool
+) -> None:
+    limit = c.parse_limit(condition)
+    change = c.Change("moe", limit.metric, 1.0, factor[0], Estimate(*factor))
+    assert limit.broken_by(change) == broken
+    assert bool(c.check([change], [limit])) == broken
+
+
+@pytest.mark.parametrize(
+    ("factor", "significant"),
+    [((1.08, 1.01, 1.12), True), ((1.08, 0.99, 1.12), False), ((0.9, 0.8, 0.99), True), ((0.9, 0.8, 1.01), False),
+     ((1.0, 1.0, 1.0), False), ((1.1, 1.0, 1.2), False), ((1.1, 1.1, 1.1), True)],
+)  # fmt: skip
+def test_a_change_is_significant_if_the_interval_leaves_out_1(
+    factor: tuple[float, float, float], significant: bool
+) -> None:
+    assert c.Change("moe", "p50", 1.0, factor[0], Estimate(*factor)).significant == significant
+
+
+def test_above_the_limit_but_within_the_noise_passes(run) -> None:  # type: ignore[no-untyped-def]
+    """The same as a whole: the factor of the run is above the limit, its interval reaches below it."""
+    (change,) = (x for x in c.compare(BEFORE, after(1.055)) if (x.row, x.metric) == ("mobile-vmoe", "p50"))
+    limit = f"p50 > {(change.factor.value + change.factor.low) / 2:.6f}x"
+    code, _, err = run(BEFORE, after(1.055), "--fail-if", limit)
+    assert code == 0 and err == ""
+    code, _, _ = run(BEFORE, after(1.055), "--fail-if", f"p50 > {change.factor.low - 1e-4:.6f}x")
+    assert code == 1
 
 
 def test_every_metric_is_compared_with_its_own_value() -> None:

@@ -80,6 +80,17 @@ def test_every_part_is_there_if_measured_and_absent_if_not(chromium: browser.Bro
 
 
 @browser.needs_browser
+def test_no_column_of_a_table_is_lost(chromium: browser.Browser, pages: dict[str, Path]) -> None:
+    """A desktop shows all columns at once; elsewhere the last can be scrolled to, beside the first, which stays."""
+    assert chromium.look(pages["full"], 1200).scrolling == []
+    for width in (PHONE, 500):
+        assert "Measured" in chromium.look(pages["full"], width).scrolling
+        tables = chromium.scrolled_to_the_end()
+        assert len(tables) > 5 and {(first, last) for _, first, last in tables} == {(True, True)}
+    assert chromium.look(pages["full"], A4, "print").scrolling == []
+
+
+@browser.needs_browser
 def test_a_hostile_name_is_shown_as_it_is(chromium: browser.Browser, pages: dict[str, Path]) -> None:
     text = chromium.look(pages["hostile"], DESKTOP).text
     assert '"><img src=http://192.0.2.1/x onerror=alert(1)><script>alert(2)</script>|$\\alpha_{$&amp;�[31m =1+1' in text

@@ -1,0 +1,66 @@
+"""The parity table: a row per target and precision, with what was measured on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from exported import kept_traces
+
+from mvmoe_deploy import targets
+from mvmoe_deploy.bench.selfcheck import parity
+from mvmoe_deploy.errors import MvmoeError, VerificationError
+from mvmoe_deploy.terminal import Cell
+
+
+@pytest.fixture
+def measure(tmp_path: Path, moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[Cell]]]:
+    tiny.image_folder(tmp_path, "val", tiny.CLASSES, 2)
+    monkeypatch.setattr(targets, "known", lambda: ["onnx"])
+
+    def run() -> list[list[Cell]]:
+        with kept_traces(tiny.moe_config()):
+            return parity.measure(moe_checkpoint, tmp_path, 8, steps.append)
+
+    steps: list[str] = []
+    return run
+
+
+def test_every_precision_is_compared_with_pytorch(measure: Callable[[], list[list[Cell]]]) -> None:
+    reference, *rows = (dict(zip(parity.HEADERS, row, strict=True)) for row in measure())
+    assert [(row["target"], row["precision"]) for row in rows] == [("onnx", "fp32"), ("onnx", "fp16")]
+    exact, half = rows
+    assert (reference["target"], reference["top-1 agreement"]) == ("PyTorch", None)
+    assert exact["accuracy"] == reference["accuracy"]  # of the same images
+    assert exact["top-1 agreement"] == exact["routing agreement"] == "100.0%"
+    assert float(str(exact["worst abs error"])) < float(str(half["worst abs error"])) < 0.1
+    assert float(str(half["MB"])) < float(str(exact["MB"]))
+
+
+def test_a_precision_that_fails_says_why_and_the_others_go_on(
+    measure: Callable[[], list[list[Cell]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parity.export_model
+
+    def export_model(*args: Any, **options: Any) -> Any:
+        if options["options"].precision == "fp32":
+            raise VerificationError("expert_02: differs from PyTorch")
+        return real(*args, **options)
+
+    monkeypatch.setattr(parity, "export_model", export_model)
+    _, failed, half = measure()
+    assert failed[:3] == ["onnx", "fp32", "expert_02: differs from PyTorch"] and set(failed[3:]) == {None}
+    assert half[1] == "fp16" and half[3] is not None
+
+
+def test_a_target_whose_toolchain_is_missing_is_left_out_and_named(
+    measure: Callable[[], list[list[Cell]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def converter_of(target: str) -> None:
+        raise MvmoeError(f"target {target} needs a package")
+
+    monkeypatch.setattr(parity, "converter_of", converter_of)
+    assert [row[0] for row in measure()] == ["PyTorch"]
