@@ -31,7 +31,7 @@ class Job(Generic[OptionsType]):
         manifest: everything known before conversion (no files, pieces or verification): preprocessing, class names,
             what each expert is for, source.
         images: preprocessed images ``[n, 3, S, S]`` float32, for calibration.
-        piece_flops: FLOPs of a piece by its role; 0 where they are not known.
+        piece_flops: FLOPs of a piece by its role; None where they are not known.
         progress: to be told about each step.
     """
 
@@ -40,7 +40,7 @@ class Job(Generic[OptionsType]):
     options: OptionsType
     manifest: Manifest
     images: Tensor
-    piece_flops: Callable[[str], int]
+    piece_flops: Callable[[str], int | None]
     progress: Progress
 
 
@@ -65,7 +65,7 @@ def describe_piece(
     piece: PieceModule,
     graph: str,
     files: list[str],
-    flops: int,
+    flops: int | None,
     *,
     function: str | None = None,
     bytes_per_weight: float = 4,

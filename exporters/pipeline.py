@@ -18,7 +18,7 @@ from mvmoe_deploy import bundle as bundles
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, Expert, Manifest, Source
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.errors import ExportError, ImageError
+from mvmoe_deploy.errors import ConfigError, ExportError, ImageError
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.split import SplitModel, split_model
@@ -27,7 +27,6 @@ from mvmoe_deploy.files import atomic_directory
 from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.models import config_from_dict, load_checkpoint
-from mvmoe_deploy.models.flops import piece_flops
 
 MAX_IMAGES = 1000
 """Images taken from a folder for verification; more say nothing new."""
@@ -238,8 +237,8 @@ def _manifest(
     )
 
 
-def _flops_of(model: dict[str, Any]) -> Callable[[str], int]:
-    if model.get("architecture") not in ("vit", "mobile_vmoe"):
-        return lambda role: 0
-    config = config_from_dict(model)
-    return lambda role: piece_flops(config, role)
+def _flops_of(model: dict[str, Any]) -> Callable[[str], int | None]:
+    try:
+        return config_from_dict(model).piece_flops
+    except ConfigError:  # a foreign model, which has no closed form
+        return lambda role: None

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Role, Routing, piece_name
 from mvmoe_deploy.errors import ExportError
-from mvmoe_deploy.models import VMoE
 
 
 class PerImageRouted(Protocol):
@@ -148,10 +147,11 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
         separate_router: make the router a piece of its own instead of the trunk's second output.
 
     Raises:
-        ExportError: a V-MoE, which has no tails; and exported whole, an image's logits would depend on its batch.
+        ExportError: a model that says why it cannot be (``cannot_split``), such as a V-MoE: it has no tails, and
+            exported whole, an image's logits would depend on its batch.
     """
-    if isinstance(model, VMoE):
-        raise ExportError("a V-MoE routes every token in every MoE layer: only a model that routes images can be split")
+    if reason := getattr(model, "cannot_split", ""):
+        raise ExportError(reason)
     model.eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, image_size, image_size, generator=generator)

@@ -85,7 +85,7 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outputs: in the order returned.
         parameters: number of weights it uses.
         weight_bytes: what these take when loaded; the unit of the memory budget. Of a swappable piece, its own.
-        flops: of one image, one multiply-add being two.
+        flops: of one image, one multiply-add being two; null where no closed form is known.
         optimised: the graph is as fast as the engine could make it, so that loading need not look for more.
         weights: inputs of the graph beside ``inputs``, which are the same at every call (``swappable`` layout).
         shared_bytes: weights that stay loaded with the one graph of all swappable pieces.
@@ -98,7 +98,7 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: list[TensorSpec]
     parameters: Count
     weight_bytes: Count
-    flops: Count
+    flops: Count | None
     expert: Index | None = None
     layer: Index | None = None
     function: str | None = None

@@ -8,22 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import nn
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import targets
-from mvmoe_deploy.bench.candidates.baselines import (
-    RANDOM,
-    AllExperts,
-    VMoEGraph,
-    dense_wide,
-    dense_wide_flops,
-    dense_wide_macs,
-    export_stock,
-    random_checkpoint,
-    vmoe_config,
-)
+from mvmoe_deploy.bench.candidates.baselines import RANDOM, export_stock, random_checkpoint
 from mvmoe_deploy.bench.candidates.configuration import BASELINES, TORCH, Configuration
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bench.results import Kind
@@ -31,8 +20,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
-from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, VMoE, config_from_dict, load_checkpoint
-from mvmoe_deploy.models.flops import active_parameters, model_flops, model_macs, total_parameters
+from mvmoe_deploy.models import Model, ModelConfig, config_from_dict, load_checkpoint
 
 Progress = Callable[[str], None]
 
@@ -65,11 +53,11 @@ def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = N
         preprocessing=manifest.preprocessing,
         experts=routing.experts if routing else 0,
         k=routing.k if routing else 0,
-        flops=model_flops(config) if config else None,
-        macs=model_macs(config) if config else None,
+        flops=config.flops() if config else None,
+        macs=config.macs() if config else None,
         counted_macs=count_bundle(bundle),
-        parameters=total_parameters(config) if config else sum(piece.parameters for piece in manifest.pieces),
-        active_parameters=active_parameters(config) if config else None,
+        parameters=(config and config.parameters()) or sum(piece.parameters for piece in manifest.pieces),
+        active_parameters=config.active_parameters() if config else None,
         bytes_on_disk=sum(sizes.values()),
         bytes_first_image=sum(sizes[file] for file in first),
         bytes_per_expert=_bytes_per_expert(bundle, sizes),
@@ -96,28 +84,29 @@ def of_checkpoint(path: Path, name: str = "", group: str = "") -> Configuration:
     Raises:
         CheckpointError: it cannot be read.
     """
-    header = checkpoints.load(path).header
+    checkpoint = checkpoints.load(path)
+    header = checkpoint.header
     config = config_from_dict(header.model)
-    kinds: dict[str, Kind] = {"mobile_vmoe": "mobile-vmoe", "vmoe": "vmoe"}
-    routed = isinstance(config, MobileVMoEConfig)
+    kinds: dict[str | None, Kind] = {"images": "mobile-vmoe", "tokens": "vmoe"}
+    routed = config.routes == "images"
     groups = header.superclasses
     size = path.stat().st_size
     return Configuration(
         name=name or path.stem,
         group=group,
-        kind=kinds.get(config.architecture, "dense"),
+        kind=kinds.get(config.routes, "dense"),
         backend=TORCH.name,
         precision="fp32",
         layout="checkpoint",
         path=str(path),
         preprocessing=header.preprocessing,
-        experts=config.experts if isinstance(config, MobileVMoEConfig) else 0,
-        k=config.k if isinstance(config, MobileVMoEConfig) else 0,
-        flops=model_flops(config),
-        macs=model_macs(config),
+        experts=config.experts if routed else 0,
+        k=config.k if routed else 0,
+        flops=config.flops(),
+        macs=config.macs(),
         counted_macs=None,
-        parameters=total_parameters(config),
-        active_parameters=active_parameters(config),
+        parameters=config.parameters() or sum(weight.numel() for weight in checkpoint.weights.values()),
+        active_parameters=config.active_parameters(),
         bytes_on_disk=size,
         bytes_first_image=size,
         class_ids=header.class_ids,
@@ -163,7 +152,7 @@ def prepare(
         for backend in backends:
             name = stem if len(backends) == 1 else f"{stem} {backend}"
             made.append(_of_backend(path, backend, folder, name, group, progress))
-        if routed is None and checkpoints.load(path).header.model.get("architecture") == "mobile_vmoe":
+        if routed is None and baselines and load_checkpoint(path)[0].config.routes == "images":
             routed = path
     if baselines:
         if routed is None:
@@ -205,43 +194,36 @@ def _baseline(
     baseline: str, checkpoint: Path, folder: Path, backends: Sequence[str], group: str, progress: Progress
 ) -> list[Configuration]:
     model, header = load_checkpoint(checkpoint)
-    assert isinstance(model, MobileVMoE)
     config = model.config
     if baseline == "all-experts":
-        c = _exported(AllExperts(model), header, config.to_dict(), "all-experts", group, folder, progress)
+        c = _exported(model.graph_module(), header, config.to_dict(), "all-experts", group, folder, progress)
         # bare, and without hashing: the strongest opponent is somebody who does without all of this project
         return [msgspec.structs.replace(c, path=f"{c.path}/model.onnx", trained=_trained(header))]
     if baseline == "dense-wide":
-        torch.manual_seed(0)
-        free_form = {**config.dense.to_dict(), "architecture": "vit-wide", "experts": config.experts}
-        c = _exported(dense_wide(config), header, free_form, "dense-wide", group, folder, progress)
-        return [
-            msgspec.structs.replace(
-                c,
-                flops=dense_wide_flops(config),
-                macs=dense_wide_macs(config),
-                active_parameters=c.parameters,
-            )
-        ]
+        wide, _ = load_checkpoint(_random(baseline, config.wide, config, folder))
+        return [_exported(wide, header, wide.config.to_dict(), "dense-wide", group, folder, progress)]
     if baseline == "vmoe":
-        shape = vmoe_config(config)
-        path = folder / "random-vmoe.pt"
-        if not path.exists():
-            random_checkpoint(shape, path)
+        path = _random(baseline, config.token_routed, config, folder)
         vmoe, _ = load_checkpoint(path)
-        assert isinstance(vmoe, VMoE)
-        rows = [_exported(VMoEGraph(vmoe), header, shape.to_dict(), "vmoe", group, folder, progress)]
+        rows = [_exported(vmoe.graph_module(), header, vmoe.config.to_dict(), "vmoe", group, folder, progress)]
         return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if TORCH.name in backends else [])]
-    path = folder / "random-dense.pt"
-    if not path.exists():
-        random_checkpoint(config.dense, path)
+    path = _random("dense", config.dense, config, folder)
     if baseline == "dense":
         return [
             _of_backend(path, b, folder, "dense" if len(backends) == 1 else f"dense {b}", group, progress)
             for b in backends
         ]
-    dense, _ = load_checkpoint(path)
-    return [_stock(dense, header, folder, group, progress)]
+    return [_stock(load_checkpoint(path)[0], header, folder, group, progress)]
+
+
+def _random(baseline: str, shape: ModelConfig | None, of: ModelConfig, folder: Path) -> Path:
+    """A checkpoint of a baseline's shape with random weights, made once."""
+    if shape is None:
+        raise ConfigError(f"baseline {baseline}: a {of.architecture} has none")
+    path = folder / f"random-{baseline}.pt"
+    if not path.exists():
+        random_checkpoint(shape, path)
+    return path
 
 
 def _exported(
@@ -255,13 +237,14 @@ def _exported(
     return msgspec.structs.replace(of_bundle(out, kind, group, kind), trained=False)
 
 
-def _stock(dense: ViT, header: Header, folder: Path, group: str, progress: Progress) -> Configuration:
+def _stock(dense: Model, header: Header, folder: Path, group: str, progress: Progress) -> Configuration:
     path = folder / "stock.onnx"
     if not path.exists():
         progress("exporting stock")
         export_stock(dense, path)
     size = sum(file.stat().st_size for file in (path, path.with_suffix(".onnx.data")) if file.exists())
     config = dense.config
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
     return Configuration(
         name="stock",
         group=group,
@@ -273,11 +256,11 @@ def _stock(dense: ViT, header: Header, folder: Path, group: str, progress: Progr
         preprocessing=header.preprocessing,
         experts=0,
         k=0,
-        flops=model_flops(config),
-        macs=model_macs(config),
+        flops=config.flops(),
+        macs=config.macs(),
         counted_macs=count_graph(path),
-        parameters=total_parameters(config),
-        active_parameters=total_parameters(config),
+        parameters=parameters,
+        active_parameters=parameters,
         bytes_on_disk=size,
         bytes_first_image=size,
         trained=False,

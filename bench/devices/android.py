@@ -517,7 +517,7 @@ def _rows(measured: _Measured, base: list[float] | None, throttled: bool | None,
         own = msgspec.structs.replace(
             whole,
             name=f"{measured.name}/{piece.name}",
-            flops=piece.flops or None,
+            flops=piece.flops,
             macs=None,
             counted_macs=None,
             parameters=piece.parameters,

@@ -31,8 +31,7 @@ from mvmoe_deploy.errors import BackendError
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 from mvmoe_deploy.images import preprocess
-from mvmoe_deploy.models import MobileVMoEConfig, build, config_from_name
-from mvmoe_deploy.models.flops import total_parameters
+from mvmoe_deploy.models import build, config_from_name
 from mvmoe_deploy.terminal import counted
 
 
@@ -54,11 +53,10 @@ class Figure:
 def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
     """Yields the figures one by one."""
     config = config_from_name("mvmoe_12x192")
-    assert isinstance(config, MobileVMoEConfig)
-    yield export_time(config, folder)
+    yield export_time(folder)
     routed, dense = _exported("mvmoe_12x192", folder)
     stored = sum(file.bytes for file in routed.manifest.files)
-    distinct = 4 * total_parameters(config)
+    distinct = 4 * (config.parameters() or 0)
     yield Figure(
         "bundle bytes / bytes of distinct fp32 parameters", stored / distinct, 1.03, f"{stored:,} / {distinct:,}"
     )
@@ -94,11 +92,11 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
     )
 
 
-def export_time(config: MobileVMoEConfig, folder: Path, repeats: int = 3) -> Figure:
+def export_time(folder: Path, repeats: int = 3) -> Figure:
     """Whole ``mvmoe-export`` commands, all experts against the dense baseline, in turn."""
     checkpoints = [
-        random_checkpoint(config, folder / "12x192-moe.pt"),
-        random_checkpoint(config.dense, folder / "12x192-dense.pt"),
+        random_checkpoint(config_from_name("mvmoe_12x192"), folder / "12x192-moe.pt"),
+        random_checkpoint(config_from_name("vit_12x192"), folder / "12x192-dense.pt"),
     ]
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
@@ -283,11 +281,9 @@ def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, 
 
 def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
     """Bundles of a scale and of its dense baseline, exported once."""
-    config = config_from_name(name)
-    assert isinstance(config, MobileVMoEConfig)
-    scale = f"{config.depth}x{config.width}"
+    scale = name.removeprefix("mvmoe_")
     bundles = []
-    for kind, shape in (("moe", config), ("dense", config.dense)):
+    for kind, shape in (("moe", config_from_name(name)), ("dense", config_from_name(f"vit_{scale}"))):
         out = folder / f"{scale}-{kind}.mvmoe"
         if not out.exists():
             export_checkpoint(random_checkpoint(shape, folder / f"{scale}-{kind}.pt"), "onnx", out)

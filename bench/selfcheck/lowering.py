@@ -28,7 +28,7 @@ from mvmoe_deploy.exporters.executorch.rewrite import rewrite
 from mvmoe_deploy.exporters.pipeline import export_model, synthetic_pixels
 from mvmoe_deploy.exporters.split import PieceModule, split_model
 from mvmoe_deploy.images import Preprocessing, normalise
-from mvmoe_deploy.models import MobileVMoE, MobileVMoEConfig, ViT, config_from_name
+from mvmoe_deploy.models import Model, build, config_from_name
 from mvmoe_deploy.models.architectures.vit import embed
 from mvmoe_deploy.quiet import quiet
 
@@ -50,15 +50,15 @@ def measure_scale(
         ConfigError: there is no such scale, or it is dense.
     """
     config = config_from_name(name)
-    if not isinstance(config, MobileVMoEConfig):
+    if config.routes != "images" or config.dense is None:
         raise ConfigError(f"{name} is not routed; name a Mobile V-MoE such as mvmoe_12x192")
     torch.manual_seed(0)
-    return measure(MobileVMoE(config), ViT(config.dense), directory, rounds, threads, progress=progress)
+    return measure(build(config), build(config.dense), directory, rounds, threads, progress=progress)
 
 
 def measure(
-    moe: MobileVMoE,
-    dense: ViT,
+    moe: Model,
+    dense: Model,
     directory: Path,
     rounds: int,
     threads: int = 1,
@@ -124,7 +124,7 @@ class MatrixProducts(nn.Module):
         return x
 
 
-def _export(model: ViT, path: Path, progress: Callable[[str], None]) -> Path:
+def _export(model: Model, path: Path, progress: Callable[[str], None]) -> Path:
     names = [str(index) for index in range(model.config.classes)]
     header = new_header(model.config.to_dict(), names, names, Preprocessing(model.config.image_size))
     export_model(model, header, "executorch", path, progress=lambda what: progress(f"{path.stem}: {what}"))

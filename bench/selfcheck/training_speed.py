@@ -19,7 +19,8 @@ from mvmoe_deploy.bench.measure.latency import interleave
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import build, config_from_name
 from mvmoe_deploy.models.train.data import ImageSet
-from mvmoe_deploy.models.train.trainer import Recipe, Trainer, optimizers
+from mvmoe_deploy.models.train.recipe import Recipe
+from mvmoe_deploy.models.train.trainer import Trainer, optimizers
 
 BAR = 0.85
 """Least share of the bare loop's images per second."""

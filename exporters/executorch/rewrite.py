@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.split import PieceModule
-from mvmoe_deploy.models.architectures.mobile_vmoe import Tail, Trunk
-from mvmoe_deploy.models.architectures.vit import Attention, ViT
+from mvmoe_deploy.models.architectures.vit import Attention, Stream
 
 TOLERANCE = 1e-5
 """Largest difference between a rewritten piece and the original, as a share of the output's largest magnitude (or of
@@ -142,7 +141,7 @@ class ReflectedNorm(nn.Module):
 class ReflectedTail(nn.Module):
     """A tail whose blocks run on reflected tokens."""
 
-    def __init__(self, tail: Tail, reflection: Reflection) -> None:
+    def __init__(self, tail: nn.Module, reflection: Reflection) -> None:
         super().__init__()
         self.tail, self.reflection = tail, reflection
 
@@ -206,26 +205,27 @@ def _supported(layer: nn.Module) -> nn.Module | None:
 
 def _reflected(module: nn.Module) -> nn.Module | None:
     """The same with the residual stream reflected; layers change in place, their old parameters do not."""
-    if not isinstance(module, ViT | Trunk | Tail):
+    stream: Stream | None = getattr(module, "stream", None)
+    if stream is None:
         return None
-    blocks: Any = module.blocks  # Block or GatedBlock, whose layers have the same names
-    # a trunk has no final norm and a tail no class token
-    reflection = Reflection(module.norm.normalized_shape[0] if isinstance(module, Tail) else module.cls_token.shape[-1])
-    if not isinstance(module, Tail):
-        reflection.write(module.patch_embed.proj)
+    part: Any = module  # whose layers have the names that Stream says
+    first: nn.LayerNorm = part.blocks[0].norm1
+    reflection = Reflection(first.normalized_shape[0])
+    if stream.takes == "images":
+        reflection.write(part.patch_embed.proj)
         for name in ("cls_token", "pos_embed"):
-            reflected = getattr(module, name).double() @ reflection.matrix
-            setattr(module, name, nn.Parameter(reflected.float(), requires_grad=False))
-    for block in blocks:
+            reflected = getattr(part, name).double() @ reflection.matrix
+            setattr(part, name, nn.Parameter(reflected.float(), requires_grad=False))
+    for block in part.blocks:
         block.norm1 = reflection.read(block.norm1, block.attn.qkv)
         block.norm2 = reflection.read(block.norm2, block.mlp.fc1)
         reflection.write(block.attn.proj)
         reflection.write(block.mlp.fc2)
-    if not isinstance(module, Trunk):
-        module.norm = reflection.read(module.norm, module.head)  # type: ignore[assignment]
-    if isinstance(module, Trunk):
+    if stream.gives == "logits":
+        part.norm = reflection.read(part.norm, part.head)
+    if stream.gives == "tokens":
         return nn.Sequential(module, reflection)
-    return ReflectedTail(module, reflection) if isinstance(module, Tail) else module
+    return ReflectedTail(module, reflection) if stream.takes == "tokens" else module
 
 
 def _set(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -10,18 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ConfigError
-from mvmoe_deploy.models.architectures.routing import select, with_noise
+from mvmoe_deploy.models import flops
+from mvmoe_deploy.models.architectures.graphs import AllExperts
+from mvmoe_deploy.models.architectures.routing import choose
 from mvmoe_deploy.models.architectures.vit import (
     LAYER_NORM_EPS,
     Attention,
     Block,
     Mlp,
+    Stream,
     ViT,
     ViTConfig,
     classify,
     embed,
     init_weights,
+    paper_heads,
 )
+from mvmoe_deploy.models.architectures.wide_vit import WideViTConfig
+from mvmoe_deploy.models.model import ImageRouted
+from mvmoe_deploy.models.registry import Architecture, ModelConfig, config_from_dict, register, shape
+
+ROUTER_INPUTS = ("class_token", "mean")
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,12 @@ class MobileVMoEConfig(ViTConfig):
     """
 
     architecture: ClassVar[str] = "mobile_vmoe"
+    routes = "images"
 
-    experts: int = 10
-    moe_layers: int = 2
-    k: int = 1
-    router_input: str = "class_token"
+    experts: int = shape(10, "number of experts E (default: one per super-class)")
+    moe_layers: int = shape(2, "number of MoE layers L, at the end of the model")
+    k: int = shape(1, "experts used per image, or per token", flag="-k")
+    router_input: str = shape("class_token", "what the router sees", choices=ROUTER_INPUTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +58,57 @@ class MobileVMoEConfig(ViTConfig):
             raise ConfigError(f"model config: k is {self.k}, but there are only {self.experts} experts")
         if self.moe_layers > self.depth:
             raise ConfigError(f"model config: moe_layers is {self.moe_layers}, but depth is only {self.depth}")
-        if self.router_input not in ("class_token", "mean"):
+        if self.router_input not in ROUTER_INPUTS:
             raise ConfigError(f"model config: router_input is {self.router_input!r}, must be 'class_token' or 'mean'")
+
+    @property
+    def wide(self) -> WideViTConfig:
+        """The dense ViT whose last ``moe_layers`` MLPs are as wide as all experts together."""
+        return WideViTConfig(**asdict(self.dense), wide_layers=self.moe_layers, times=self.experts)
+
+    @property
+    def token_routed(self) -> ModelConfig:
+        """The V-MoE with as many MoE layers (at most every second block) and k experts."""
+        layers = min(self.moe_layers, self.depth // 2)
+        experts = {"experts": self.experts, "k": self.k, "placement": f"last-{layers}"}
+        return config_from_dict({**self.dense.to_dict(), "architecture": "vmoe", **experts})
+
+    def router_flops(self) -> int:
+        """Linear layer with bias and softmax; the mean over tokens where that is its input."""
+        mean = self.tokens * self.width if self.router_input == "mean" else 0
+        return mean + 2 * self.width * self.experts + self.experts + 5 * self.experts
+
+    def flops(self) -> int:
+        """FLOPs of one image; each expert beyond the first adds its MLPs.
+
+        The router is left out, as in the paper's figures (it is about 1e-6 of the whole).
+        """
+        return super().flops() + (self.k - 1) * self.moe_layers * flops.mlp(self)
+
+    def macs(self) -> int:
+        return super().macs() + (self.k - 1) * self.moe_layers * flops.mlp_macs(self) + self.width * self.experts
+
+    def piece_flops(self, role: str) -> int | None:
+        gate = self.tokens * self.width
+        return {
+            "model": self.flops(),
+            "trunk": flops.embed(self) + (self.depth - self.moe_layers) * flops.block(self),
+            "router": self.router_flops(),
+            "tail": self.moe_layers * (flops.block(self) + gate) + flops.head(self),
+            "attention": 2 * flops.norm(self) + flops.attention(self) + self.tokens * self.width,
+            "expert_layer": flops.mlp(self) + gate,
+            "head": flops.head(self),
+        }.get(role)
+
+    def parameters(self) -> int:
+        more = (self.experts - 1) * self.moe_layers * self.expert_parameters()
+        return super().parameters() + more + self.width * self.experts + self.experts
+
+    def active_parameters(self) -> int:
+        return self.parameters() - (self.experts - self.k) * self.moe_layers * self.expert_parameters()
+
+    def expert_parameters(self) -> int:
+        return flops.mlp_parameters(self)
 
 
 class Router(nn.Module):
@@ -75,6 +134,12 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(experts, outputs))
+
+
+def stacks_of(model: nn.Module) -> list[nn.Parameter]:
+    """The experts' parameters of a model built of :class:`StackedLinear` layers."""
+    layers = [module for module in model.modules() if isinstance(module, StackedLinear)]
+    return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
 
 class Experts(nn.Module):
@@ -125,21 +190,6 @@ class MoEBlock(nn.Module):
         return x + self.mlp(self.norm2(x), gates, chosen)
 
 
-@dataclass
-class Routed:
-    """What a training step needs.
-
-    ``logits [B, C]``, ``router_logits [B, E]``, those with noise that were routed by (the same without noise),
-    ``gates`` and ``chosen [B, k]``.
-    """
-
-    logits: Tensor
-    router_logits: Tensor
-    noisy_logits: Tensor
-    gates: Tensor
-    chosen: Tensor
-
-
 class MobileVMoE(ViT):
     """Mobile V-MoE: images ``[B, 3, H, W]`` → logits ``[B, C]``."""
 
@@ -172,31 +222,38 @@ class MobileVMoE(ViT):
             x = block(x)
         return x
 
-    def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> Routed:
-        """Runs the model and returns what it routed as well.
-
-        Args:
-            images: ``[B, 3, H, W]``.
-            chosen: expert indices ``[B, k]`` to use instead of the router's choice; gates stay the router's
-                probabilities of those experts.
-            noisy: route by logits with V-MoE's noise, to train a router that no super-classes teach.
-        """
+    def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> ImageRouted:
         x = self.trunk(images)
         router_logits = self.router.logits(x)
-        noisy_logits = with_noise(router_logits) if noisy else router_logits
-        probabilities = noisy_logits.softmax(-1)
-        # Softmax first, then top-k: gates are not renormalised (DESIGN, "gate").
-        if chosen is None:
-            gates, chosen = select(probabilities, self.config.k)
-        else:
-            gates = probabilities.gather(1, chosen)
+        choice = choose(router_logits, self.config.k, chosen, noisy)
         for block in self.blocks[self.trunk_depth : -1]:
-            x = block(x, gates, chosen)
-        x = self.blocks[-1](x, gates, chosen, n=1)  # the classifier reads the class token alone
-        return Routed(classify(x, self.norm, self.head), router_logits, noisy_logits, gates, chosen)
+            x = block(x, choice.gates, choice.chosen)
+        x = self.blocks[-1](x, choice.gates, choice.chosen, n=1)  # the classifier reads the class token alone
+        logits = classify(x, self.norm, self.head)
+        return ImageRouted(logits, router_logits, choice.noisy_logits, choice.gates, choice.chosen)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits
+
+    def expert_stacks(self) -> list[nn.Parameter]:
+        return stacks_of(self)
+
+    @torch.no_grad()
+    def balance_router(self, images: int = 64) -> None:
+        """Shifts and scales the router so that its experts share random images.
+
+        As initialised it sends them all to the same expert, and a graph of all experts would never touch the others.
+        """
+        size = self.config.image_size
+        tokens = torch.cat([self.trunk(torch.randn(8, 3, size, size)) for _ in range(images // 8)])
+        linear = self.router.linear
+        logits = self.router.logits(tokens)
+        scale = 1 / logits.std(0)
+        linear.weight.mul_(scale[:, None])
+        linear.bias.copy_((linear.bias - logits.mean(0)) * scale)
+
+    def graph_module(self) -> nn.Module:
+        return AllExperts(self)
 
     # The rest is the protocol of mvmoe_deploy.exporters.split. Pieces share their parameters with this model.
 
@@ -211,7 +268,7 @@ class MobileVMoE(ViT):
         return self.config.k
 
     @property
-    def moe_layers(self) -> int:
+    def moe_layers(self) -> int:  # type: ignore[override]
         """L."""
         return self.config.moe_layers
 
@@ -245,6 +302,8 @@ class MobileVMoE(ViT):
 
 class Trunk(nn.Module):
     """Images → tokens: the patch embedding and the dense blocks of a model."""
+
+    stream: ClassVar[Stream] = Stream("images", "tokens")
 
     def __init__(self, model: MobileVMoE) -> None:
         super().__init__()
@@ -309,6 +368,8 @@ class Classifier(nn.Module):
 class Tail(nn.Module):
     """What follows the router for one expert: tokens ``[B, N, D]``, gate ``[B]`` → logits ``[B, C]``."""
 
+    stream: ClassVar[Stream] = Stream("tokens", "logits")
+
     def __init__(self, model: MobileVMoE, expert: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(GatedBlock(model.moe_block(i), expert) for i in range(model.moe_layers))
@@ -332,3 +393,6 @@ def dense_mlp(experts: Experts, expert: int) -> Mlp:
     }
     mlp.load_state_dict(views, assign=True)
     return mlp
+
+
+register(Architecture(MobileVMoEConfig, MobileVMoE, "mvmoe_DEPTHxWIDTH", ("mvmoe_12x192", "mvmoe_6x64"), paper_heads))

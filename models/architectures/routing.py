@@ -69,6 +69,37 @@ def select(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return gates[..., :k], chosen[..., :k]
 
 
+@dataclass
+class Choice:
+    """Whom a per-image router chose.
+
+    Attributes:
+        noisy_logits: those that were routed by ``[B, E]``; without noise the router's own.
+        gates: probabilities of the chosen experts ``[B, k]``, not renormalised.
+        chosen: expert indices ``[B, k]``.
+    """
+
+    noisy_logits: Tensor
+    gates: Tensor
+    chosen: Tensor
+
+
+def choose(logits: Tensor, k: int, chosen: Tensor | None = None, noisy: bool = False) -> Choice:
+    """Chooses k experts for each image: softmax first, then the k largest (DESIGN, "gate").
+
+    Args:
+        logits: of the router ``[B, E]``.
+        k: experts per image.
+        chosen: experts ``[B, k]`` to use instead; gates stay the router's probabilities of those experts.
+        noisy: choose by logits with V-MoE's noise, to train a router that no super-classes teach.
+    """
+    noisy_logits = with_noise(logits) if noisy else logits
+    probabilities = noisy_logits.softmax(-1)
+    if chosen is None:
+        return Choice(noisy_logits, *select(probabilities, k))
+    return Choice(noisy_logits, probabilities.gather(1, chosen), chosen)
+
+
 def capacity(tokens: int, k: int, factor: float, experts: int) -> int:
     """Places per expert, ``C = ceil(S · k · factor / E)`` rounded up to a multiple of 4.
 

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.models import flops
 from mvmoe_deploy.models.foreign import read_weights
+from mvmoe_deploy.models.model import Model, check_state_dict
+from mvmoe_deploy.models.registry import Architecture, ModelConfig, register, shape
 
 LAYER_NORM_EPS = 1e-6
 
 
+SCALES = {(depth, width): heads for width, heads in ((384, 6), (192, 3), (96, 3), (64, 2)) for depth in (12, 9, 6)}
+"""Heads of the 12 scales of Mobile V-MoE's figure 3a, by (depth, width)."""
+
+
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ModelConfig):
     """Shape of a dense ViT.
 
     Attributes:
-        image_size: side of the square input image, in pixels.
         patch_size: side of a square patch, in pixels; divides ``image_size``.
         width: token width D; a multiple of ``heads``.
         depth: number of transformer blocks L.
         heads: attention heads h.
-        classes: number of output classes C.
         mlp_ratio: hidden width of an MLP divided by D.
     """
 
     architecture: ClassVar[str] = "vit"
 
-    image_size: int = 224
-    patch_size: int = 32
+    patch_size: int = shape(32, "side of a patch, in pixels", flag="--patch")
     width: int = 192
     depth: int = 12
-    heads: int = 3
-    classes: int = 1000
+    heads: int = shape(3, "attention heads (default: the paper's for this scale)")
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"model config: {field.name} is {value}, must be at least 1")
+        super().__post_init__()
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model config: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -68,9 +68,20 @@ class ViTConfig:
         """The dense baseline: the same ViT without experts."""
         return ViTConfig(**{field.name: getattr(self, field.name) for field in fields(ViTConfig)})
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config as plain values, with its ``architecture``; :func:`models.build` reads it back."""
-        return {"architecture": self.architecture, **asdict(self)}
+    def fewest_weights(self) -> int:
+        return self.depth
+
+    def flops(self) -> int:
+        return flops.embed(self) + self.depth * flops.block(self) + flops.head(self)
+
+    def macs(self) -> int:
+        return flops.embed_macs(self) + self.depth * flops.block_macs(self) + self.width * self.classes
+
+    def parameters(self) -> int:
+        d = self.width
+        block = 4 * d * d + 4 * d + 4 * d + flops.mlp_parameters(self)
+        embedding = 3 * self.patch_size**2 * d + d + d + self.tokens * d
+        return embedding + self.depth * block + 2 * d + d * self.classes + self.classes
 
 
 class PatchEmbed(nn.Module):
@@ -131,8 +142,27 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class ViT(nn.Module):
+@dataclass(frozen=True)
+class Stream:
+    """Which part of a pre-norm transformer a module is, whose layers are named as timm's.
+
+    It has ``blocks``; ``patch_embed``, ``cls_token`` and ``pos_embed`` where it takes images; ``norm`` and ``head``
+    where it gives logits.
+
+    Attributes:
+        takes: ``images`` or ``tokens``.
+        gives: ``tokens`` or ``logits``.
+    """
+
+    takes: Literal["images", "tokens"]
+    gives: Literal["tokens", "logits"]
+
+
+class ViT(Model):
     """The dense baseline: images ``[B, 3, H, W]`` → logits ``[B, C]``."""
+
+    config: ViTConfig
+    stream: ClassVar[Stream] = Stream("images", "logits")
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -152,6 +182,36 @@ class ViT(nn.Module):
         # The classifier reads nothing but the class token, so the last block computes nothing but that:
         # the same logits for five sixths less work in this block.
         return classify(self.blocks[-1](x, n=1), self.norm, self.head)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The blocks' weights but for routers; not the patch embedding or the head."""
+        return [
+            parameter
+            for name, parameter in self.blocks.named_parameters()
+            if name.endswith("weight") and parameter.ndim > 1 and "router" not in name
+        ]
+
+    def load_dense(self, dense: nn.Module) -> None:
+        """Takes a dense ViT's weights; every expert gets a copy of its block's MLP."""
+        weights = self.state_dict()
+        for name, tensor in dense.state_dict().items():
+            # expand adds the leading expert dimension to stacked MLP weights and is the identity on all others
+            weights[name].copy_(tensor.expand_as(weights[name]))
+
+    def stock_module(self) -> nn.Module:
+        stock = StockViT(self.config).eval()
+        stock.load_state_dict(self.state_dict())
+        return stock
+
+
+class StockViT(ViT):
+    """The dense ViT as everyone writes it: every block computes every token, as timm's does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
 
 
 def embed(images: Tensor, patch_embed: nn.Module, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
@@ -197,17 +257,10 @@ def load_timm_state_dict(model: ViT, saved: Mapping[str, Any] | str | Path, ema:
     return entry
 
 
-def check_state_dict(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises ConfigError naming the first missing, unknown or wrongly shaped entry of ``weights``."""
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
-    if missing:
-        raise ConfigError(f"{where}: lacks {len(missing)} weights, first {missing[0]!r}")
-    if unknown:
-        raise ConfigError(f"{where}: holds {len(unknown)} weights this model does not have, first {unknown[0]!r}")
-    for name, tensor in expected.items():
-        if tuple(weights[name].shape) != tuple(tensor.shape):
-            raise ConfigError(
-                f"{where}: {name!r} has shape {list(weights[name].shape)}, the config asks for {list(tensor.shape)}"
-            )
+def paper_heads(given: dict[str, int]) -> dict[str, int]:
+    """Heads of a scale by its depth and width: the paper's at its 12 scales, else width / 64 (at least 1)."""
+    depth, width = given["depth"], given["width"]
+    return {"heads": SCALES.get((depth, width), max(1, width // 64))}
+
+
+register(Architecture(ViTConfig, ViT, "vit_DEPTHxWIDTH", ("vit_12x192",), paper_heads))

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy.errors import ConfigError
-from mvmoe_deploy.models.architectures.mobile_vmoe import Experts
+from mvmoe_deploy.models import flops
+from mvmoe_deploy.models.architectures.graphs import VMoEGraph
+from mvmoe_deploy.models.architectures.mobile_vmoe import Experts, stacks_of
 from mvmoe_deploy.models.architectures.routing import ORDERS, TokenRouting, auxiliary_loss, route
 from mvmoe_deploy.models.architectures.vit import (
     LAYER_NORM_EPS,
@@ -24,7 +26,10 @@ from mvmoe_deploy.models.architectures.vit import (
     classify,
     embed,
     init_weights,
+    paper_heads,
 )
+from mvmoe_deploy.models.model import Output, TokenRoutes
+from mvmoe_deploy.models.registry import Architecture, register, shape
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,13 @@ class VMoEConfig(ViTConfig):
     """
 
     architecture: ClassVar[str] = "vmoe"
+    routes = "tokens"
 
-    experts: int = 10
-    placement: str = "last-2"
-    k: int = 1
-    capacity_factor: float = 1.05
-    order: str = "vanilla"
+    experts: int = shape(10, "number of experts E (default: one per super-class)")
+    placement: str = shape("last-2", "MoE layers: last-N (of every second block) or every-N")
+    k: int = shape(1, "experts used per image, or per token", flag="-k")
+    capacity_factor: float = shape(1.05, "places of all experts for each choice")
+    order: str = shape("vanilla", "who gets the places", choices=ORDERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +76,45 @@ class VMoEConfig(ViTConfig):
         if kind == "every":
             return list(range(int(n) - 1, self.depth, int(n)))
         return list(range(1, self.depth, 2))[-int(n) :]
+
+    def router_flops(self) -> int:
+        """One layer's router over all tokens: linear layer without bias, and softmax."""
+        return self.tokens * (2 * self.width * self.experts + 5 * self.experts)
+
+    def token_mlps(self) -> float:
+        """How many MLPs' work a MoE layer does per token, at most: ``k · min(1, capacity factor)``.
+
+        Below a capacity factor of 1 the places run out: E experts of C = S·k·cf/E places serve S·k·cf choices. Above
+        1, the S·k choices are all there is, and a place that stays empty costs nothing here (the paper's
+        implementation pads it and pays for ``k · cf``). An upper bound: where few tokens choose an expert, its places
+        stay empty while other experts overflow. The rounding of C depends on the batch and is left out.
+        """
+        return self.k * min(1.0, self.capacity_factor)
+
+    def flops(self) -> int:
+        """FLOPs of one image; the routers see every token and are counted. See :meth:`token_mlps` for the experts."""
+        layer = self.router_flops() + round((self.token_mlps() - 1) * flops.mlp(self))
+        return super().flops() + len(self.moe_blocks) * layer
+
+    def macs(self) -> int:
+        layer = self.tokens * self.width * self.experts + round((self.token_mlps() - 1) * flops.mlp_macs(self))
+        return super().macs() + len(self.moe_blocks) * layer
+
+    def parameters(self) -> int:
+        layer = (self.experts - 1) * self.expert_parameters() + self.width * self.experts
+        return super().parameters() + len(self.moe_blocks) * layer
+
+    def active_parameters(self) -> int:
+        """Weights that one image may use.
+
+        Each of its N tokens chooses k experts of its own, so up to N·k of the E in every MoE layer. How many it does
+        use is measured (:meth:`TokenRouted.used`).
+        """
+        untouched = max(0, self.experts - self.tokens * self.k)
+        return self.parameters() - untouched * len(self.moe_blocks) * self.expert_parameters()
+
+    def expert_parameters(self) -> int:
+        return flops.mlp_parameters(self)
 
 
 class TokenMoEBlock(nn.Module):
@@ -111,21 +156,22 @@ class TokenMoEBlock(nn.Module):
 
 
 @dataclass
-class TokenRouted:
-    """What a training step needs.
+class TokenRouted(Output):
+    """What a V-MoE says of a batch.
 
     Attributes:
-        logits: of the classes ``[B, C]``.
         layers: the routing of each MoE layer, over S = B · N tokens, those of one image together.
     """
 
-    logits: Tensor
     layers: list[TokenRouting]
 
     def auxiliary_loss(self) -> Tensor:
         """Importance and load losses, half of each, summed over the MoE layers (appendix A; the sum as their code)."""
         k = self.layers[0].chosen.shape[1]
         return torch.stack([auxiliary_loss(layer.logits, layer.noisy_logits, k) for layer in self.layers]).sum()
+
+    def routes(self) -> TokenRoutes:
+        return TokenRoutes(self.choices().cpu(), self.used().cpu(), self.overflow().cpu())
 
     def choices(self) -> Tensor:
         """Share of each image's choices that fell on each expert ``[B, MoE layers, E]``; overflow included."""
@@ -168,12 +214,19 @@ class VMoE(ViT):
     """
 
     config: VMoEConfig
+    cannot_split = "a V-MoE routes every token in every MoE layer: only a model that routes images can be split"
 
     def __init__(self, config: VMoEConfig) -> None:
         super().__init__(config)
         for index in config.moe_blocks:
             self.blocks[index] = TokenMoEBlock(config)
         init_weights(self)
+
+    def moe_block(self, index: int) -> TokenMoEBlock:
+        """The MoE layer that is block ``index``."""
+        block = self.blocks[index]
+        assert isinstance(block, TokenMoEBlock)
+        return block
 
     def set_capacity(self, factor: float, order: str | None = None) -> None:
         """Changes the capacity factor, and the order where given: below 1 at inference is section 4's adaptive compute.
@@ -183,8 +236,19 @@ class VMoE(ViT):
         """
         self.config = dataclasses.replace(self.config, capacity_factor=factor, order=order or self.config.order)
 
-    def routed(self, images: Tensor) -> TokenRouted:
-        """Runs the model and returns how every MoE layer routed as well."""
+    @property
+    def moe_layers(self) -> int:  # type: ignore[override]
+        """Number of MoE layers."""
+        return len(self.config.moe_blocks)
+
+    def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> TokenRouted:
+        """Runs the model and returns how every MoE layer routed as well; noise is training's, always.
+
+        Raises:
+            ConfigError: experts are to be forced, which are the tokens' to choose.
+        """
+        if chosen is not None:
+            raise ConfigError("a V-MoE's experts are chosen by each token: they cannot be forced for an image")
         x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
         layers = []
         for index, block in enumerate(self.blocks):
@@ -198,3 +262,12 @@ class VMoE(ViT):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits
+
+    def expert_stacks(self) -> list[nn.Parameter]:
+        return stacks_of(self)
+
+    def graph_module(self) -> nn.Module:
+        return VMoEGraph(self)
+
+
+register(Architecture(VMoEConfig, VMoE, "vmoe_DEPTHxWIDTH", ("vmoe_12x192",), paper_heads))

@@ -12,7 +12,8 @@ from torch import Tensor
 from mvmoe_deploy.bundle import Manifest
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import DataError
-from mvmoe_deploy.models.study.evaluation import ImageRouting, Predictions, TokenRouting
+from mvmoe_deploy.models.model import ImageRoutes, TokenRoutes
+from mvmoe_deploy.models.study.evaluation import Predictions
 
 BINS = 20
 """Of the histograms of gates and margins, each 1 / BINS wide, over 0…1."""
@@ -132,7 +133,7 @@ def analyse_images(
         DataError: there are more or fewer super-classes than experts.
     """
     routing = predictions.routing
-    assert isinstance(routing, ImageRouting)
+    assert isinstance(routing, ImageRoutes)
     experts, classes = routing.probabilities.shape[1], len(class_names)
     if superclasses is not None and len(superclasses.names) != experts:
         raise DataError(f"there are {len(superclasses.names)} super-classes but {experts} experts")
@@ -170,7 +171,7 @@ def analyse_images(
 def analyse_tokens(predictions: Predictions, class_names: list[str]) -> TokenAnalysis:
     """Analyses a V-MoE's routers."""
     routing = predictions.routing
-    assert isinstance(routing, TokenRouting)
+    assert isinstance(routing, TokenRoutes)
     images, _, experts = routing.choices.shape
     heat = torch.zeros(len(class_names), *routing.choices.shape[1:]).index_add_(0, predictions.labels, routing.choices)
     heat /= torch.bincount(predictions.labels, minlength=len(class_names)).clamp(min=1)[:, None, None]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.architectures.routing import ORDERS
-from mvmoe_deploy.models.architectures.vmoe import VMoE
-from mvmoe_deploy.models.flops import model_flops
+from mvmoe_deploy.models.model import Model, TokenRoutes
 from mvmoe_deploy.models.study.comparison import Difference, paired_difference
-from mvmoe_deploy.models.study.evaluation import Predictions, TokenRouting, predict
+from mvmoe_deploy.models.study.evaluation import Predictions, predict
 from mvmoe_deploy.models.train.data import ImageSet
 
 
@@ -23,7 +23,7 @@ class CapacityPoint:
         order: who gets the places: ``vanilla`` or ``bpr``.
         accuracy: top-1, 0…1.
         overflow: share of the choices that found no place, mean over the MoE layers.
-        flops: of one image, at most (see :func:`mvmoe_deploy.models.flops.token_mlps`).
+        flops: of one image, at most (see :meth:`mvmoe_deploy.models.architectures.vmoe.VMoEConfig.token_mlps`).
         gain: ``bpr`` over ``vanilla`` at this factor, paired by image; None for ``vanilla``.
     """
 
@@ -31,7 +31,7 @@ class CapacityPoint:
     order: str
     accuracy: float
     overflow: float
-    flops: int
+    flops: int | None
     gain: Difference | None
 
 
@@ -53,7 +53,7 @@ class CapacityCurve:
 
 
 def capacity_curve(
-    model: VMoE,
+    model: Model,
     images: ImageSet,
     preprocessing: Preprocessing,
     factors: Sequence[float],
@@ -63,7 +63,7 @@ def capacity_curve(
     """Evaluates a V-MoE at each capacity factor, without and with Batch Priority Routing.
 
     Args:
-        model: a trained V-MoE; it comes back as it was.
+        model: a trained V-MoE; it is left as it was.
         images: labelled.
         preprocessing: the model's.
         factors: capacity factors.
@@ -71,9 +71,11 @@ def capacity_curve(
         progress: called with how many of the 2 · len(factors) evaluations are done.
 
     Raises:
-        ConfigError: a factor that is not above 0.
+        ConfigError: a model without a capacity, or a factor that is not above 0.
     """
-    was = model.config
+    was, trained_factor = model.config, model.config.capacity_factor
+    if trained_factor is None:
+        raise ConfigError(f"a {was.architecture} has no capacity: only tokens compete for places")
     points: list[CapacityPoint] = []
     try:
         for factor in factors:
@@ -81,11 +83,11 @@ def capacity_curve(
             for order in ORDERS:
                 model.set_capacity(factor, order)
                 found = by_order[order] = predict(model, images, preprocessing, batch)
-                assert isinstance(found.routing, TokenRouting)
+                assert isinstance(found.routing, TokenRoutes)
                 gain = None if order == "vanilla" else paired_difference(found.right, by_order["vanilla"].right)
                 accuracy, overflow = float(found.right.double().mean()), float(found.routing.overflow.mean())
-                points.append(CapacityPoint(factor, order, accuracy, overflow, model_flops(model.config), gain))
+                points.append(CapacityPoint(factor, order, accuracy, overflow, model.config.flops(), gain))
                 progress(len(points))
     finally:
         model.config = was
-    return CapacityCurve(len(images.labels), batch, was.capacity_factor, points)
+    return CapacityCurve(len(images.labels), batch, trained_factor, points)

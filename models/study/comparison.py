@@ -14,17 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE
-from mvmoe_deploy.models.architectures.vit import ViT
-from mvmoe_deploy.models.architectures.vmoe import VMoE
-from mvmoe_deploy.models.flops import active_parameters, mlp_parameters, model_flops, total_parameters
-from mvmoe_deploy.models.study.evaluation import ImageRouting, Predictions, TokenRouting, summarise
+from mvmoe_deploy.models.model import Model, TokenRoutes
+from mvmoe_deploy.models.study.evaluation import Predictions, summarise
 
 PAPER = {"dense": 71.70, "super-class": 74.42, "random": 69.22, "end-to-end": 73.57, "per token": 74.85}
 """Top-1 accuracy by routing in figure 3e, percent, on ImageNet."""
 
 BYTES = 4
-"""Of a weight, in fp32."""
+"""Bytes of a weight in fp32."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +47,31 @@ class Difference:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model needs on a device; the expert MLPs of different layers are different weights, and count apart.
+    """What a model needs on a device; experts of different MoE layers are different weights, and count separately.
+
+    What the architecture does not know (the size of an expert, FLOPs) leaves None.
 
     Attributes:
         flops: of one image, by the paper's convention.
         parameters: all weights.
         active_parameters: weights that one image uses, mean over the images as measured.
-        expert_mlps: expert MLPs there are, over all MoE layers.
-        touched: expert MLPs that one image uses, mean over the images as measured.
-        most_touched: likewise, the most that any image uses.
-        image_bytes: fp32 weights to have in memory for one image, mean over the images.
-        most_image_bytes: likewise, for the image that needs most.
-        all_bytes: fp32 weights to have in memory so that none is loaded twice for all the images.
+        expert_mlps: experts there are, over all MoE layers.
+        touched: experts that one image uses, mean over the images as measured.
+        most_touched: the most experts that any image uses.
+        image_bytes: bytes of the fp32 weights that one image needs in memory, mean over the images.
+        most_image_bytes: the same for the image that needs most.
+        all_bytes: bytes of fp32 weights in memory with which none is loaded twice for all the images.
     """
 
-    flops: int
+    flops: int | None
     parameters: int
-    active_parameters: float
+    active_parameters: float | None
     expert_mlps: int
     touched: float
     most_touched: int
-    image_bytes: float
-    most_image_bytes: int
-    all_bytes: int
+    image_bytes: float | None
+    most_image_bytes: int | None
+    all_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Row:
     needs: Needs
 
 
-def compare(candidates: Sequence[tuple[str, Header, ViT, Predictions]]) -> list[Row]:
+def compare(candidates: Sequence[tuple[str, Header, Model, Predictions]]) -> list[Row]:
     """A row per model; differences are to the first.
 
     Args:
@@ -158,14 +157,14 @@ def paired_difference(right: Tensor, base: Tensor, resamples: int = 100_000, see
     return Difference(100 * (gained - lost) / total, float(low), float(high), float(p_value), gained, lost)
 
 
-def routing_of(header: Header, model: ViT) -> str:
+def routing_of(header: Header, model: Model) -> str:
     """Which row of figure 3e a model belongs to."""
-    if isinstance(model, VMoE):
+    if model.config.routes == "tokens":
         return "per token"
-    if not isinstance(model, MobileVMoE):
+    if model.config.routes is None:
         return "dense"
     taught = "end-to-end" if header.superclasses is None else "super-class"
-    return header.training.get("recipe", {}).get("router", taught)
+    return str(header.training.get("recipe", {}).get("router", taught))
 
 
 def training_images(training: dict[str, Any]) -> int | None:
@@ -191,42 +190,42 @@ def _recipe(training: dict[str, Any]) -> dict[str, Any]:
     return training.get("recipe", {}) | teacher
 
 
-def needs(model: ViT, predictions: Predictions) -> Needs:
+def needs(model: Model, predictions: Predictions) -> Needs:
     """What a model needs on a device for the images it was asked about."""
-    config = model.config
-    parameters = total_parameters(config)
-    used = mlps_used(model, predictions)
+    flops, expert = model.config.flops(), model.config.expert_parameters()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    used = experts_used(model, predictions)
     if used is None:
         everything = BYTES * parameters
-        return Needs(
-            model_flops(config), parameters, active_parameters(config), 0, 0.0, 0, everything, everything, everything
-        )
-    mlp, mlps = mlp_parameters(config), used[0].numel()
-    shared = parameters - mlps * mlp
+        return Needs(flops, parameters, parameters, 0, 0.0, 0, everything, everything, everything)
+    count = used[0].numel()
     touched = used.sum((1, 2))
     mean, most = float(touched.double().mean()), int(touched.max())
+    if expert is None:
+        return Needs(flops, parameters, None, count, mean, most, None, None, None)
+    shared = parameters - count * expert
     return Needs(
-        model_flops(config),
+        flops,
         parameters,
-        shared + mean * mlp,
-        mlps,
+        shared + mean * expert,
+        count,
         mean,
         most,
-        BYTES * (shared + mean * mlp),
-        BYTES * (shared + most * mlp),
-        BYTES * (shared + int(used.any(0).sum()) * mlp),
+        BYTES * (shared + mean * expert),
+        BYTES * (shared + most * expert),
+        BYTES * (shared + int(used.any(0).sum()) * expert),
     )
 
 
-def mlps_used(model: ViT, predictions: Predictions) -> Tensor | None:
-    """Which expert MLPs each image used, boolean ``[n, MoE layers, E]``; None for a dense model."""
+def experts_used(model: Model, predictions: Predictions) -> Tensor | None:
+    """Which experts each image used, boolean ``[n, MoE layers, E]``; None for a dense model."""
     routing = predictions.routing
-    if isinstance(routing, TokenRouting):
-        return routing.used
-    if not isinstance(routing, ImageRouting) or not isinstance(model, MobileVMoE):
+    if routing is None:
         return None
-    chosen = F.one_hot(routing.chosen, model.config.experts).bool().any(1)
-    return chosen[:, None].expand(-1, model.config.moe_layers, -1)
+    if isinstance(routing, TokenRoutes):
+        return routing.used
+    chosen = F.one_hot(routing.chosen, routing.probabilities.shape[1]).bool().any(1)
+    return chosen[:, None].expand(-1, model.moe_layers, -1)
 
 
 def recipe_differences(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import CheckFailed
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE
-from mvmoe_deploy.models.architectures.vmoe import VMoE
+from mvmoe_deploy.models.model import ImageRoutes, Model, TokenRoutes
 from mvmoe_deploy.models.train.data import ImageSet, normaliser
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
 Progress = Callable[[Iterator, int], Iterator]
 """Wraps an iterator, given it and its length (a progress bar)."""
-
-
-@dataclass
-class ImageRouting:
-    """Where a per-image router sent n images.
-
-    Attributes:
-        probabilities: the router's ``[n, E]``.
-        chosen: experts ``[n, k]``, best first.
-    """
-
-    probabilities: Tensor
-    chosen: Tensor
-
-    def load(self) -> Tensor:
-        """Share of the images' choices that fell on each expert ``[E]``."""
-        return torch.bincount(self.chosen.flatten(), minlength=self.probabilities.shape[1]) / self.chosen.numel()
-
-
-@dataclass
-class TokenRouting:
-    """Where a V-MoE sent the tokens of n images.
-
-    Attributes:
-        choices: share of each image's choices that fell on each expert ``[n, MoE layers, E]``, overflow included.
-        used: whether any token of the image that is read used the expert ``[n, MoE layers, E]``; overflow uses none.
-        overflow: share of the choices that found no place ``[MoE layers]``.
-    """
-
-    choices: Tensor
-    used: Tensor
-    overflow: Tensor
 
 
 @dataclass
@@ -65,7 +32,7 @@ class Predictions:
 
     labels: Tensor
     top: Tensor
-    routing: ImageRouting | TokenRouting | None
+    routing: ImageRoutes | TokenRoutes | None
 
     @property
     def right(self) -> Tensor:
@@ -92,7 +59,7 @@ class Evaluation:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    model: Model,
     images: ImageSet,
     preprocessing: Preprocessing,
     batch: int = 500,
@@ -109,7 +76,7 @@ def predict(
         preprocessing: the model's.
         batch: images at once.
         progress: wraps the iterator over batches.
-        experts: ``[n, k]`` experts of a Mobile V-MoE to use instead of its router's choice.
+        experts: ``[n, k]`` experts of a per-image-routed model to use instead of its router's choice.
 
     Raises:
         CheckFailed: the model's outputs are not finite.
@@ -122,42 +89,38 @@ def predict(
     # Images come class by class. The tokens of few classes choose few experts, so that a V-MoE would lose far more of
     # them to overflow than on the mixed batches of training: mix them here too.
     order = torch.arange(total)
-    if isinstance(model, VMoE):
+    if model.config.routes == "tokens":
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     tops: list[Tensor] = []
-    by_image: list[ImageRouting] = []
-    by_token: list[TokenRouting] = []
+    routes: list[ImageRoutes | TokenRoutes] = []
     parts = order.split(batch)
     for rows in progress(iter(parts), len(parts)) if progress else parts:
         x = normalise(images.pixels[rows].to(device))
-        if isinstance(model, MobileVMoE):
-            routed = model.routed(x, None if experts is None else experts[rows].to(device))
-            logits = routed.logits
-            by_image.append(ImageRouting(routed.router_logits.softmax(-1).cpu(), routed.chosen.cpu()))
-        elif isinstance(model, VMoE):
-            tokens = model.routed(x)
-            logits = tokens.logits
-            share = len(rows) / total
-            by_token.append(
-                TokenRouting(tokens.choices().cpu(), tokens.used().cpu(), (tokens.overflow() * share).cpu())
-            )
-        else:
-            logits = model(x)
-        tops.append(_best_classes(logits))
+        output = model.routed(x, None if experts is None else experts[rows].to(device))
+        if (routed := output.routes()) is not None:
+            routes.append(routed)
+        tops.append(_best_classes(output.logits))
     model.train(was_training)
     back = order.argsort()
-    routing: ImageRouting | TokenRouting | None = None
-    if by_image:
-        routing = ImageRouting(
-            torch.cat([part.probabilities for part in by_image])[back], torch.cat([p.chosen for p in by_image])[back]
+    return Predictions(images.labels, torch.cat(tops)[back], _joined(routes, back))
+
+
+def _joined(parts: Sequence[ImageRoutes | TokenRoutes], back: Tensor) -> ImageRoutes | TokenRoutes | None:
+    """The batches' routes as one, in the order ``back``; None where nothing is routed."""
+    images = [part for part in parts if isinstance(part, ImageRoutes)]
+    if images:
+        return ImageRoutes(
+            torch.cat([part.probabilities for part in images])[back], torch.cat([part.chosen for part in images])[back]
         )
-    elif by_token:
-        routing = TokenRouting(
-            torch.cat([part.choices for part in by_token])[back],
-            torch.cat([part.used for part in by_token])[back],
-            torch.stack([part.overflow for part in by_token]).sum(0),
-        )
-    return Predictions(images.labels, torch.cat(tops)[back], routing)
+    tokens = [part for part in parts if isinstance(part, TokenRoutes)]
+    if not tokens:
+        return None
+    overflow = [part.overflow * (len(part.choices) / len(back)) for part in tokens]
+    return TokenRoutes(
+        torch.cat([part.choices for part in tokens])[back],
+        torch.cat([part.used for part in tokens])[back],
+        torch.stack(overflow).sum(0),
+    )
 
 
 def check_finite(logits: Tensor) -> None:
@@ -197,7 +160,7 @@ def predict_with_bundle(
             routes.append(routed)
     routing = None
     if routes:
-        routing = ImageRouting(
+        routing = ImageRoutes(
             torch.from_numpy(np.concatenate([routed.probabilities for routed in routes])),
             torch.from_numpy(np.concatenate([routed.experts for routed in routes])),
         )
@@ -209,7 +172,7 @@ def summarise(predictions: Predictions, superclasses: Superclasses | None = None
     routing = predictions.routing
     load: list[float] = []
     router_accuracy = None
-    if isinstance(routing, TokenRouting):
+    if isinstance(routing, TokenRoutes):
         load = routing.choices.mean((0, 1)).tolist()
     elif routing is not None:
         load = routing.load().tolist()
@@ -225,7 +188,7 @@ def summarise(predictions: Predictions, superclasses: Superclasses | None = None
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     images: ImageSet,
     preprocessing: Preprocessing,
     superclasses: Superclasses | None = None,

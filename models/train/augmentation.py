@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.train.data import ImageSet, normaliser
-
-if TYPE_CHECKING:
-    from mvmoe_deploy.models.train.trainer import Recipe
+from mvmoe_deploy.models.train.recipe import Recipe
 
 LOG_ASPECT = math.log(4 / 3)
 """Resampled crops are at most this much wider or taller than square, as everywhere since Inception."""
@@ -69,48 +63,6 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
         partner = torch.randperm(count, generator=generator)
         share = torch._sample_dirichlet(torch.full((count, 2), recipe.mixup), generator=generator)[:, 0]
     return View(mirrored, shift, window, colours, partner, share)
-
-
-class Shown:
-    """Training images in one view, as a model takes them, and the labels that go with them.
-
-    Args:
-        images: the training images.
-        view: what was drawn for each of them.
-        recipe: the recipe that it was drawn for.
-        preprocessing: the model's.
-        device: where batches are wanted.
-    """
-
-    def __init__(
-        self, images: ImageSet, view: View, recipe: Recipe, preprocessing: Preprocessing, device: torch.device
-    ) -> None:
-        self._images, self._view, self._recipe, self._device = images, view, recipe, device
-        self._normalise = normaliser(preprocessing, device)
-
-    def __len__(self) -> int:
-        return len(self._images.labels)
-
-    def inputs(self, rows: Tensor) -> Tensor:
-        """The model's input ``[B, 3, S, S]`` for some of the images, by index."""
-        return self._mixed(self._augmented, rows)
-
-    def targets(self, rows: Tensor) -> Tensor:
-        """Probabilities ``[B, C]``: one of the label, or shares of a mixture's labels."""
-        classes = len(self._images.class_ids)
-        target = self._mixed(lambda some: F.one_hot(self._images.labels[some], classes).float(), rows)
-        return target.to(self._device, non_blocking=True)
-
-    def _augmented(self, rows: Tensor) -> Tensor:
-        pixels = self._images.pixels[rows].to(self._device, non_blocking=True)
-        return self._normalise(augment(pixels, self._view.of(rows), self._recipe))
-
-    def _mixed(self, of: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        own = of(rows)
-        if self._view.partner is None or self._view.share is None:
-            return own
-        share = self._view.share[rows].to(own.device)
-        return of(self._view.partner[rows]).lerp(own, share.view(-1, *[1] * (own.ndim - 1)))
 
 
 def augment(images: Tensor, view: View, recipe: Recipe) -> Tensor:

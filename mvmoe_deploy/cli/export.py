@@ -159,7 +159,8 @@ def describe_verification(bundle: Bundle) -> str:
     rows: list[list[Cell]] = []
     for r in results["pieces"]:
         piece = pieces[r["piece"]]
-        row: list[Cell] = [piece.name, sum(files[path] for path in piece.files) / 1e3, piece.flops / 1e6]
+        flops = None if piece.flops is None else piece.flops / 1e6
+        row: list[Cell] = [piece.name, sum(files[path] for path in piece.files) / 1e3, flops]
         if delegation:
             d = delegation[piece.name]
             left = ", ".join(f"{count} {name}" for name, count in d["undelegated"].items())

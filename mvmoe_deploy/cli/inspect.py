@@ -65,7 +65,7 @@ def describe(bundle: Bundle) -> str:
                     x.name,
                     f"{x.graph}{':' + x.function if x.function else ''}",
                     x.parameters,
-                    x.flops / 1e6,
+                    None if x.flops is None else x.flops / 1e6,
                     _io(x.inputs),
                     _io(x.outputs),
                 ]

@@ -20,10 +20,9 @@ from PIL import Image
 from mvmoe_deploy import targets
 from mvmoe_deploy.bench.results import read_json
 from mvmoe_deploy.bundle import open_bundle
-from mvmoe_deploy.cli import bench, evaluate, export, inspect, run, superclasses, train
+from mvmoe_deploy.cli import bench, export, inspect, run, train
 from mvmoe_deploy.exporters import split
 from mvmoe_deploy.exporters.onnx import convert as onnx_target
-from mvmoe_deploy.models.flops import model_flops, model_macs, total_parameters
 
 COMMANDS = {
     "export": export,
@@ -31,8 +30,6 @@ COMMANDS = {
     "inspect": inspect,
     "train": train,
     "bench": bench,
-    "superclasses": superclasses,
-    "evaluate": evaluate,
 }
 
 
@@ -60,6 +57,14 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         COMMANDS[name].main(["--help"])
     assert exit_.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "superclasses", "evaluate", "analyse", "compare", "capacity"])
+def test_help_of_what_belongs_to_training(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f" {name} [-h]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -295,8 +300,8 @@ def test_bench(bundle_path: Path, dense_path: Path, tmp_path: Path, capsys: pyte
     assert dense.ratio is not None
     assert (dense.ratio.value, len(moe.warm.samples)) == (1.0, 12)
     for row, config in ((dense, tiny.dense_config()), (moe, tiny.moe_config())):
-        assert row.parameters == total_parameters(config)
-        assert (row.flops, row.macs) == (model_flops(config), model_macs(config))
+        assert row.parameters == config.parameters()
+        assert (row.flops, row.macs) == (config.flops(), config.macs())
     assert moe.bytes_first_image < moe.bytes_on_disk
     assert np.percentile(moe.warm.samples, 50) == pytest.approx(moe.warm.p50.value)
     assert {"processor", "cores", "onnxruntime", "commit"} <= set(results.machine)

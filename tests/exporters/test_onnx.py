@@ -24,7 +24,6 @@ from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.onnx.convert import INLINE_BYTES
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.flops import active_parameters, model_flops, router_flops
 
 CASES = {
     "separate-mean": ({"router_input": "mean", "moe_layers": 2, "depth": 3}, {"separate_router": True}),
@@ -116,9 +115,9 @@ def test_the_manifest_counts_parameters_and_flops(bundle_path: Path, moe_model: 
     config = moe_model.config
     assert isinstance(config, models.MobileVMoEConfig)
     trunk, tail, *_ = open_bundle(bundle_path).manifest.pieces
-    assert trunk.parameters + tail.parameters == active_parameters(config)
+    assert trunk.parameters + tail.parameters == config.active_parameters()
     gate = config.tokens * config.width
-    assert trunk.flops + tail.flops + router_flops(config) >= model_flops(config) + gate
+    assert trunk.flops + tail.flops + config.router_flops() >= config.flops() + gate
 
 
 def test_weights_of_the_class_token_alone_are_left_as_they_lie(bundle_path: Path) -> None:

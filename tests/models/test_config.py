@@ -18,7 +18,7 @@ from mvmoe_deploy.errors import CheckpointError, ConfigError
 def test_scales_by_name(kind: str, shape: tuple[int, int], heads: int) -> None:
     config = models.config_from_name(f"{kind}_{shape[0]}x{shape[1]}")
     assert (config.depth, config.width, config.heads) == (*shape, heads)
-    assert isinstance(config, models.MobileVMoEConfig) == (kind == "mvmoe")
+    assert config.architecture == {"vit": "vit", "mvmoe": "mobile_vmoe"}[kind]
 
 
 def test_every_field_is_free() -> None:
@@ -53,7 +53,8 @@ def test_an_unknown_name_is_refused_with_examples(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "resnet"}, "architecture 'resnet' is none of vit, mobile_vmoe"),
+        ({"architecture": "alexnet"}, "architecture 'alexnet' is none of vit, vit_wide, mobile_vmoe"),
+        ({"architecture": ["vit"]}, "architecture .* is none of vit"),
         ({"architecture": None}, "architecture None"),
         ({"colour": 3}, "mobile_vmoe has no field 'colour'"),
         ({"width": "32"}, "width is '32', must be of type int"),
@@ -81,7 +82,9 @@ def test_a_config_far_larger_than_its_weights_is_refused_before_anything_is_buil
     checkpoint = tiny.checkpoint_of(tiny.lively_model(tiny.moe_config()))
     huge = {**checkpoint.header.model, "width": 65536, "depth": 65536, "experts": 65536}
     checkpoint.header.model = huge
-    with pytest.raises(CheckpointError, match=r"birds\.pt: depth is 65536, but there are only"):
+    with pytest.raises(
+        CheckpointError, match=r"birds\.pt: the config is of at least 65536 weights, but there are only"
+    ):
         models.load_model(checkpoint, "birds.pt")
     checkpoint.header.model = {**huge, "depth": 2}
     with pytest.raises(CheckpointError, match=r"birds\.pt: weights: '.*' has shape"):

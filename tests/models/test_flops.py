@@ -8,16 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvmoe_deploy import models
-from mvmoe_deploy.models.flops import (
-    active_parameters,
-    mlp_flops,
-    mlp_parameters,
-    model_flops,
-    model_macs,
-    piece_flops,
-    router_flops,
-    total_parameters,
-)
+from mvmoe_deploy.models import flops
+from mvmoe_deploy.models.architectures import mobile_vmoe, vit, vmoe
 
 # arXiv 2309.04354, figure 3a: millions of FLOPs at 224 × 224, patch 32, k = 1
 FIGURE_3A = {
@@ -38,6 +30,9 @@ CONFIGS = [
     tiny.moe_config(experts=1),
     tiny.vmoe_config(capacity_factor=4.0),
     tiny.vmoe_config(experts=3, k=2, depth=3, placement="every-1", mlp_ratio=3, capacity_factor=2.0),
+    tiny.moe_config(moe_layers=2, depth=3).wide,
+    models.ResNetConfig(image_size=31, width=8, blocks=1, classes=5),
+    models.ResNetConfig(image_size=32, width=4, blocks=2, classes=5),
 ]
 
 
@@ -49,7 +44,7 @@ def deit_ti16(k: int) -> models.MobileVMoEConfig:
 
 @pytest.mark.parametrize(("name", "millions"), FIGURE_3A.items())
 def test_figure_3a(name: str, millions: int) -> None:
-    assert round(model_flops(models.config_from_name(name)) / 1e6) == millions
+    assert round(models.config_from_name(name).flops() / 1e6) == millions
 
 
 def test_figure_3a_is_of_all_scales() -> None:
@@ -58,23 +53,23 @@ def test_figure_3a_is_of_all_scales() -> None:
 
 @pytest.mark.parametrize(("k", "millions"), FIGURE_3D.items())
 def test_figure_3d(k: int, millions: int) -> None:
-    assert model_flops(deit_ti16(k)) / 1e6 == pytest.approx(millions, rel=0.004)
+    assert deit_ti16(k).flops() / 1e6 == pytest.approx(millions, rel=0.004)
 
 
 def test_one_expert_costs_what_the_dense_baseline_costs() -> None:
     config = deit_ti16(1)
-    assert model_flops(config) == model_flops(config.dense)
+    assert config.flops() == config.dense.flops()
 
 
 def test_active_parameters_of_deit_ti16_at_k_2() -> None:
-    assert active_parameters(deit_ti16(2)) / 1e6 == pytest.approx(6.31, abs=0.005)
+    assert deit_ti16(2).active_parameters() / 1e6 == pytest.approx(6.31, abs=0.005)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_parameters_equal_the_built_models(config: models.ViTConfig) -> None:
     with torch.device("meta"):
         built = models.build(config)
-    assert total_parameters(config) == sum(p.numel() for p in built.parameters())
+    assert config.parameters() == sum(p.numel() for p in built.parameters())
 
 
 def test_active_parameters_equal_those_of_the_chosen_pieces() -> None:
@@ -82,8 +77,8 @@ def test_active_parameters_equal_those_of_the_chosen_pieces() -> None:
     assert isinstance(model, models.MobileVMoE)
     # what one image touches: trunk, router and one tail
     used = [model.trunk_module(), model.router_module(), model.tail_module(1)]
-    assert active_parameters(model.config) == sum(p.numel() for module in used for p in module.parameters())
-    assert active_parameters(tiny.dense_config()) == total_parameters(tiny.dense_config())
+    assert model.config.active_parameters() == sum(p.numel() for module in used for p in module.parameters())
+    assert tiny.dense_config().active_parameters() == tiny.dense_config().parameters()
 
 
 @pytest.mark.parametrize("router_input", ["class_token", "mean"])
@@ -91,17 +86,17 @@ def test_pieces_add_up_to_the_model(router_input: str) -> None:
     """One image's pieces cost the model's FLOPs, the router, and multiplying by the gate."""
     config = tiny.moe_config(moe_layers=2, depth=3, router_input=router_input)
     gate = config.tokens * config.width
-    total = sum(piece_flops(config, role) for role in ("trunk", "router", "tail"))
-    assert total == model_flops(config) + router_flops(config) + config.moe_layers * gate
+    total = sum(config.piece_flops(role) for role in ("trunk", "router", "tail"))
+    assert total == config.flops() + config.router_flops() + config.moe_layers * gate
 
 
 def test_segments_add_up_to_the_model() -> None:
     """As above for k > 1, where adding to the residual stream is the runtime's work and no piece's."""
     config = tiny.moe_config(k=3, moe_layers=2, depth=3)
     gate = residual = config.tokens * config.width
-    layer = piece_flops(config, "attention") + config.k * piece_flops(config, "expert_layer")
-    total = sum(piece_flops(config, role) for role in ("trunk", "router", "head")) + config.moe_layers * layer
-    assert total == model_flops(config) + router_flops(config) + config.moe_layers * (config.k * gate - residual)
+    layer = config.piece_flops("attention") + config.k * config.piece_flops("expert_layer")
+    total = sum(config.piece_flops(role) for role in ("trunk", "router", "head")) + config.moe_layers * layer
+    assert total == config.flops() + config.router_flops() + config.moe_layers * (config.k * gate - residual)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
@@ -116,11 +111,11 @@ def test_macs_equal_those_counted_on_the_model(config: models.ViTConfig) -> None
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", written_out)
         # the counted model computes every token of the last block too, as the closed form does
-        patch.setattr(models.vit.Block, "forward", _whole(models.vit.Block.forward))
-        patch.setattr(models.mobile_vmoe.MoEBlock, "forward", _whole(models.mobile_vmoe.MoEBlock.forward))
-        patch.setattr(models.vmoe.TokenMoEBlock, "forward", _whole(models.vmoe.TokenMoEBlock.forward))
+        patch.setattr(vit.Block, "forward", _whole(vit.Block.forward))
+        patch.setattr(mobile_vmoe.MoEBlock, "forward", _whole(mobile_vmoe.MoEBlock.forward))
+        patch.setattr(vmoe.TokenMoEBlock, "forward", _whole(vmoe.TokenMoEBlock.forward))
         model(images)
-    assert counter.get_total_flops() == 2 * model_macs(config)
+    assert counter.get_total_flops() == 2 * config.macs()
 
 
 def _whole(forward):  # type: ignore[no-untyped-def]
@@ -132,12 +127,12 @@ def test_capacity_bounds_what_a_token_routed_layer_costs(capacity_factor: float,
     """k = 2: below 1 the places run out, above 1 there are no more choices than k per token."""
     config = tiny.vmoe_config(depth=4, placement="last-2", k=2, capacity_factor=capacity_factor)
     router = config.tokens * (2 * config.width * config.experts + 5 * config.experts)
-    layer = router + (mlps - 1) * mlp_flops(config)
-    assert model_flops(config) == model_flops(config.dense) + 2 * layer
+    layer = router + (mlps - 1) * flops.mlp(config)
+    assert config.flops() == config.dense.flops() + 2 * layer
 
 
 def test_one_image_may_touch_as_many_experts_as_it_has_tokens() -> None:
     config = tiny.vmoe_config(experts=30, k=1)
     assert config.tokens == 17
-    assert active_parameters(config) == total_parameters(config) - 13 * mlp_parameters(config)
-    assert active_parameters(tiny.vmoe_config(experts=8, k=3)) == total_parameters(tiny.vmoe_config(experts=8))
+    assert config.active_parameters() == config.parameters() - 13 * config.expert_parameters()
+    assert tiny.vmoe_config(experts=8, k=3).active_parameters() == tiny.vmoe_config(experts=8).parameters()

@@ -151,7 +151,7 @@ def test_the_dense_baseline(dense_path: Path, dense_model: models.ViT) -> None:
         assert set(prediction.timings) == {"preprocess", "model"}
         stats = runtime.stats()
         assert (stats.hits, stats.misses, stats.resident_bytes) == (0, 0, 0)
-        assert stats.fixed_bytes == 4 * models.flops.total_parameters(dense_model.config)
+        assert stats.fixed_bytes == 4 * dense_model.config.parameters()
 
 
 def test_k_2_over_two_layers(k2: Exported) -> None:

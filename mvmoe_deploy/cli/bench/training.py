@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
     from mvmoe_deploy.bench.selfcheck.training_speed import BAR, measure
     from mvmoe_deploy.files import atomic_file
-    from mvmoe_deploy.models.train.trainer import Recipe
+    from mvmoe_deploy.models.train.recipe import Recipe
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -15,7 +15,6 @@ from mvmoe_deploy.bench.candidates.baselines import export_stock
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import ConfigError
-from mvmoe_deploy.models.flops import model_macs
 
 
 def skipped(config: models.ViTConfig, k: int = 1) -> int:
@@ -31,19 +30,19 @@ def test_both_forms_of_attention_count_the_same(dense_path: Path, dense_model: m
     assert {"Attention"} & {node.op_type for node in ours.graph.node}
     assert not {"Attention"} & {node.op_type for node in onnx.load(str(stock), load_external_data=False).graph.node}
     config = dense_model.config
-    assert count_graph(stock) == model_macs(config)
-    assert count_bundle(open_bundle(dense_path)) == model_macs(config) - skipped(config)
+    assert count_graph(stock) == config.macs()
+    assert count_bundle(open_bundle(dense_path)) == config.macs() - skipped(config)
 
 
 def test_a_routed_bundle_counts_what_one_image_runs_through(bundle_path: Path) -> None:
     config = tiny.moe_config()
-    assert count_bundle(open_bundle(bundle_path)) == model_macs(config) - skipped(config)
+    assert count_bundle(open_bundle(bundle_path)) == config.macs() - skipped(config)
 
 
 def test_k_experts_count(k2: Exported) -> None:
     config = k2.model.config
     assert isinstance(config, models.MobileVMoEConfig)
-    assert count_bundle(k2.bundle) == model_macs(config) - skipped(config, k=2)
+    assert count_bundle(k2.bundle) == config.macs() - skipped(config, k=2)
 
 
 def test_products_of_other_shapes(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from mvmoe_deploy.bench.measure.run import Plan, measure, measure_suite
 from mvmoe_deploy.bench.results import read_json, write_json
 from mvmoe_deploy.errors import BackendError, ConfigError, DataError
 from mvmoe_deploy.models import config_from_name
-from mvmoe_deploy.models.flops import model_flops, total_parameters
 from mvmoe_deploy.runtime import RoutedBatch
 
 QUICK = Plan(rounds=3, min_seconds=0, cold_starts=1)
@@ -51,7 +50,7 @@ def pixels(tmp_path: Path) -> Path:
 def test_a_bundle_is_described(bundle_path: Path, moe: Configuration) -> None:
     config = tiny.moe_config()
     assert (moe.kind, moe.backend, moe.layout, moe.experts, moe.k) == ("mobile-vmoe", "onnxruntime", "separate", 4, 1)
-    assert (moe.flops, moe.parameters) == (model_flops(config), total_parameters(config))
+    assert (moe.flops, moe.parameters) == (config.flops(), config.parameters())
     sizes = {file.name: file.stat().st_size for file in bundle_path.iterdir() if file.name != "manifest.json"}
     expert = [sizes[f"expert_0{e}.onnx"] + sizes[f"expert_0{e}.bin"] for e in range(4)]
     assert moe.bytes_per_expert == expert
@@ -303,7 +302,7 @@ def test_the_papers_scales_are_those_of_its_figure() -> None:
     scales = paper_scales()
     assert len(scales) == 12
     for scale, (dense, routed) in scales.items():
-        assert dense.mflops == routed.mflops == round(model_flops(config_from_name(f"vit_{scale}")) / 1e6)
+        assert dense.mflops == routed.mflops == round(config_from_name(f"vit_{scale}").flops() / 1e6)
         assert routed.top1 > dense.top1
     assert scales["12x192"][1].top1 == 62.90
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mvmoe_deploy import models
-from mvmoe_deploy.bench.candidates.baselines import StockViT
 from mvmoe_deploy.errors import CheckpointError, ConfigError
+from mvmoe_deploy.models.architectures.vit import StockViT
 
 WIDTH, DEPTH, PATCH, CLASSES, PATCHES = 32, 2, 8, 6, 16
 

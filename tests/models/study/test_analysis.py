@@ -18,8 +18,9 @@ from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.cli import train
 from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.models.model import ImageRoutes, TokenRoutes
 from mvmoe_deploy.models.study.analysis import BINS, analyse_images, analyse_tokens, superclasses_of
-from mvmoe_deploy.models.study.evaluation import ImageRouting, Predictions, TokenRouting
+from mvmoe_deploy.models.study.evaluation import Predictions
 from mvmoe_deploy.models.study.pictures import draw_confusion, draw_routing
 
 NAMES = ["ant", "bee", "cat"]
@@ -30,9 +31,7 @@ def three_classes() -> Predictions:
     """Five images; the second is sent to the wrong expert, the third and the fourth get the wrong class."""
     probabilities = torch.tensor([[0.92, 0.08], [0.47, 0.53], [0.71, 0.29], [0.18, 0.82], [0.01, 0.99]])
     top = torch.tensor([[0, 1], [0, 1], [2, 1], [0, 2], [2, 0]])
-    return Predictions(
-        torch.tensor([0, 0, 1, 2, 2]), top, ImageRouting(probabilities, probabilities.argmax(1)[:, None])
-    )
+    return Predictions(torch.tensor([0, 0, 1, 2, 2]), top, ImageRoutes(probabilities, probabilities.argmax(1)[:, None]))
 
 
 def histogram(*bins: int) -> list[int]:
@@ -66,7 +65,7 @@ def test_without_super_classes_what_can_be_said_is_said() -> None:
 
 def test_an_idle_expert_and_an_absent_class() -> None:
     predictions = three_classes()
-    routing = ImageRouting(torch.tensor([[1.0, 0.0]]).expand(5, 2), torch.zeros(5, 1, dtype=torch.long))
+    routing = ImageRoutes(torch.tensor([[1.0, 0.0]]).expand(5, 2), torch.zeros(5, 1, dtype=torch.long))
     a = analyse_images(Predictions(predictions.labels, predictions.top, routing), [*NAMES, "dog"])
     assert a.expert_accuracy == [pytest.approx(0.6), None]
     assert a.heat[3] == [0, 0]
@@ -75,7 +74,7 @@ def test_an_idle_expert_and_an_absent_class() -> None:
 
 def test_two_experts_per_image() -> None:
     predictions = three_classes()
-    assert isinstance(predictions.routing, ImageRouting)
+    assert isinstance(predictions.routing, ImageRoutes)
     predictions.routing.chosen = predictions.routing.probabilities.argsort(descending=True)
     a = analyse_images(predictions, NAMES, GROUPS)
     assert a.heat == [[0.5, 0.5]] * 3
@@ -92,7 +91,7 @@ def tokens() -> Predictions:
     """Two images of two classes, two MoE layers, three experts."""
     choices = torch.tensor([[[0.5, 0.5, 0], [1, 0, 0]], [[0, 0.25, 0.75], [0, 0, 1]]])
     used = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 0, 0]]]).bool()
-    routing = TokenRouting(choices, used, torch.tensor([0.125, 0.5]))
+    routing = TokenRoutes(choices, used, torch.tensor([0.125, 0.5]))
     return Predictions(torch.tensor([1, 0]), torch.tensor([[1], [1]]), routing)
 
 
@@ -124,7 +123,7 @@ def test_pictures_of_many_and_oddly_named_classes(tmp_path: Path) -> None:
     classes, experts = 1010, 12
     labels = torch.arange(classes)
     probabilities = torch.eye(experts)[labels % experts]
-    predictions = Predictions(labels, labels[:, None], ImageRouting(probabilities, probabilities.argmax(1)[:, None]))
+    predictions = Predictions(labels, labels[:, None], ImageRoutes(probabilities, probabilities.argmax(1)[:, None]))
     names = ["$\\frac{$", "a\nb", "x" * 500, *map(str, range(3, classes))]
     groups = Superclasses([f"${index}" for index in range(experts)], (labels % experts).tolist())
     draw_routing(analyse_images(predictions, names, groups), tmp_path / "many.png", "$$.pt")

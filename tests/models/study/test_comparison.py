@@ -17,7 +17,7 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.cli import train
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.flops import active_parameters, mlp_parameters, total_parameters
+from mvmoe_deploy.models.model import ImageRoutes, TokenRoutes
 from mvmoe_deploy.models.study.comparison import (
     PAPER,
     compare,
@@ -26,7 +26,7 @@ from mvmoe_deploy.models.study.comparison import (
     recipe_differences,
     training_images,
 )
-from mvmoe_deploy.models.study.evaluation import ImageRouting, Predictions, TokenRouting, predict
+from mvmoe_deploy.models.study.evaluation import Predictions, predict
 from mvmoe_deploy.models.train.data import ImageSet
 
 
@@ -81,29 +81,29 @@ def answers(config: models.ViTConfig, count: int = 12) -> tuple[models.ViT, Pred
 
 def test_needs_of_a_dense_and_of_a_routed_model() -> None:
     dense = needs(*answers(tiny.dense_config()))
-    assert dense.image_bytes == dense.most_image_bytes == dense.all_bytes == 4 * total_parameters(tiny.dense_config())
+    assert dense.image_bytes == dense.most_image_bytes == dense.all_bytes == 4 * tiny.dense_config().parameters()
     config = tiny.moe_config(depth=3, moe_layers=2, k=2)
     model, predictions = answers(config)
     routed = needs(model, predictions)
     assert (routed.touched, routed.most_touched, routed.expert_mlps) == (4, 4, 8)
-    assert routed.active_parameters == active_parameters(config)
-    assert routed.image_bytes == routed.most_image_bytes == 4 * active_parameters(config)
-    assert isinstance(predictions.routing, ImageRouting)
+    assert routed.active_parameters == config.active_parameters()
+    assert routed.image_bytes == routed.most_image_bytes == 4 * config.active_parameters()
+    assert isinstance(predictions.routing, ImageRoutes)
     ever = len(set(predictions.routing.chosen.flatten().tolist()))
-    unused = 2 * (config.experts - ever) * mlp_parameters(config)
-    assert routed.all_bytes == 4 * (total_parameters(config) - unused)
+    unused = 2 * (config.experts - ever) * config.expert_parameters()
+    assert routed.all_bytes == 4 * (config.parameters() - unused)
 
 
 def test_needs_of_a_token_routed_model_are_measured() -> None:
     config = tiny.vmoe_config(depth=4, placement="last-2", capacity_factor=2.0)
     model, predictions = answers(config)
-    assert isinstance(predictions.routing, TokenRouting)
+    assert isinstance(predictions.routing, TokenRoutes)
     predictions.routing.used = torch.zeros(3, 2, 4, dtype=torch.bool)
     predictions.routing.used[0, 0, [0, 1, 2]] = True
     predictions.routing.used[1, 0, 0] = predictions.routing.used[1, 1, 0] = True
     predictions.routing.used[2, 1, 0] = True
     found = needs(model, predictions)
-    mlp, shared = mlp_parameters(config), total_parameters(config) - 8 * mlp_parameters(config)
+    mlp, shared = config.expert_parameters(), config.parameters() - 8 * config.expert_parameters()
     assert (found.touched, found.most_touched, found.expert_mlps) == (2, 3, 8)
     assert found.image_bytes == 4 * (shared + 2 * mlp)
     assert found.most_image_bytes == 4 * (shared + 3 * mlp)
@@ -117,7 +117,7 @@ def test_predictions_come_back_in_the_images_order() -> None:
     with torch.no_grad():
         alone = [model.routed(image[None]) for image in tiny.inputs(12)]
     assert predictions.top[:, 0].tolist() == [int(routed.logits.argmax()) for routed in alone]
-    assert isinstance(predictions.routing, TokenRouting)
+    assert isinstance(predictions.routing, TokenRoutes)
     assert torch.equal(predictions.routing.used, torch.cat([routed.used() for routed in alone]))
     assert torch.allclose(predictions.routing.choices, torch.cat([routed.choices() for routed in alone]))
     assert len(set(map(str, predictions.routing.choices.tolist()))) > 6  # or the order could not be seen

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvmoe_deploy.models.train import augmentation
-from mvmoe_deploy.models.train.trainer import Recipe
+from mvmoe_deploy.models.train.recipe import Recipe
 
 
 def generator() -> torch.Generator:

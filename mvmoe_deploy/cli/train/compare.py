@@ -8,13 +8,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvmoe_deploy.cli.common import command, parser, progress_bar, read_split, val_share
+from mvmoe_deploy.cli.common import progress_bar, read_split, thread_count, val_share
 from mvmoe_deploy.errors import DataError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.study.comparison import Row
     from mvmoe_deploy.models.train.data import ImageSet
+
+HELP = (
+    "Compare trained models on the same images: top-1 accuracy with the paired 95 % interval of its difference to "
+    "the first model, the difference in Mobile V-MoE's figure 3e, and what each model needs on a device"
+)
 
 EXAMPLES = """\
 examples:
@@ -23,29 +28,27 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = parser(
-        "Compare trained models on the same images: top-1 accuracy with the paired 95 % interval of its difference to "
-        "the first model, the difference in Mobile V-MoE's figure 3e, and what each model needs on a device.",
-        EXAMPLES,
-    )
-    p.prog = "mvmoe-train compare"
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT", help="trained models; the first is the base")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
     p.add_argument("--split", default="val", help="which of its folders or zips")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
     form.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    return p
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
+    import torch
+
     from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.comparison import compare, recipe_differences
     from mvmoe_deploy.models.study.evaluation import predict
 
+    if args.threads:
+        torch.set_num_threads(args.threads)
     loaded = [load_checkpoint(path) for path in args.checkpoints]
     class_ids = loaded[0][1].class_ids
     for path, (_, header) in zip(args.checkpoints, loaded, strict=True):
@@ -112,13 +115,17 @@ def _needs(row: Row) -> list[str | None]:
     return [
         row.name,
         row.routing,
-        f"{n.flops / 1e6:.2f}",
-        f"{n.parameters / 1e6:.3f}",
-        f"{n.active_parameters / 1e6:.3f}",
+        _millions(n.flops, 2),
+        _millions(n.parameters, 3),
+        _millions(n.active_parameters, 3),
         f"{n.touched:.2f} / {n.most_touched} of {n.expert_mlps}" if n.expert_mlps else None,
-        f"{n.image_bytes / 1e6:.2f} / {n.most_image_bytes / 1e6:.2f}",
-        f"{n.all_bytes / 1e6:.2f}",
+        None if n.image_bytes is None else f"{_millions(n.image_bytes, 2)} / {_millions(n.most_image_bytes, 2)}",
+        _millions(n.all_bytes, 2),
     ]
+
+
+def _millions(value: float | None, digits: int) -> str | None:
+    return None if value is None else f"{value / 1e6:.{digits}f}"
 
 
 def _table(rows: list[list[str | None]], headers: list[str], form: str) -> str:
@@ -126,7 +133,7 @@ def _table(rows: list[list[str | None]], headers: list[str], form: str) -> str:
     from tabulate import tabulate
 
     columns = ["left", "left", *["right"] * (len(headers) - 2)]
-    return tabulate(rows, headers, form, missingval="-", disable_numparse=True, colalign=columns)
+    return tabulate(rows, headers, form, missingval="–", disable_numparse=True, colalign=columns)
 
 
 def _names(paths: list[Path]) -> list[str]:

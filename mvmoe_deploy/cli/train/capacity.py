@@ -8,11 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, val_share
+from mvmoe_deploy.cli.common import positive_int, read_split, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
 FACTORS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05]
+
+HELP = (
+    "Evaluate a trained V-MoE at several capacity factors, without and with Batch Priority Routing: below 1, "
+    "experts have fewer places than there are tokens, and the rest skip their MLP"
+)
 
 EXAMPLES = """\
 example:
@@ -20,13 +25,8 @@ example:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = parser(
-        "Evaluate a trained V-MoE at several capacity factors, without and with Batch Priority Routing: below 1, "
-        "experts have fewer places than there are tokens, and the rest skip their MLP.",
-        EXAMPLES,
-    )
-    p.prog = "mvmoe-train capacity"
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained V-MoE")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
     p.add_argument("--split", default="val", help="which of its folders or zips")
@@ -34,20 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=positive_int, default=500, help="images whose tokens share the places")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the curve")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
-    return p
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     from tqdm import tqdm
 
-    from mvmoe_deploy.models import VMoE, load_checkpoint
+    from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.capacity import capacity_curve
     from mvmoe_deploy.models.study.pictures import draw_capacity
 
     model, header = load_checkpoint(args.checkpoint)
-    if not isinstance(model, VMoE):
+    if model.config.capacity_factor is None:
         raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
     factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})
     images = read_split(args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(header))
@@ -65,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         [
             f"{vanilla.factor:g}",
-            f"{vanilla.flops / 1e6:.2f}",
+            None if vanilla.flops is None else f"{vanilla.flops / 1e6:.2f}",
             f"{vanilla.accuracy:.2%}",
             f"{bpr.accuracy:.2%}",
             f"{bpr.gain.points:+.2f} ({bpr.gain.low:+.2f} … {bpr.gain.high:+.2f})" if bpr.gain else None,

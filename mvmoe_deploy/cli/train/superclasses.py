@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, read_split, val_share
+from mvmoe_deploy.cli.common import positive_int, read_split, val_share
 from mvmoe_deploy.errors import DataError
+
+HELP = "Group classes into super-classes by what a dense model confuses"
 
 EXAMPLES = """\
 example:
-  mvmoe-train superclasses --checkpoint dense.pt --data tiny-imagenet-32 --experts 10 --out superclasses.tsv
+  mvmoe-train superclasses dense.pt --data tiny-imagenet-32 --experts 10 --out superclasses.tsv
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Group classes into super-classes by what a dense model confuses.", EXAMPLES)
-    p.prog = "mvmoe-train superclasses"
-    p.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained dense model, or a teacher")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained dense model, or a teacher")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data it was trained on")
     p.add_argument("--experts", type=positive_int, default=10, help="number of super-classes")
     p.add_argument("--out", type=Path, required=True, metavar="TSV", help="class id, super-class, class name per line")
@@ -31,24 +32,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the clustering")
     p.add_argument("--plot", type=Path, metavar="PNG", help="the confusion matrix by group (default: beside --out)")
     p.add_argument("--force", action="store_true", help="replace existing files")
-    return p
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     from mvmoe_deploy.files import atomic_file
-    from mvmoe_deploy.models import MobileVMoE, VMoE
+    from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.pictures import draw_confusion
     from mvmoe_deploy.models.study.superclasses import confusion, group, suggest_names
-    from mvmoe_deploy.models.train.teacher import load_teacher
 
     plot = args.plot or args.out.with_suffix(".png")
     for path in (args.out, plot):
         if path.exists() and not args.force:
             raise DataError(f"{path}: exists already; --force replaces it")
-    model, header = load_teacher(args.checkpoint)  # a dense baseline, or what taught it and confuses less
-    if isinstance(model, MobileVMoE | VMoE):
+    model, header = load_checkpoint(args.checkpoint)  # a dense baseline, or what taught it and confuses less
+    if model.config.routes is not None:
         raise DataError(f"{args.checkpoint}: is already routed; super-classes come from a dense model")
     held_out = args.hold_out if args.hold_out is not None else header.training.get("held_out_per_class", 0)
     if not held_out:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import command, parser, positive_int, progress_bar, read_split, thread_count, val_share
+from mvmoe_deploy.cli.common import positive_int, progress_bar, read_split, thread_count, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.study.analysis import ImageAnalysis, TokenAnalysis
     from mvmoe_deploy.models.train.data import ImageSet
+
+HELP = (
+    "Analyse routing on labelled images: router accuracy, which classes go to which expert, load and accuracy per "
+    "expert, gates and margins; of a model that routes tokens per layer, with the experts that an image touches"
+)
 
 EXAMPLES = """\
 examples:
@@ -26,13 +31,8 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = parser(
-        "Analyse routing on labelled images: router accuracy, which classes go to which expert, load and accuracy per "
-        "expert, gates and margins; of a V-MoE per layer, with the number of experts that an image touches.",
-        EXAMPLES,
-    )
-    p.prog = "mvmoe-train analyse"
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("model", type=Path, metavar="CKPT|BUNDLE", help="a routed model, trained or exported")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
     p.add_argument("--split", default="val", help="which of its folders or zips")
@@ -41,12 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: all, 1 for a bundle)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw it all")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
-    return p
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     result = _of_bundle(args) if args.model.is_dir() else _of_checkpoint(args)
     if args.plot:
         from mvmoe_deploy.models.study.pictures import draw_routing
@@ -61,9 +59,10 @@ def main(argv: list[str] | None = None) -> None:
 def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
     import torch
 
-    from mvmoe_deploy.models import MobileVMoE, load_checkpoint
+    from mvmoe_deploy.models import load_checkpoint
+    from mvmoe_deploy.models.model import TokenRoutes
     from mvmoe_deploy.models.study.analysis import analyse_images, analyse_tokens
-    from mvmoe_deploy.models.study.evaluation import ImageRouting, TokenRouting, predict
+    from mvmoe_deploy.models.study.evaluation import predict
 
     if args.backend:
         raise DataError(f"--backend {args.backend}: {args.model} is a checkpoint, which PyTorch runs")
@@ -72,12 +71,12 @@ def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
     model, header = load_checkpoint(args.model)
     images = _images(args, header.preprocessing, header.class_ids, val_share(header))
     predictions = predict(model, images, header.preprocessing, progress=_bar("classifying"))
-    if isinstance(predictions.routing, TokenRouting):
-        return analyse_tokens(predictions, header.class_names)
-    if not isinstance(predictions.routing, ImageRouting):
+    if predictions.routing is None:
         raise _dense(args.model)
+    if isinstance(predictions.routing, TokenRoutes):
+        return analyse_tokens(predictions, header.class_names)
     forced = None
-    if header.superclasses and isinstance(model, MobileVMoE) and model.k == 1:
+    if header.superclasses and model.config.k == 1:
         experts = torch.tensor(header.superclasses.of_class)[images.labels][:, None]
         forced = predict(model, images, header.preprocessing, progress=_bar("forced"), experts=experts)
     return analyse_images(predictions, header.class_names, header.superclasses, forced)

@@ -7,35 +7,38 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import command, parser, read_split, val_share
+from mvmoe_deploy.cli.common import read_split, val_share
 from mvmoe_deploy.errors import DataError
+
+HELP = "Accuracy of a checkpoint on the validation images: top-1, top-5, router, load per expert"
 
 EXAMPLES = """\
 example:
-  mvmoe-train evaluate --checkpoint models/zoo/moe.safetensors --data tiny-imagenet-32
+  mvmoe-train evaluate models/zoo/moe.safetensors --data tiny-imagenet-32
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    p = parser("Accuracy of a checkpoint on the validation images: top-1, top-5, router, load per expert.", EXAMPLES)
-    p.prog = "mvmoe-train evaluate"
-    p.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="a trained model")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
+    p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained model")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with val/ or val.zip")
     p.add_argument("--capacity-factor", type=float, help="of a V-MoE, instead of the one it was trained with")
-    p.add_argument("--order", choices=["vanilla", "bpr"], help="likewise: who gets the places")
+    p.add_argument(
+        "--order",
+        choices=["vanilla", "bpr"],
+        help="likewise, the order in which tokens get places",
+    )
     p.add_argument("--json", action="store_true", help="print the results as JSON")
-    return p
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    from mvmoe_deploy.models import VMoE, load_checkpoint
+def run(args: argparse.Namespace) -> None:
+    """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
+    from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.evaluation import evaluate
 
     model, header = load_checkpoint(args.checkpoint)
     if args.capacity_factor is not None or args.order is not None:
-        if not isinstance(model, VMoE):
+        if model.config.capacity_factor is None:
             raise DataError(f"{args.checkpoint}: has no capacity; --capacity-factor and --order are for a V-MoE")
         factor = model.config.capacity_factor if args.capacity_factor is None else args.capacity_factor
         model.set_capacity(factor, args.order)

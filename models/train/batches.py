@@ -1,0 +1,266 @@
+"""Batches of (input, target) for training: the one place where views, mixtures and a teacher's answers meet.
+
+Images come from a finite :class:`~mvmoe_deploy.models.train.data.ImageSet`, or from an :class:`Endless` source. Either
+way a batch depends on nothing but the recipe, the source and the numbers of its epoch and step, so that a run that was
+killed and resumed sees the same images as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mvmoe_deploy.errors import ConfigError, DataError
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models.train.augmentation import View, augment, draw
+from mvmoe_deploy.models.train.data import ImageSet, normaliser
+from mvmoe_deploy.models.train.recipe import Recipe
+from mvmoe_deploy.models.train.teacher import Teacher
+
+Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
+"""Wraps an iterator, given it, its length and a title (a progress bar)."""
+
+Batch = tuple[Tensor, Tensor]
+"""The model's input ``[B, 3, S, S]`` and the target, probabilities ``[B, C]``."""
+
+
+class Samples(Protocol):
+    """A map-style ``torch.utils.data.Dataset`` without an end: every number from 0 on is a sample, always the same.
+
+    A method ``__getitems__(numbers) -> list`` is used where there is one, as by ``torch.utils.data.DataLoader``.
+    """
+
+    def __getitem__(self, number: int, /) -> tuple[Any, int]:
+        """An image, uint8 ``[3, S, S]`` (tensor or array), and the index of its class."""
+        ...
+
+
+@dataclass(frozen=True)
+class Endless:
+    """A source that is never used up, such as rendered characters; no image of it is shown twice.
+
+    Attributes:
+        samples: by number.
+        class_ids: the classes' ids, in the order of the labels.
+        identity: tells the source from any other, in a line: whatever changes a sample must change this, or a run could
+            be resumed on other images.
+        samples_per_epoch: how many samples make an epoch.
+        workers: processes that make samples; 0 makes them in this one, between the steps.
+    """
+
+    samples: Samples
+    class_ids: list[str]
+    identity: str
+    samples_per_epoch: int
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples_per_epoch < 1:
+            raise ConfigError(f"samples_per_epoch is {self.samples_per_epoch}, must be at least 1")
+
+
+class Batches(Protocol):
+    """What the trainer takes batches from.
+
+    Attributes:
+        images: how many images an epoch is of.
+        identity: tells the images from others, in a line.
+    """
+
+    images: int
+    identity: str
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Does what is to be done once, before the first epoch."""
+
+    def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
+        """The batches of an epoch, numbered from 0; those images that do not fill a batch are left out."""
+        ...
+
+
+def batches_of(
+    source: ImageSet | Endless,
+    recipe: Recipe,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    teacher: Teacher | None = None,
+) -> Batches:
+    """Batches of a source's images as a recipe shows them.
+
+    Args:
+        source: the training images.
+        recipe: how they are shown, and the teacher's share of the target.
+        preprocessing: the model's.
+        device: where batches are wanted.
+        teacher: whose answers the target is mixed with.
+
+    Raises:
+        ConfigError: a limited number of views of an endless source.
+    """
+    if isinstance(source, Endless):
+        return EndlessBatches(source, recipe, preprocessing, device, teacher)
+    return ImageBatches(source, recipe, preprocessing, device, teacher)
+
+
+class Shown:
+    """Images in one view, as a model takes them, and the labels that go with them.
+
+    Args:
+        images: the images.
+        view: what was drawn for each of them.
+        recipe: the recipe that it was drawn for.
+        preprocessing: the model's.
+        device: where batches are wanted.
+    """
+
+    def __init__(
+        self, images: ImageSet, view: View, recipe: Recipe, preprocessing: Preprocessing, device: torch.device
+    ) -> None:
+        self._images, self._view, self._recipe, self._device = images, view, recipe, device
+        self._normalise = normaliser(preprocessing, device)
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """The model's input ``[B, 3, S, S]`` for some of the images, by index."""
+        return self._mixed(self._augmented, rows)
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """Probabilities ``[B, C]``: one of the label, or shares of a mixture's labels."""
+        classes = len(self._images.class_ids)
+        target = self._mixed(lambda some: F.one_hot(self._images.labels[some], classes).float(), rows)
+        return target.to(self._device, non_blocking=True)
+
+    def _augmented(self, rows: Tensor) -> Tensor:
+        pixels = self._images.pixels[rows].to(self._device, non_blocking=True)
+        return self._normalise(augment(pixels, self._view.of(rows), self._recipe))
+
+    def _mixed(self, of: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        own = of(rows)
+        if self._view.partner is None or self._view.share is None:
+            return own
+        share = self._view.share[rows].to(own.device)
+        return of(self._view.partner[rows]).lerp(own, share.view(-1, *[1] * (own.ndim - 1)))
+
+
+class ImageBatches:
+    """Batches of a finite set: every epoch has another order, and another view as long as there are more."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        teacher: Teacher | None,
+    ) -> None:
+        self._set, self._recipe, self._preprocessing = images, recipe, preprocessing
+        self._device, self._teacher = device, teacher
+        self.images = len(images.labels)
+        sha256 = images.sha256()
+        self.identity = f"{self.images} images, sha256 {sha256}"
+        answered = [None if teacher is None else teacher.sha256, sha256, str(preprocessing)]
+        self._views_id = hashlib.sha256(json.dumps([recipe.shown(), *answered]).encode()).hexdigest()[:16]
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Asks the teacher about every view whose answers are kept in files, but not there yet.
+
+        Views are taken in another order by each process, so that runs that begin side by side share the asking.
+        """
+        if self._teacher is not None and self._teacher.folder is not None:
+            views = self._recipe.views
+            for view in random.SystemRandom().sample(range(views), views):
+                self._answers(view, self._shown(view), progress)
+
+    def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
+        """See :class:`Batches`."""
+        recipe = self._recipe
+        # every epoch has its own generator, so that resuming needs no generator state
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + index)
+        order = torch.randperm(self.images, generator=generator)
+        view = index % recipe.views if recipe.views else index
+        shown = self._shown(view)
+        answers = None if self._teacher is None else self._answers(view, shown, progress)
+        for rows in order.split(recipe.batch):
+            x, target = shown.inputs(rows), shown.targets(rows)
+            if answers is not None:
+                target = target.lerp(answers[rows].to(self._device).float(), recipe.teacher_weight)
+            yield x, target
+
+    def _shown(self, view: int) -> Shown:
+        drawn = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + 500_000 + view)
+        return Shown(self._set, draw(self.images, self._recipe, drawn), self._recipe, self._preprocessing, self._device)
+
+    def _answers(self, view: int, shown: Shown, progress: Progress | None) -> Tensor:
+        assert self._teacher is not None
+        parts = torch.arange(self.images).split(self._recipe.batch)
+
+        def batches() -> Iterator[Tensor]:
+            asked: Iterator[Tensor] = iter(parts)
+            if progress is not None:
+                asked = progress(asked, len(parts), f"teacher, view {view + 1}")
+            return map(shown.inputs, asked)
+
+        name = f"{self._views_id}-{view:04d}" if self._recipe.views else None
+        return self._teacher.answers(name, (self.images, len(self._set.class_ids)), batches)
+
+
+class EndlessBatches:
+    """Batches of an endless source: sample after sample, each augmented in its own way and mixed within its batch."""
+
+    def __init__(
+        self,
+        source: Endless,
+        recipe: Recipe,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        teacher: Teacher | None,
+    ) -> None:
+        if recipe.views:
+            raise ConfigError(
+                f"recipe: views is {recipe.views}, but an endless source shows no image twice; leave it at 0"
+            )
+        self._source, self._recipe, self._preprocessing = source, recipe, preprocessing
+        self._device, self._teacher = device, teacher
+        self.images = source.samples_per_epoch
+        self.identity = f"{source.identity}, {self.images} samples per epoch"
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Nothing: a teacher is asked as samples come."""
+
+    def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
+        """See :class:`Batches`."""
+        first = index * self.images
+        numbers = list(torch.arange(first, first + self.images).split(self._recipe.batch))
+        loader: DataLoader[Any] = DataLoader(
+            self._source.samples,  # type: ignore[arg-type]  # map-style without being a sub-class
+            batch_sampler=[part.tolist() for part in numbers],
+            num_workers=self._source.workers,
+            generator=torch.Generator(),  # of its own: else it would draw from the one that routers' noise comes from
+        )
+        for part, (pixels, labels) in zip(numbers, loader, strict=True):
+            yield self._batch(int(part[0]), pixels, labels)
+
+    def _batch(self, number: int, pixels: Tensor, labels: Tensor) -> Batch:
+        size = self._preprocessing.size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
+            raise DataError(
+                f"sample {number}: is {pixels.dtype} {list(pixels.shape[1:])}, expected uint8 [3, {size}, {size}]"
+            )
+        rows = torch.arange(len(labels))
+        drawn = torch.Generator().manual_seed((self._recipe.seed * 1_000_003 + number) % 2**63)
+        images = ImageSet(pixels, labels, self._source.class_ids, [])
+        view = draw(len(labels), self._recipe, drawn)
+        shown = Shown(images, view, self._recipe, self._preprocessing, self._device)
+        x, target = shown.inputs(rows), shown.targets(rows)
+        if self._teacher is not None:
+            answer = self._teacher.ask(x).to(self._device).float()
+            target = target.lerp(answer, self._recipe.teacher_weight)
+        return x, target

@@ -1,0 +1,182 @@
+"""One training run from beginning to end, as ``mvmoe-train`` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.bundle import sha256
+from mvmoe_deploy.checkpoint import Checkpoint, Header, Superclasses
+from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models import Model, ModelConfig, build, from_dense, load_checkpoint
+from mvmoe_deploy.models.study.superclasses import random_groups
+from mvmoe_deploy.models.train.batches import Endless, Progress
+from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.recipe import Recipe
+from mvmoe_deploy.models.train.teacher import Teacher
+from mvmoe_deploy.models.train.trainer import Trainer
+
+Source = ImageSet | Endless
+
+
+@dataclass
+class Job:
+    """Everything that a training run is.
+
+    Attributes:
+        config: shape of the model.
+        recipe: how to train it.
+        train: the training images, or a function that reads them, which is called once all else has been checked.
+        val: labelled images that every epoch is evaluated on; their classes are the model's.
+        out: the checkpoint to write, ``.pt`` or ``.safetensors``.
+        preprocessing: the model's.
+        class_names: readable names, in the order of the classes; by default their ids.
+        superclasses: what a per-image router learns; None where it is drawn at random or learns end to end.
+        start_from: a checkpoint to start from: of the same shape, or of the dense baseline (upcycling).
+        teacher: a checkpoint whose answers are learnt.
+        answers: a folder in which the teacher's answers are kept for other runs.
+        notes: what else the checkpoint's training summary shall record.
+        device: ``cpu`` or ``cuda``.
+        resume: go on after the last whole epoch, if there was one.
+        force: start again although ``out`` or a state of it exists.
+    """
+
+    config: ModelConfig
+    recipe: Recipe
+    train: Source | Callable[[], Source]
+    val: ImageSet
+    out: Path
+    preprocessing: Preprocessing
+    class_names: list[str] = field(default_factory=list)
+    superclasses: Superclasses | None = None
+    start_from: Path | None = None
+    teacher: Path | None = None
+    answers: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    resume: bool = False
+    force: bool = False
+
+
+def train(
+    job: Job,
+    progress: Progress | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Checkpoint:
+    """Trains a model and returns its checkpoint, which is also in ``job.out``.
+
+    Args:
+        job: what to do.
+        progress: wraps the iterator over an epoch's steps (a progress bar).
+        report: called with each epoch's line of the log.
+        say: called with what a user may want to know, a line each.
+
+    Raises:
+        MvmoeError: something does not fit together, cannot be read, or exists already; or the loss became NaN.
+    """
+    finished = check_out(job.out, job.recipe.epochs, job.resume, job.force)
+    if finished is not None:
+        say(f"{job.out}: has all {job.recipe.epochs} epochs already; --force without --resume starts again")
+        return finished
+    superclasses = job.superclasses
+    if job.recipe.router == "random" and superclasses is None:
+        superclasses = _random_superclasses(job)
+    training = dict(job.notes)
+    model = _model(job, training)
+    teacher = _teacher(job, training)
+    images = job.train() if callable(job.train) else job.train
+    if images.class_ids != job.val.class_ids:
+        raise DataError("training and validation images are of different classes")
+    ids = job.val.class_ids
+    header = checkpoints.new_header(
+        job.config.to_dict(), ids, job.class_names or ids, job.preprocessing, superclasses, training
+    )
+    trainer = Trainer(model, header, images, job.val, job.recipe, job.out, job.device, teacher)
+    if job.force and not job.resume:
+        trainer.state_path.unlink(missing_ok=True)
+    if job.resume and trainer.resume():
+        say(f"resuming after epoch {trainer.epoch}")
+    return trainer.run(progress, report)
+
+
+def check_out(out: Path, epochs: int, resume: bool, force: bool) -> Checkpoint | None:
+    """Checks that a run may write ``out``; it costs nothing, so it can be asked before images are read.
+
+    Returns:
+        The checkpoint of a finished run of as many epochs that was to be resumed; None where there is work to do.
+
+    Raises:
+        DataError: a checkpoint that is there may not be overwritten, or cannot be gone on from.
+    """
+    state = out.with_name(out.name + ".state")
+    if out.suffix not in (".pt", ".safetensors"):
+        raise DataError(f"{out}: a checkpoint's name ends in .pt or .safetensors")
+    if (out.exists() or state.exists()) and not (resume or force):
+        raise DataError(f"{out}: exists already; --resume goes on, --force starts again")
+    if not resume or state.exists() or not out.exists():
+        return None
+    finished = checkpoints.load(out)
+    training = finished.header.training
+    done = training.get("epochs_done", 0)
+    if done < training.get("recipe", {}).get("epochs", done):
+        return None  # killed between its first checkpoint and its first state
+    if done < epochs:
+        raise DataError(
+            f"{out}: is finished after {done} epochs, its learning rate at zero, so --resume has nothing to go on "
+            f"from; --from {out} --out ANOTHER trains it further"
+        )
+    return finished
+
+
+def _random_superclasses(job: Job) -> Superclasses:
+    groups = random_groups(len(job.val.class_ids), job.config.experts, job.recipe.seed).tolist()
+    return Superclasses([f"random {index}" for index in range(job.config.experts)], groups)
+
+
+def _model(job: Job, training: dict[str, Any]) -> Model:
+    """The model to train; ``training`` gets to know what it started from."""
+    torch.manual_seed(job.recipe.seed)
+    model = build(job.config)
+    if job.start_from is None:
+        return model
+    source, header = load_checkpoint(job.start_from)
+    training["started_from"] = _origin(job, job.start_from, header)
+    if source.config == job.config:
+        model.load_state_dict(source.state_dict())
+        return model
+    dense = job.config.dense
+    if job.config.routes is not None and dense is not None and source.config.architecture == dense.architecture:
+        return from_dense(source, job.config)
+    raise DataError(f"{job.start_from}: is a {source.config}, cannot start a {job.config} from it")
+
+
+def _teacher(job: Job, training: dict[str, Any]) -> Teacher | None:
+    """The teacher, where there is one; ``training`` gets to know it."""
+    if job.answers and not (job.teacher and job.recipe.views):
+        raise DataError("--answers keeps what a --teacher says of a number of --views: give both")
+    if job.teacher is None:
+        return None
+    model, header = load_checkpoint(job.teacher)
+    origin = training["teacher"] = _origin(job, job.teacher, header)
+    if header.preprocessing != job.preprocessing:
+        raise DataError(
+            f"{job.teacher}: takes images as {header.preprocessing}, this model as {job.preprocessing}; "
+            "both see the same view of an image"
+        )
+    # it answers as it was trained, whatever its student is trained in
+    precision = header.training.get("recipe", {}).get("precision", "fp32")
+    return Teacher(model.to(job.device), precision, job.answers, origin["sha256"])
+
+
+def _origin(job: Job, path: Path, header: Header) -> dict[str, Any]:
+    """What the new checkpoint records of one that it comes from, which must know the same classes."""
+    if header.class_ids != job.val.class_ids:
+        raise DataError(f"{path}: was trained on other classes than those of this run")
+    return {"file": path.name, "sha256": sha256(path), "training": header.training}
