@@ -63,7 +63,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def bias(self) -> NDArray[np.float32]:
         """Per channel addend ``[3]``."""
-        return (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        bias: NDArray[np.float32] = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
+        return bias
 
 
 def decode(source: ImageSource, name: str = "image") -> Image.Image:
@@ -142,7 +143,7 @@ def denormalise(images: NDArray[np.float32], preprocessing: Preprocessing) -> ND
     """
     channels = (3, 1, 1)
     values = (images - preprocessing.bias.reshape(channels)) / preprocessing.scale.reshape(channels)
-    pixels = np.rint(values)
+    pixels: NDArray[np.float32] = np.rint(values)
     if not (np.abs(values - pixels) < 0.01).all() or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 255:
         raise ImageError("the input is not a normalised 8-bit image, but this model takes pixels; pass a real image")
     return pixels.astype(np.uint8)

@@ -32,8 +32,9 @@ class ImageSet:
 
     def describe(self, split: str) -> str:
         """What was found, in a line."""
-        left_out = "".join(f"; left out: {what}" for what in self.left_out)
-        return f"{split}: {len(self.labels):,} images of {len(self.class_ids)} classes{left_out}"
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        classes = len(self.class_ids)
+        return f"{split}: {len(self.labels):,} images of {classes} class{'es' * (classes != 1)}{left_out}"
 
     def sha256(self) -> str:
         """Of the pixels and labels, to tell one set from another."""

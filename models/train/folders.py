@@ -146,9 +146,8 @@ def read_images(
     keep = np.array([error is None for error in errors], dtype=bool)
     index_of = {class_id: index for index, class_id in enumerate(class_ids)}
     labels = np.array([index_of[class_id] for class_id, each in by_class.items() for _ in each])[keep]
-    empty = [class_id for index, class_id in enumerate(class_ids) if index not in set(labels.tolist())]
-    if empty:
-        raise DataError(f"{where}: class {empty[0]!r} has no readable image")
+    if empty := set(range(len(class_ids))) - set(labels.tolist()):
+        raise DataError(f"{where}: class {class_ids[min(empty)]!r} has no readable image")
     left_out = found.left_out
     if skipped:
         left_out = [f"{len(skipped)} {UNREADABLE[len(skipped) > 1]} (first: {skipped[0]})", *left_out]

@@ -534,6 +534,10 @@ def test_a_data_set_without_a_validation_split_is_divided_alike_by_all_commands(
     assert train.main(["evaluate", str(out), "--data", str(flat), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["images"], result["accuracy"]) == (3 * CLASSES, training["val_accuracy"])
+    shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", flat)
+    argv = ["compare", str(out), str(out), "--data", str(tmp_path / "zipped"), "--json"]
+    assert train.main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 3 * CLASSES
     argv = ["--data", str(data), "--model", "vit_2x32", "--out", str(tmp_path / "x.pt"), "--val-share"]
     assert "has a val split of its own" in fails(capsys, *argv, "0.1")
     assert "expected a share of at least 0 and below 1" in fails(capsys, *argv[:1], str(flat), *argv[2:], "1")
