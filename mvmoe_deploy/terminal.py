@@ -113,7 +113,7 @@ def markdown_table(
 
 def markdown_text(text: str) -> str:
     """A text that Markdown shows as it is: every punctuation mark that could mean something is escaped."""
-    return "".join("\\" + c if c in "\\`*_{}[]<>#+!|~&$@" else c for c in plain(text))
+    return "".join("\\" + c if c in "\\`*_{}[]<>#!|~&$@" else c for c in plain(text))
 
 
 def plain(text: object) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mvmoe_deploy.cli.common import progress_bar, read_split, thread_count, val_share
 from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.terminal import Cell, markdown_table, table
 
 if TYPE_CHECKING:
     from mvmoe_deploy.images import Preprocessing
@@ -77,9 +78,9 @@ def run(args: argparse.Namespace) -> None:
         result = {"images": images, "rows": [dataclasses.asdict(row) for row in rows], "recipes_differ_in": differing}
         print(json.dumps(result, indent=1))
         return
-    form = "github" if args.markdown else "simple"
-    print(_table([_accuracy(row) for row in rows], ACCURACY, form), end="\n\n")
-    print(_table([_needs(row) for row in rows], NEEDS, form), end="\n\n")
+    like_paper = len(class_ids) >= LEAST_CLASSES
+    print(_printed([_accuracy(row, like_paper) for row in rows], ACCURACY, markdown=args.markdown), end="\n\n")
+    print(_printed([_needs(row) for row in rows], NEEDS, markdown=args.markdown), end="\n\n")
     print(NOTE.format(images=images, split=args.split, base=rows[0].name))
     for field, values in differing.items():
         print(f"recipes differ in {field}: {', '.join(f'{name} {value}' for name, value in values.items())}")
@@ -91,11 +92,13 @@ NOTE = """\
 {images:,} images of {split}; delta: percentage points over {base}, its paired bootstrap interval over images, and p of
 McNemar's exact test; expert MLPs that one image uses (those of different layers count apart), mean / most, of all;
 MB of fp32 weights in memory for one image, mean / most, and for all images if none is to be loaded twice"""
-ACCURACY = ["model", "routing", "top-1 %", "delta", "95 % interval", "p", "paper delta", "router %", "samples M"]
+ACCURACY = ["model", "routing", "top-1 %", "delta", "95 % interval", "p", "paper delta", "router %", "samples"]
+LEAST_CLASSES = 100
+"""Figure 3e is of ImageNet's 1,000 classes; beside a task of a few classes its differences would mislead."""
 NEEDS = ["model", "routing", "MFLOPs", "params M", "active M", "expert MLPs", "MB, one image", "MB, all images"]
 
 
-def _accuracy(row: Row) -> list[str | None]:
+def _accuracy(row: Row, like_paper: bool) -> list[Cell]:
     d = row.difference
     return [
         row.name,
@@ -104,13 +107,13 @@ def _accuracy(row: Row) -> list[str | None]:
         None if d is None else f"{d.points:+.2f}",
         None if d is None else f"{d.low:+.2f} … {d.high:+.2f}",
         None if d is None else f"{d.p_value:.2g}",
-        None if row.paper_points is None else f"{row.paper_points:+.2f}",
+        None if row.paper_points is None or not like_paper else f"{row.paper_points:+.2f}",
         None if row.router_accuracy is None else f"{100 * row.router_accuracy:.1f}",
-        None if row.training_images is None else f"{row.training_images / 1e6:.2f}",
+        row.training_images,
     ]
 
 
-def _needs(row: Row) -> list[str | None]:
+def _needs(row: Row) -> list[Cell]:
     n = row.needs
     return [
         row.name,
@@ -128,12 +131,13 @@ def _millions(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value / 1e6:.{digits}f}"
 
 
-def _table(rows: list[list[str | None]], headers: list[str], form: str) -> str:
-    """Keeps signs and trailing zeros, which :func:`mvmoe_deploy.cli.common.table` would take off."""
-    from tabulate import tabulate
-
-    columns = ["left", "left", *["right"] * (len(headers) - 2)]
-    return tabulate(rows, headers, form, missingval="–", disable_numparse=True, colalign=columns)
+def _printed(rows: list[list[Cell]], headers: list[str], *, markdown: bool) -> str:
+    """A table without the columns that no model has anything in."""
+    kept = [column for column in range(len(headers)) if any(row[column] is not None for row in rows)]
+    cells = [[row[column] for column in kept] for row in rows]
+    shown = [headers[column] for column in kept]
+    right = set(range(2, len(kept)))
+    return (markdown_table if markdown else table)(cells, shown, right=right)
 
 
 def _names(paths: list[Path]) -> list[str]:

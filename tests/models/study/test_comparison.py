@@ -163,10 +163,20 @@ def test_the_rows_of_figure_3e(five: tuple[Path, list[str]], capsys: pytest.Capt
     for form in ([], ["--markdown"]):
         assert train.main(["compare", *paths, "--data", str(root), *form]) == 0
         out = capsys.readouterr().out
-        assert "+2.72" in out
-        assert "-2.48" in out
+        assert "paper delta" not in out  # of ImageNet, and this has six classes
+        assert "samples" in out and " 200" in out and " 300" in out
         assert "recipes differ in epochs: model0 2, model1 2, model2 3, model3 2, model4 2" in out
         assert out.startswith("| model" if form else "model")
+
+
+def test_the_papers_differences_stand_beside_a_task_like_its_own(
+    five: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, paths = five
+    monkeypatch.setattr("mvmoe_deploy.cli.train.compare.LEAST_CLASSES", tiny.CLASSES)
+    assert train.main(["compare", *paths, "--data", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "paper delta" in out and "+2.72" in out and "-2.48" in out
 
 
 def test_equal_recipes_have_no_differences() -> None:
