@@ -197,7 +197,8 @@ def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:
     )
     fields = np.fft.irfft2(spectrum, s=(size, size), axes=(1, 2))
     fields = fields / fields.std(axis=(1, 2, 3), keepdims=True)
-    return (128 + 60 * fields).clip(0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = (128 + 60 * fields).clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def _manifest(

@@ -477,7 +477,8 @@ class Runtime:
 def top_k(probabilities: Floats, k: int) -> NDArray[np.int64]:
     """Indices ``[B, k]`` of the k largest of ``[B, E]``, best first; of equals the lower index, as everywhere here."""
     if k == 1:
-        return probabilities.argmax(axis=1)[:, None]
+        first: NDArray[np.int64] = probabilities.argmax(axis=1)[:, None]
+        return first
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
 
 

@@ -110,6 +110,11 @@ def import_engine(backend: str) -> None:
         raise ConfigError(f"backend {backend} needs {error.name}: pip install '{needed}'") from None
 
 
+def backend_names() -> list[str]:
+    """Backends that a checkpoint can be measured on: the default one of each target, and PyTorch."""
+    return [*(target.backend().name for target in targets.known().values()), TORCH.name]
+
+
 def engine(backend: str) -> targets.Engine:
     """What stands behind a row's backend.
 

@@ -13,7 +13,7 @@ from torch import nn
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import targets
 from mvmoe_deploy.bench.candidates.baselines import RANDOM, export_stock, random_checkpoint
-from mvmoe_deploy.bench.candidates.configuration import BASELINES, TORCH, Configuration
+from mvmoe_deploy.bench.candidates.configuration import BASELINES, TORCH, Configuration, backend_names
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bench.results import Kind
 from mvmoe_deploy.bundle import Bundle, open_bundle
@@ -160,11 +160,6 @@ def prepare(
         for baseline in baselines:
             made += _baseline(baseline, routed, folder, backends, group, progress)
     return made
-
-
-def backend_names() -> list[str]:
-    """Backends that a checkpoint can be measured on: the default one of each target, and PyTorch."""
-    return [*(target.backend().name for target in targets.known().values()), TORCH.name]
 
 
 def unique(names: Sequence[str]) -> list[str]:

@@ -297,7 +297,7 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> torch.export.Expo
 
     https://github.com/apple/coremltools/issues/2633
     """
-    program = torch.export.export(module, example).run_decompositions({})
+    program: torch.export.ExportedProgram = torch.export.export(module, example).run_decompositions({})
     for node in list(program.graph.nodes):
         # x[:, :None] becomes aten.alias, the identity, which coremltools 9.0 does not know
         if node.target is torch.ops.aten.alias.default and node.users:

@@ -324,7 +324,8 @@ def _simplify(program: ExportedProgram) -> None:
 
 
 def _shape(node: torch.fx.Node) -> torch.Size:
-    return node.meta["val"].shape
+    shape: torch.Size = node.meta["val"].shape
+    return shape
 
 
 def delegation(edge: EdgeProgramManager) -> Delegation:

@@ -46,7 +46,8 @@ class FoldedAttention(nn.Module):
         x = torch.bmm(F.softmax(torch.bmm(q, k), -1), v)
         _, tokens, per_head = x.shape
         x = x.view(-1, self.heads, tokens, per_head).transpose(1, 2).contiguous()
-        return self.proj(x.view(-1, tokens, self.heads * per_head))
+        result: Tensor = self.proj(x.view(-1, tokens, self.heads * per_head))
+        return result
 
     def _fold(self, x: Tensor, order: tuple[int, int, int, int]) -> Tensor:
         """``[B, N, D]`` → ``[B·h, N, D/h]``, or its transpose, which keys are multiplied as, in the same single pass.
@@ -146,7 +147,8 @@ class ReflectedTail(nn.Module):
         self.tail, self.reflection = tail, reflection
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self.tail(self.reflection(x), gate)
+        logits: Tensor = self.tail(self.reflection(x), gate)
+        return logits
 
 
 def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:

@@ -66,7 +66,8 @@ class SplitAttention(nn.Module):
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         q, k, v = self.q(x[:, :n]), self.k(x), self.v(x)
         result = torch.onnx.ops.attention(q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads)
-        return self.proj(result[0])
+        projected: Tensor = self.proj(result[0])
+        return projected
 
 
 class MatMulLinear(nn.Module):

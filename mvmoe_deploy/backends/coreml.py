@@ -42,7 +42,8 @@ class CoreMLBackend:
         def predict(inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, Any]:
             given = {name: _to_image(each) if name in images else each for name, each in inputs.items()}
             try:
-                return model.predict(given)
+                predicted: Mapping[str, Any] = model.predict(given)
+                return predicted
             except Exception as error:
                 raise BackendError(f"{path}: Core ML failed ({first_line(error)})") from None
 

@@ -29,6 +29,9 @@ FLOAT = 6
 SEGMENT = 1
 """executorch's number for data outside the program's flatbuffer."""
 
+XNNPACK = "XnnpackBackend"
+"""executorch's name for the delegate that exports are lowered to, the only one whose graphs can be checked here."""
+
 MAX_PLANNED_BYTES = 1 << 30
 """Largest activation memory a method may ask for; a trunk asks for a few MB."""
 
@@ -156,11 +159,17 @@ def check_program(path: Path) -> None:
             if data[4:8] != b"ET12" or header is None or not 64 <= header.program_size <= len(data):
                 raise ValueError("no ExecuTorch header")
             program = _flatbuffer_to_program(data[: header.program_size])
-            problem = _problem(program, header.segment_base_offset, data)
+            delegates = {delegate.id for plan in program.execution_plan for delegate in plan.delegates}
+            others = sorted(delegates - {XNNPACK})
+            problem = None if others else _problem(program, header.segment_base_offset, data)
     except OSError as error:
         raise BackendError(f"{path}: {error.strerror}") from None
     except Exception as error:  # the flatbuffer reader raises whatever its bytes lead to
         raise BackendError(f"{path}: not a .pte file, or damaged ({first_line(error)}); export again") from None
+    if others:
+        raise BackendError(
+            f"{path}: is lowered to {', '.join(others)}; this backend runs what mvmoe-export lowers to, {XNNPACK}"
+        )
     if problem:
         raise BackendError(f"{path}: damaged or unsafe: {problem}; export again")
 
@@ -193,8 +202,8 @@ def _problem(program: Any, base: int, data: mmap.mmap) -> str | None:
     for plan in program.execution_plan:
         for delegate in plan.delegates:
             place = delegate.processed
-            if delegate.id != "XnnpackBackend" or place.location != SEGMENT or place.index >= len(segments):
-                return f"delegate {delegate.id!r} is not XNNPACK's or refers to a segment that does not exist"
+            if place.location != SEGMENT or place.index >= len(segments):
+                return f"delegate {delegate.id!r} refers to a segment that does not exist"
         arguments = [check_graph(data[segments[delegate.processed.index]], weights) for delegate in plan.delegates]
         problem = _plan_problem(plan, constants, arguments)
         if problem:

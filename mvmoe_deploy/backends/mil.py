@@ -539,7 +539,7 @@ def _layer_norm(
 ) -> Array:
     over = tuple(int(axis) % x.ndim for axis in axes)
     centred = x - x.mean(over, keepdims=True)
-    y = centred / np.sqrt((centred * centred).mean(over, keepdims=True) + epsilon)
+    y: Array = centred / np.sqrt((centred * centred).mean(over, keepdims=True) + epsilon)
     shape = [size if axis in over else 1 for axis, size in enumerate(x.shape)]
     y = y if gamma is None else y * gamma.reshape(shape)
     return y if beta is None else y + beta.reshape(shape)
@@ -547,16 +547,20 @@ def _layer_norm(
 
 def _softmax(x: Array, axis: Any = -1) -> Array:
     powers = np.exp(x - x.max(int(axis), keepdims=True))
-    return powers / powers.sum(int(axis), keepdims=True)
+    result: Array = powers / powers.sum(int(axis), keepdims=True)
+    return result
 
 
 def _gelu(x: Array, mode: Array) -> Array:
     half = np.float32(0.5)
     if mode.item() == "EXACT":
-        return half * x * (1 + erf(x * np.float32(math.sqrt(0.5))))
-    if mode.item() == "TANH_APPROXIMATION":
-        return half * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
-    raise ValueError(f"mode {mode.item()!r} is not supported")
+        inner = erf(x * np.float32(math.sqrt(0.5)))
+    elif mode.item() == "TANH_APPROXIMATION":
+        inner = np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3))
+    else:
+        raise ValueError(f"mode {mode.item()!r} is not supported")
+    result: Array = half * x * (1 + inner)
+    return result
 
 
 def _attention(
@@ -628,7 +632,9 @@ def _expand_dims(x: Array, axes: Array) -> Array:
 
 
 def _reduce_mean(x: Array, axes: Array | None = None, keep_dims: Any = False) -> Array:
-    return x.mean(None if axes is None else tuple(int(axis) for axis in axes), keepdims=bool(keep_dims))
+    over = None if axes is None else tuple(int(axis) for axis in axes)
+    result: Array = x.mean(over, keepdims=bool(keep_dims))
+    return result
 
 
 def _classify(probabilities: Array, classes: Array) -> tuple[str, dict[str, float]]:

@@ -160,7 +160,8 @@ def bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]
     They cost 15 µs a call once a model's run has emptied the processor's cache, which is felt where a piece takes half
     a millisecond. Names were compared when the piece was loaded, and the engine checks shapes and dtypes itself.
     """
-    return getattr(session, "_sess", session).run
+    run: Callable[..., list[NDArray[Any]]] = getattr(session, "_sess", session).run
+    return run
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:

@@ -6,10 +6,12 @@ the process. The tables are those of executorch's ``backends/xnnpack/serializati
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 NONE = 0xFFFFFFFF
 """In place of an identifier: no bias, or not an external value."""
@@ -21,36 +23,166 @@ MAX_BYTES = 1 << 30
 
 EXTERNAL_INPUT, EXTERNAL_OUTPUT = 1, 2
 
-# By number of a value's type: bits per element.
-_BITS = {1: 32, 2: 16, 3: 8, 4: 8, 5: 32, 6: 8, 7: 32, 8: 4, 9: 8, 12: 32}
 
-_UNARY, _BINARY, _CONV = ((0,), 1), ((0, 1), 2), ((15, 16, 17), 18)
-# By number of a node's type: (fields that name its inputs, field that names its output).
-_NODES: dict[int, tuple[tuple[int, ...], int]] = {
-    **dict.fromkeys((1, 8, 12, 15, 16, 26, 31, 37), _BINARY),
-    **dict.fromkeys((3, 4, 6, 17, 18, 19, 22, 23, 24, 27, 28, 30, 40, 41, 42, 43, 44, 45, 46, 47), _UNARY),
-    **dict.fromkeys((7, 13, 39), _CONV),
-    2: ((0, 1, 2), 3),  # fully connected
-    5: ((2,), 3),  # transpose
-    9: ((2,), 3),  # resize
-    10: ((3,), 4),  # pad
-    **dict.fromkeys((11, 14), ((10,), 11)),  # pooling
-    20: ((2,), 3),  # reshape
-    **dict.fromkeys((25, 29), ((1,), 2)),  # leaky ReLU, ELU
-    32: ((1, 2), 5),  # concatenations
-    33: ((1, 2, 3), 5),
-    34: ((1, 2, 3, 4), 5),
-    38: ((1, 2, 3, 4, 7), 5),
-    35: ((3,), 4),  # slice
+class DataType(IntEnum):
+    """Types of values that exports of this project have; ``enum XNNDatatype``."""
+
+    FP32 = 1
+    FP16 = 2
+    QINT8 = 3
+    QUINT8 = 4
+    QINT32 = 5
+    QCINT8 = 6
+    QCINT32 = 7
+    QCINT4 = 8
+    QDINT8 = 9
+    INT32 = 12
+
+
+_BITS = {
+    DataType.FP32: 32,
+    DataType.FP16: 16,
+    DataType.QINT8: 8,
+    DataType.QUINT8: 8,
+    DataType.QINT32: 32,
+    DataType.QCINT8: 8,
+    DataType.QCINT32: 32,
+    DataType.QCINT4: 4,
+    DataType.QDINT8: 8,
+    DataType.INT32: 32,
 }
-_FULLY_CONNECTED, _TRANSPOSE, _DEPTHWISE, _CONVERT, _RESHAPE, _SLICE, _MATRIX_PRODUCT = 2, 5, 13, 18, 20, 35, 37
-_CONVOLUTIONS, _CONCATENATIONS = (7, 13), (32, 33, 34, 38)
-_WEIGHTED = (_FULLY_CONNECTED, *_CONVOLUTIONS, 39)
-_ELEMENTWISE = {kind for kind, fields in _NODES.items() if fields in (_UNARY, _BINARY)} - {19, _MATRIX_PRODUCT} | {
-    25,
-    29,
+
+
+class ValueKind(IntEnum):
+    """``union XValueUnion``."""
+
+    PLAIN = 1
+    QUANTIZED = 2
+
+
+class Quantization(IntEnum):
+    """How a value is quantized; ``union XNNQuantParams``."""
+
+    PER_CHANNEL = 1
+    PER_TENSOR = 2
+    PER_TOKEN = 3
+
+
+class Node(IntEnum):
+    """Kinds of nodes; ``union XNodeUnion``."""
+
+    ADD = 1
+    FULLY_CONNECTED = 2
+    SOFTMAX = 3
+    SIGMOID = 4
+    TRANSPOSE = 5
+    CLAMP = 6
+    CONV = 7
+    DIVIDE = 8
+    RESIZE = 9
+    PAD = 10
+    AVERAGE_POOLING = 11
+    MINIMUM = 12
+    DEPTHWISE_CONV = 13
+    MAX_POOLING = 14
+    MULTIPLY = 15
+    SUBTRACT = 16
+    FLOOR = 17
+    CONVERT = 18
+    GLOBAL_AVERAGE_POOLING = 19
+    RESHAPE = 20
+    SQUARE_ROOT = 22
+    CEILING = 23
+    HARDSWISH = 24
+    LEAKY_RELU = 25
+    MAXIMUM = 26
+    NEGATE = 27
+    SQUARE = 28
+    ELU = 29
+    ABSOLUTE = 30
+    PRELU = 31
+    CONCATENATE_2 = 32
+    CONCATENATE_3 = 33
+    CONCATENATE_4 = 34
+    SLICE = 35
+    MATRIX_PRODUCT = 37
+    CONCATENATE_5 = 38
+    TRANSPOSED_CONV = 39
+    RECIPROCAL_SQUARE_ROOT = 40
+    LOGARITHM = 41
+    GELU = 42
+    TANH = 43
+    EXPONENTIAL = 44
+    SINE = 45
+    COPY = 46
+    COSINE = 47
+
+
+class GraphField(IntEnum):
+    """Fields of ``XNNGraph``."""
+
+    VERSION = 0
+    NODES = 1
+    VALUES = 2
+    EXTERNALS = 3
+    INPUTS = 4
+    OUTPUTS = 5
+    INLINE_CONSTANTS = 6
+    CONSTANTS = 8
+
+
+class TensorField(IntEnum):
+    """Fields of ``XNNTensorValue``."""
+
+    DATATYPE = 0
+    RANK = 1
+    SHAPE = 2
+    CONSTANT = 3
+    EXTERNAL = 4
+    FLAGS = 5
+    NUMBER = 6
+    BEYOND = 7  # none in this version of the schema
+
+
+class ConvField(IntEnum):
+    """Fields of ``_XNNNodeConv`` that decide about shapes."""
+
+    KERNEL_HEIGHT = 4
+    KERNEL_WIDTH = 5
+    GROUP_INPUT_CHANNELS = 10
+    GROUP_OUTPUT_CHANNELS = 11
+    GROUPS = 12
+
+
+_CONVOLUTIONS = (Node.CONV, Node.DEPTHWISE_CONV)
+_WEIGHTED = (Node.FULLY_CONNECTED, *_CONVOLUTIONS, Node.TRANSPOSED_CONV)
+_CONCATENATIONS = (Node.CONCATENATE_2, Node.CONCATENATE_3, Node.CONCATENATE_4, Node.CONCATENATE_5)
+_ONE_INPUT = (
+    *(Node.SOFTMAX, Node.SIGMOID, Node.CLAMP, Node.FLOOR, Node.CONVERT, Node.SQUARE_ROOT, Node.CEILING, Node.HARDSWISH),
+    *(Node.NEGATE, Node.SQUARE, Node.ABSOLUTE, Node.RECIPROCAL_SQUARE_ROOT, Node.LOGARITHM, Node.GELU, Node.TANH),
+    *(Node.EXPONENTIAL, Node.SINE, Node.COPY, Node.COSINE),
+)
+_TWO_INPUTS = (*(Node.ADD, Node.DIVIDE, Node.MINIMUM, Node.MULTIPLY, Node.SUBTRACT, Node.MAXIMUM, Node.PRELU),)
+_WITH_PARAMETER = (Node.LEAKY_RELU, Node.ELU)
+_ELEMENTWISE = (*_ONE_INPUT, *_TWO_INPUTS, *_WITH_PARAMETER)
+
+_OPERANDS: dict[int, tuple[tuple[int, ...], int]] = {
+    **dict.fromkeys((*_ONE_INPUT, Node.GLOBAL_AVERAGE_POOLING), ((0,), 1)),
+    **dict.fromkeys((*_TWO_INPUTS, Node.MATRIX_PRODUCT), ((0, 1), 2)),
+    **dict.fromkeys(_WITH_PARAMETER, ((1,), 2)),
+    **dict.fromkeys((*_CONVOLUTIONS, Node.TRANSPOSED_CONV), ((15, 16, 17), 18)),
+    **dict.fromkeys((Node.AVERAGE_POOLING, Node.MAX_POOLING), ((10,), 11)),
+    **dict.fromkeys((Node.TRANSPOSE, Node.RESIZE, Node.RESHAPE), ((2,), 3)),
+    **dict.fromkeys((Node.PAD, Node.SLICE), ((3,), 4)),
+    Node.FULLY_CONNECTED: ((0, 1, 2), 3),
+    Node.CONCATENATE_2: ((1, 2), 5),
+    Node.CONCATENATE_3: ((1, 2, 3), 5),
+    Node.CONCATENATE_4: ((1, 2, 3, 4), 5),
+    Node.CONCATENATE_5: ((1, 2, 3, 4, 7), 5),
 }
-"""All but global pooling, which is written like one."""
+"""By kind of node: fields that name its inputs, field that names its output."""
+
+Shape = tuple[int, ...]
 
 
 class GraphError(ValueError):
@@ -147,11 +279,11 @@ def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
     if data[4:8] not in (b"XN00", b"XN01"):
         raise GraphError("no XNNPACK graph")
     graph = _Table(data, _number(data, "<I", 0))
-    graph.text(0)
-    inputs, outputs = graph.numbers(4), graph.numbers(5)
+    graph.text(GraphField.VERSION)
+    inputs, outputs = graph.numbers(GraphField.INPUTS), graph.numbers(GraphField.OUTPUTS)
     values = _values(graph, inputs, outputs, _constants(graph, weights))
     known = {number for number, value in values.items() if value.constant} | set(inputs)
-    for node in graph.tables(1):
+    for node in graph.tables(GraphField.NODES):
         _check_node(node, values, known)
     if not known.issuperset(outputs):
         raise GraphError("an output is not computed")
@@ -160,10 +292,10 @@ def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
 
 def _constants(graph: _Table, weights: Mapping[str, int]) -> list[int]:
     """Bytes of each constant; the first stands for "none"."""
-    if graph.vector(6, 4)[1]:
+    if graph.vector(GraphField.INLINE_CONSTANTS, 4)[1]:
         raise GraphError("it has inline constants, which no export of this project has")
     sizes = []
-    for index, constant in enumerate(graph.tables(8)):
+    for index, constant in enumerate(graph.tables(GraphField.CONSTANTS)):
         name = constant.text(2)
         if index and (name not in weights or constant.number(0, "<Q") != (1 << 64) - 1):
             raise GraphError(f"weight {name!r} is not stored")
@@ -173,21 +305,23 @@ def _constants(graph: _Table, weights: Mapping[str, int]) -> list[int]:
 
 def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: list[int]) -> dict[int, _Value]:
     """Every value by its identifier."""
-    externals = graph.number(3)
+    externals = graph.number(GraphField.EXTERNALS)
     if len({*inputs, *outputs}) != len(inputs) + len(outputs) or externals != len(inputs) + len(outputs):
         raise GraphError("an input or output is named twice")
     values: dict[int, _Value] = {}
     taken: set[int] = set()  # places among inputs and outputs
-    for entry in graph.tables(2):
+    for entry in graph.tables(GraphField.VALUES):
         kind, table = entry.number(0, "<B"), entry.table(1)
-        if kind not in (1, 2):
+        if kind not in tuple(ValueKind):
             raise GraphError("a value is of an unknown kind")
-        tensor = table.table(0) if kind == 2 else table
-        datatype, shape, constant = tensor.number(0, "<h"), tuple(tensor.numbers(2)), tensor.number(3)
-        external, flags, number = tensor.number(4), tensor.number(5), tensor.number(6)
-        if datatype not in _BITS or tensor.number(1) != len(shape) or len(shape) > MAX_RANK or tensor.number(7, "<h"):
+        tensor = table.table(0) if kind == ValueKind.QUANTIZED else table
+        datatype, shape = tensor.number(TensorField.DATATYPE, "<h"), tuple(tensor.numbers(TensorField.SHAPE))
+        constant, external = tensor.number(TensorField.CONSTANT), tensor.number(TensorField.EXTERNAL)
+        flags, number = tensor.number(TensorField.FLAGS), tensor.number(TensorField.NUMBER)
+        ranked = tensor.number(TensorField.RANK) == len(shape) <= MAX_RANK
+        if datatype not in _BITS or not ranked or tensor.number(TensorField.BEYOND, "<h"):
             raise GraphError(f"value {number} has an unknown type or shape")
-        size = math.prod(shape) * _BITS[datatype] // 8
+        size = math.prod(shape) * _BITS[DataType(datatype)] // 8
         if size > MAX_BYTES or (constant and (constant >= len(constants) or size > constants[constant])):
             raise GraphError(f"value {number} is larger than what is stored of it")
         wanted = (number in inputs) * EXTERNAL_INPUT + (number in outputs) * EXTERNAL_OUTPUT
@@ -196,7 +330,7 @@ def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: lis
         taken.add(external)
         if number in values or (constant and wanted):
             raise GraphError(f"value {number} is defined twice")
-        if kind == 2:
+        if kind == ValueKind.QUANTIZED:
             _check_quantization(table, shape, constants)
         values[number] = _Value(datatype, shape, bool(constant))
     if not values.keys() >= {*inputs, *outputs}:
@@ -206,7 +340,7 @@ def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: lis
 
 def _check_quantization(table: _Table, shape: tuple[int, ...], constants: list[int]) -> None:
     kind, parameters = table.number(1, "<B"), table.table(2)
-    if kind == 1:  # per channel
+    if kind == Quantization.PER_CHANNEL:
         count = parameters.number(3) or parameters.vector(0, 4)[1]
         stored, axis = parameters.number(2), parameters.number(1, "<i")
         if not 0 <= axis < len(shape) or shape[axis] != count:
@@ -215,92 +349,118 @@ def _check_quantization(table: _Table, shape: tuple[int, ...], constants: list[i
             raise GraphError("scales are longer than what is stored of them")
         if not stored and parameters.vector(0, 4)[1] != count:
             raise GraphError("a weight has not one scale per channel")
-    elif kind == 3:  # per token, as they come
+    elif kind == Quantization.PER_TOKEN:  # as they come
         if not 0 < parameters.number(0, "<i") <= len(shape):
             raise GraphError("a value is quantized over dimensions it does not have")
-    elif kind != 2:  # per tensor
+    elif kind != Quantization.PER_TENSOR:
         raise GraphError("a value is quantized in an unknown way")
 
 
 def _check_node(entry: _Table, values: Mapping[int, _Value], known: set[int]) -> None:
     """Checks one node and adds its output to the values known after it."""
     kind, node = entry.number(0, "<B"), entry.table(1)
-    if kind not in _NODES:
+    if kind not in _OPERANDS:
         raise GraphError("a node is of an unknown kind")
     if entry.number(3):
         entry.table(3).number(0), entry.table(3).number(1)
-    fields, output_field = _NODES[kind]
+    fields, output_field = _OPERANDS[kind]
     inputs, output = [node.number(field) for field in fields], node.number(output_field)
     if kind in _WEIGHTED and inputs[2] == NONE:
         inputs.pop()  # no bias
     if output not in values or output in known or not known.issuperset(inputs):
         raise GraphError("a node reads a value before it is there, or writes one twice")
     known.add(output)
-    if (
-        kind != _CONVERT
-        and kind not in _WEIGHTED
-        and len({values[number].datatype for number in (*inputs, output)}) > 1
-    ):
+    mixes = len({values[number].datatype for number in (*inputs, output)}) > 1
+    if mixes and kind != Node.CONVERT and kind not in _WEIGHTED:
         raise GraphError("a node mixes types")
-    problem = _shape_problem(kind, node, [values[number].shape for number in inputs], values[output].shape)
-    if problem:
-        raise GraphError(problem)
+    rule = _RULES.get(kind)  # the shapes of others, such as pooling, are XNNPACK's to check
+    if rule is not None:
+        rule(node, [values[number].shape for number in inputs], values[output].shape)
 
 
-def _shape_problem(kind: int, node: _Table, given: list[tuple[int, ...]], result: tuple[int, ...]) -> str | None:
-    """What is wrong with the shapes of a node's inputs and output; they are XNNPACK's to check for pooling and such."""
-    first = given[0]
-    if kind in _ELEMENTWISE:
-        if _broadcast(given) != result:
-            return "an element-wise operation is of other shapes than its output"
-    elif kind == _MATRIX_PRODUCT:
-        second = given[1]
-        if len(first) < 2 or len(second) != len(first) or first[-1] != second[-2]:
-            return "the shapes of a matrix product do not fit"
-        if first[:-2] != second[:-2] or result != (*first[:-1], second[-1]):
-            return "the shapes of a matrix product do not fit"
-    elif kind == _TRANSPOSE:
-        order = node.numbers(1)
-        if node.number(0) != len(first) or sorted(order) != list(range(len(first))):
-            return "a transpose is not a permutation"
-        if result != tuple(first[axis] for axis in order):
-            return "a transpose is of another shape than its output"
-    elif kind == _RESHAPE:
-        shape = node.numbers(1)  # 0 stands for whatever is left
-        fits = len(shape) == len(result) and all(a in (0, b) for a, b in zip(shape, result, strict=True))
-        if node.number(0) != len(shape) or not fits or shape.count(0) > 1 or math.prod(first) != math.prod(result):
-            return "a reshape is to another shape than its output"
-    elif kind in _CONCATENATIONS:
-        axis = node.number(0)
-        if any(len(shape) != len(result) for shape in given) or axis >= len(result):
-            return "the shapes of a concatenation do not fit"
-        along = sum(shape[axis] for shape in given)
-        if any((*shape[:axis], along, *shape[axis + 1 :]) != result for shape in given):
-            return "the shapes of a concatenation do not fit"
-    elif kind == _SLICE:
-        offsets, sizes = node.numbers(1), node.numbers(2)
-        if not node.number(0) == len(offsets) == len(sizes) == len(first) == len(result):
-            return "a slice reaches beyond its input"
-        if any(offset + size > extent for offset, size, extent in zip(offsets, sizes, first, strict=True)):
-            return "a slice reaches beyond its input"
-    elif kind == _FULLY_CONNECTED:
-        weight, *bias = given[1:]
-        if len(weight) != 2 or first[-1:] != weight[1:] or result != (*first[:-1], weight[0]):
-            return "a layer's weights do not fit its input or output"
-        if any(shape != weight[:1] for shape in bias):
-            return "a layer's bias does not fit its weights"
-    elif kind in _CONVOLUTIONS:
-        height, width, channels, per_group, groups = (node.number(field) for field in (4, 5, 10, 11, 12))
-        depthwise = (1, height, width, channels * per_group * groups) if kind == _DEPTHWISE else None
-        if given[1] not in ((groups * per_group, height, width, channels), depthwise):
-            return "a convolution's weights do not fit its kernel"
-        if (
-            len(first) != 4
-            or first[3] != groups * channels
-            or any(shape != (groups * per_group,) for shape in given[2:])
-        ):
-            return "a convolution's weights do not fit its input"
-    return None
+def _check_elementwise(_: _Table, given: list[Shape], result: Shape) -> None:
+    if _broadcast(given) != result:
+        raise GraphError("an element-wise operation is of other shapes than its output")
+
+
+def _check_matrix_product(_: _Table, given: list[Shape], result: Shape) -> None:
+    first, second = given
+    fits = len(first) >= 2 and len(second) == len(first) and first[-1] == second[-2] and first[:-2] == second[:-2]
+    if not fits or result != (*first[:-1], second[-1]):
+        raise GraphError("the shapes of a matrix product do not fit")
+
+
+def _check_transpose(node: _Table, given: list[Shape], result: Shape) -> None:
+    (first,) = given
+    order = node.numbers(1)
+    if node.number(0) != len(first) or sorted(order) != list(range(len(first))):
+        raise GraphError("a transpose is not a permutation")
+    if result != tuple(first[axis] for axis in order):
+        raise GraphError("a transpose is of another shape than its output")
+
+
+def _check_reshape(node: _Table, given: list[Shape], result: Shape) -> None:
+    (first,) = given
+    shape = node.numbers(1)  # 0 stands for whatever is left
+    fits = len(shape) == len(result) and all(a in (0, b) for a, b in zip(shape, result, strict=True))
+    if node.number(0) != len(shape) or not fits or shape.count(0) > 1 or math.prod(first) != math.prod(result):
+        raise GraphError("a reshape is to another shape than its output")
+
+
+def _check_concatenation(node: _Table, given: list[Shape], result: Shape) -> None:
+    axis = node.number(0)
+    if any(len(shape) != len(result) for shape in given) or axis >= len(result):
+        raise GraphError("the shapes of a concatenation do not fit")
+    along = sum(shape[axis] for shape in given)
+    if any((*shape[:axis], along, *shape[axis + 1 :]) != result for shape in given):
+        raise GraphError("the shapes of a concatenation do not fit")
+
+
+def _check_slice(node: _Table, given: list[Shape], result: Shape) -> None:
+    (first,) = given
+    offsets, sizes = node.numbers(1), node.numbers(2)
+    if not node.number(0) == len(offsets) == len(sizes) == len(first) == len(result):
+        raise GraphError("a slice reaches beyond its input")
+    if any(offset + size > extent for offset, size, extent in zip(offsets, sizes, first, strict=True)):
+        raise GraphError("a slice reaches beyond its input")
+
+
+def _check_fully_connected(_: _Table, given: list[Shape], result: Shape) -> None:
+    first, weight, *bias = given
+    if len(weight) != 2 or first[-1:] != weight[1:] or result != (*first[:-1], weight[0]):
+        raise GraphError("a layer's weights do not fit its input or output")
+    if any(shape != weight[:1] for shape in bias):
+        raise GraphError("a layer's bias does not fit its weights")
+
+
+def _check_convolution(node: _Table, given: list[Shape], result: Shape, *, depthwise: bool = False) -> None:
+    first, weight, *bias = given
+    channels, per_group, groups = (
+        node.number(field)
+        for field in (ConvField.GROUP_INPUT_CHANNELS, ConvField.GROUP_OUTPUT_CHANNELS, ConvField.GROUPS)
+    )
+    kernel = (node.number(ConvField.KERNEL_HEIGHT), node.number(ConvField.KERNEL_WIDTH))
+    allowed = [(groups * per_group, *kernel, channels)]
+    if depthwise:
+        allowed.append((1, *kernel, channels * per_group * groups))
+    if weight not in allowed:
+        raise GraphError("a convolution's weights do not fit its kernel")
+    if len(first) != 4 or first[3] != groups * channels or any(shape != (groups * per_group,) for shape in bias):
+        raise GraphError("a convolution's weights do not fit its input")
+
+
+_RULES: dict[int, Callable[[_Table, list[Shape], Shape], None]] = {
+    **dict.fromkeys(_ELEMENTWISE, _check_elementwise),
+    **dict.fromkeys(_CONCATENATIONS, _check_concatenation),
+    Node.MATRIX_PRODUCT: _check_matrix_product,
+    Node.TRANSPOSE: _check_transpose,
+    Node.RESHAPE: _check_reshape,
+    Node.SLICE: _check_slice,
+    Node.FULLY_CONNECTED: _check_fully_connected,
+    Node.CONV: _check_convolution,
+    Node.DEPTHWISE_CONV: functools.partial(_check_convolution, depthwise=True),
+}
+"""By kind of node: what its shapes have to satisfy; each raises :class:`GraphError`."""
 
 
 def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("executorch")
 
 import torch
+from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 from executorch_bundles import altered, bundle, pieces, routed_model
 
 import mvmoe_deploy
@@ -285,3 +286,15 @@ for path in sys.argv[1:]:
         outcomes.append(str(error))
 print(json.dumps(outcomes))
 """
+
+
+def test_another_delegate_is_refused_by_name(tmp_path: Path) -> None:
+    original = bundle("separate")
+    file = deserialize_pte_binary((original.path / "trunk.pte").read_bytes())
+    file.program.execution_plan[0].delegates[0].id = "VulkanBackend"
+    data = bytes(serialize_pte_binary(file, extract_delegate_segments=True))
+    copy = altered(original, tmp_path / "b.mvmoe", {"trunk.pte": data})
+    with pytest.raises(
+        BackendError, match=r"trunk\.pte: is lowered to VulkanBackend; this backend runs .* XnnpackBackend"
+    ):
+        open_backend(copy).load(copy.piece("trunk"))

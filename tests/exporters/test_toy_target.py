@@ -104,7 +104,7 @@ def test_bench(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_measured_on_its_backend(installed: None) -> None:
-    from mvmoe_deploy.bench.candidates.prepare import backend_names
+    from mvmoe_deploy.bench.candidates.configuration import backend_names
 
     assert "numpy" in backend_names()
 

@@ -32,7 +32,7 @@ FULL_BASELINES = "stock,dense-wide,all-experts,vmoe"
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    from mvmoe_deploy.bench.candidates.configuration import BASELINES
+    from mvmoe_deploy.bench.candidates.configuration import BASELINES, backend_names
 
     p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
     p.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--scales", metavar="6x64,…", help="only these scales of the suite")
     p.add_argument(
         "--backends", default="onnxruntime", metavar="LIST",
-        help="engines to run checkpoints with: some of onnxruntime,executorch,coreml,torch",
+        help=f"engines to run checkpoints with: some of {','.join(backend_names())}",
     )  # fmt: skip
     p.add_argument(
         "--baselines", default="", metavar="LIST",
