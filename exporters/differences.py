@@ -32,6 +32,9 @@ LEAST_CHANNEL = 0.1
 UNDECIDED = 0.1
 """A router whose probabilities differ by less than this share of 1/E is judged as if they differed by it."""
 
+LAST_BIT = float(np.finfo(np.float32).eps)
+"""Of a number, relative to it, where it is float32."""
+
 SUM_ERROR = 1e-2
 """Of probabilities that were rounded to half precision, E of them."""
 
@@ -89,14 +92,19 @@ def logit_scale(expected: Array) -> Scale:
     if inside.sum() < 2:
         inside, limit = np.ones(len(inside), bool), float("inf")
     own = logits[:, inside].std(axis=1, keepdims=True)
-    rounding = float(np.finfo(np.float32).eps) * np.abs(logits[:, inside]).max()
-    return Scale(inside, limit, np.maximum(np.maximum(own, np.median(own)), max(rounding, 1e-30)))
+    least = max(LAST_BIT * float(np.abs(logits[:, inside]).max()), 1e-30)
+    return Scale(inside, limit, np.maximum(np.maximum(own, np.median(own)), least))
 
 
 def logit_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
-    """Errors of the reachable classes ``[B, reachable]``, in spreads, each image's mean taken away."""
-    error = (actual.astype(np.float64) - expected)[:, scale.reachable]
-    return np.abs(error - error.mean(axis=1, keepdims=True)) / scale.spread
+    """Errors of the reachable classes ``[B, reachable]``, in spreads, each image's mean taken away.
+
+    What float32 cannot hold is no error: the last bit of the largest logit.
+    """
+    right = expected.astype(np.float64)[:, scale.reachable]
+    error = actual[:, scale.reachable] - right
+    error = np.abs(error - error.mean(axis=1, keepdims=True)) - LAST_BIT * np.abs(right).max(axis=1, keepdims=True)
+    return np.maximum(error, 0) / scale.spread
 
 
 def check_masks(actual: Array, scale: Scale, where: str) -> None:
@@ -120,19 +128,29 @@ def softmax(logits: Array) -> Doubles:
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
+def class_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
+    """Errors of the classes' probabilities ``[B, C]``, but for what the last bit of the largest logit does to them."""
+    right = softmax(expected)
+    bit = LAST_BIT * np.abs(expected.astype(np.float64)[:, scale.reachable]).max(axis=1, keepdims=True)
+    return np.maximum(np.abs(softmax(actual) - right) - bit * right, 0)
+
+
 def channel_errors(actual: Array, expected: Array) -> Doubles:
     """Errors of tokens ``[B, N, D]``, features ``[B, D]`` or feature maps ``[B, D, H, W]``, each channel in its scale.
 
     The scale is the channel's standard deviation, but at least a tenth of the median channel's root mean square (what
-    all channels have in common taken away): images may be so alike that hardly any channel varies.
+    all channels have in common taken away): images may be so alike that hardly any channel varies. What float32 cannot
+    hold is no error: the last bits of a value that is large beside what its channel varies by.
     """
     channel = 1 if expected.ndim == 4 else expected.ndim - 1
     others = tuple(axis for axis in range(expected.ndim) if axis != channel)
     values = expected.astype(np.float64)
-    size = np.sqrt(((values - values.mean()) ** 2).mean(axis=others))
+    common = np.median(values.mean(axis=others))
+    size = np.sqrt(((values - common) ** 2).mean(axis=others))
     used = size[size > 0]  # channels of zeros, as ReLU leaves them, say nothing of the others' scale
     least = LEAST_CHANNEL * float(np.median(used)) if used.size else 1e-30
-    return np.abs(actual - values) / np.maximum(values.std(axis=others, keepdims=True), least)
+    error = np.maximum(np.abs(actual - values) - 4 * LAST_BIT * np.abs(values), 0)
+    return error / np.maximum(values.std(axis=others, keepdims=True), least)
 
 
 def router_errors(actual: Array, expected: Array) -> Doubles:

@@ -248,8 +248,9 @@ def check_output(name: str, actual: Array, expected: Array, where: str) -> None:
 def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> list[Measure]:
     """By how much an output of a piece differs, in the units that such an output is judged in."""
     if name == LOGITS:
-        errors = differences.logit_errors(actual, expected, differences.logit_scale(expected))
-        probabilities = np.abs(differences.softmax(actual) - differences.softmax(expected))
+        scale = differences.logit_scale(expected)
+        errors = differences.logit_errors(actual, expected, scale)
+        probabilities = differences.class_errors(actual, expected, scale)
         return [
             Measure("spreads of the logits", float(errors.max()), tolerance.logits),
             Measure("of a class's probability", float(probabilities.max()), tolerance.probabilities),
