@@ -160,7 +160,10 @@ def command_group(description: str, commands: Mapping[str, SubCommand], default:
         for name, module in commands.items():
             about = f"{module.HELP} (the default)" if name == default else module.HELP
             part = choices.add_parser(
-                name, help=about, description=f"{module.HELP[:1].upper()}{module.HELP[1:]}.", epilog=module.EXAMPLES
+                name,
+                help=about.replace("%", "%%"),
+                description=f"{module.HELP[:1].upper()}{module.HELP[1:]}.",
+                epilog=module.EXAMPLES,
             )
             if name == chosen:
                 module.add_arguments(part)

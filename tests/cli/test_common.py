@@ -63,6 +63,17 @@ def test_the_first_argument_names_the_command_and_the_default_is_meant_otherwise
     assert [name for name, part in parts.items() if part.declared] == [runs]  # no other part's imports are paid for
 
 
+def test_the_help_of_all_takes_any_text(
+    parts: dict[str, Recorded], main: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """argparse takes a % in help for a format."""
+    parts["report"].HELP = "reports the 95 % interval"
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "reports the 95 % interval" in " ".join(capsys.readouterr().out.split())
+
+
 def test_without_arguments_the_default_runs(parts: dict[str, Recorded], main: Command) -> None:
     assert main([]) == 0
     assert parts["measure"].declared
