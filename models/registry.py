@@ -1,8 +1,8 @@
 """Architectures by name: what a checkpoint calls them, how ``--model`` names their shapes, their config and model.
 
 An architecture is one entry, made by :func:`register` in the architecture's own file. Nothing else in this project
-knows which architectures there are. Packages outside it add theirs by the entry point group
-``mvmoe_deploy.architectures``; a checkpoint can name an architecture, but never cause one to be imported.
+knows which architectures there are. Packages outside it announce theirs as entry points of the group
+:data:`GROUP`; a checkpoint can name an architecture, but never cause one to be imported.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from mvmoe_deploy.models.model import Model
 
-ENTRY_POINTS = "mvmoe_deploy.architectures"
-"""Entry points of this group are modules that call :func:`register` when they are imported."""
+GROUP = "mvmoe_deploy.architectures"
+"""Entry points of this group name an :class:`Architecture`, such as ``my_package.my_model:ARCHITECTURE``."""
 
 LARGEST = 65536
 """No value of a model config may exceed this: a config from a stranger must not make us allocate without end."""
@@ -180,15 +180,25 @@ def register(architecture: Architecture) -> None:
 
 
 def architectures() -> dict[str, Architecture]:
-    """All of them by name, those of installed packages included."""
-    _import_installed()
+    """All of them by name, those of installed packages included.
+
+    Raises:
+        ConfigError: an installed package announces what cannot be imported, or is not an architecture.
+    """
+    _register_installed()
     return dict(_REGISTERED)
 
 
 @functools.cache
-def _import_installed() -> None:
-    for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+def _register_installed() -> None:
+    for entry in entry_points(group=GROUP):
+        try:
+            architecture = entry.load()
+        except Exception as error:
+            raise ConfigError(f"entry point {entry.value}: cannot be imported ({first_line(error)})") from None
+        if not isinstance(architecture, Architecture):
+            raise ConfigError(f"entry point {entry.value}: is a {type(architecture).__name__}, not an Architecture")
+        register(architecture)
 
 
 def by_name(name: str) -> tuple[Architecture, dict[str, int]]:
