@@ -42,7 +42,9 @@ def routed_model(k: int = 1) -> MobileVMoE:
     """Two blocks, three experts; every weight random, biases and norms too, so that no two are equal by chance."""
     torch.manual_seed(k)
     model = MobileVMoE(
-        MobileVMoEConfig(SIZE, 8, width=32, depth=2, heads=2, classes=CLASSES, experts=3, moe_layers=1, k=k)
+        MobileVMoEConfig(
+            image_size=SIZE, patch_size=8, width=32, depth=2, heads=2, classes=CLASSES, experts=3, moe_layers=1, k=k
+        )
     )
     with torch.no_grad():
         for parameter in model.parameters():
