@@ -5,6 +5,9 @@ import re
 MAX_LINE = 300
 """Characters that are quoted of another library's error."""
 
+MAX_MESSAGE = 2000
+"""Characters of an error of this project; the longest that is meant lists two dozen names."""
+
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
@@ -16,6 +19,8 @@ class MvmoeError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
+        if len(text) > MAX_MESSAGE:  # it quotes something absurd
+            text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
         if text.isprintable():
             return text
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

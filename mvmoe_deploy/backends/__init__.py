@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,35 +78,35 @@ def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 
     return opens(bundle, threads)
 
 
-Shapes = list[tuple[tuple[int | str, ...], np.dtype[Any]]]
+class OutputCheck:
+    """Compares what a piece returns with what the manifest says it returns, in a microsecond."""
 
+    def __init__(self, piece: Piece, path: object) -> None:
+        self._piece, self._path = piece, path
+        self._specs = [(tuple(spec.shape[1:]), np.dtype(spec.dtype)) for spec in piece.outputs]
+        self._of_one = self._of(1)
 
-def output_shapes(piece: Piece) -> Shapes:
-    """Shape of one image's part and type of each output, as :func:`check_outputs` takes them."""
-    return [(tuple(spec.shape[1:]), np.dtype(spec.dtype)) for spec in piece.outputs]
+    def _of(self, batch: int) -> list[tuple[tuple[int | str, ...], np.dtype[Any]]]:
+        return [((batch, *shape), dtype) for shape, dtype in self._specs]
 
+    def __call__(self, outputs: list[NDArray[Any]], batch: int) -> None:
+        """Looks at the outputs of so many images.
 
-def check_outputs(outputs: list[NDArray[Any]], expected: Shapes, batch: int, piece: Piece, path: object) -> None:
-    """Compares what a piece returned with what the manifest says it returns; two microseconds.
+        Raises:
+            BackendError: another number of outputs, another shape or type.
+        """
+        try:
+            found = [(output.shape, output.dtype) for output in outputs]
+        except AttributeError:  # no array
+            found = []
+        if found != (self._of_one if batch == 1 else self._of(batch)):
+            self._fail(found, batch)
 
-    Args:
-        outputs: as returned.
-        expected: by :func:`output_shapes`.
-        batch: images that were given.
-        piece: its manifest entry.
-        path: its file, for the error.
-
-    Raises:
-        BackendError: another number of outputs, another shape or type.
-    """
-    if len(outputs) == len(expected):
-        for output, (shape, dtype) in zip(outputs, expected, strict=True):
-            if type(output) is not np.ndarray or output.dtype != dtype or output.shape != (batch, *shape):
-                break
-        else:
-            return
-    found = [f"{list(getattr(x, 'shape', []))} of {getattr(x, 'dtype', type(x).__name__)}" for x in outputs]
-    wanted = [f"{[batch, *shape]} of {dtype}" for shape, dtype in expected]
-    raise BackendError(
-        f"{path}: {piece.name} returned {', '.join(found)}, manifest.json says {', '.join(wanted)}; export again"
-    )
+    def _fail(self, found: list[tuple[tuple[int, ...], np.dtype[Any]]], batch: int) -> NoReturn:
+        returned, wanted = (
+            ", ".join(f"{list(shape)} of {dtype}" for shape, dtype in each) for each in (found, self._of(batch))
+        )
+        raise BackendError(
+            f"{self._path}: {self._piece.name} returned {returned or 'no tensors'}, manifest.json says {wanted}; "
+            "export again"
+        )

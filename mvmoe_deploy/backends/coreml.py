@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvmoe_deploy.backends import LoadedPiece, check_outputs, output_shapes
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.images import denormalise
@@ -76,7 +76,7 @@ def one_image_at_a_time(
         bundle: gives the preprocessing.
         where: for errors.
     """
-    names, expected = [spec.name for spec in piece.inputs], output_shapes(piece)
+    names, check = [spec.name for spec in piece.inputs], OutputCheck(piece, where)
 
     def run(*inputs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         given = [
@@ -97,7 +97,7 @@ def one_image_at_a_time(
             ]
         except (ValueError, TypeError) as error:  # something else than arrays of one shape
             raise BackendError(f"{where}: returned no tensors of numbers ({first_line(error)}); export again") from None
-        check_outputs(outputs, expected, len(given[0]), piece, where)
+        check(outputs, len(given[0]))
         return outputs
 
     return run

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece, check_outputs, output_shapes
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck
 from mvmoe_deploy.backends.xnnpack_graph import check_graph
 from mvmoe_deploy.bundle import Bundle, Piece, TensorSpec
 from mvmoe_deploy.errors import BackendError, first_line
@@ -82,7 +82,7 @@ class _LoadedPiece:
         shapes = [method.metadata.input_tensor_meta(i).sizes() for i in range(len(piece.inputs))]
         self._max_batch = min(shape[0] for shape in shapes)
         self._expected = [tuple(spec.shape[1:]) for spec in piece.inputs]  # of one image
-        self._outputs = output_shapes(piece)
+        self._check = OutputCheck(piece, path)
         self._tensor = torch.from_numpy
 
     def __del__(self) -> None:
@@ -125,7 +125,7 @@ class _LoadedPiece:
         except RuntimeError as error:
             raise BackendError(f"{self._where}: executorch failed ({first_line(error)})") from None
         arrays_out = [output.numpy() for output in outputs]
-        check_outputs(arrays_out, self._outputs, len(arrays[0]), self._piece, self._path)
+        self._check(arrays_out, len(arrays[0]))
         return arrays_out
 
     @property

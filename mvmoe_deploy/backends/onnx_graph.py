@@ -16,7 +16,8 @@ import math
 import posixpath
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from mvmoe_deploy.backends.onnx_reader import (
     BITS,
@@ -52,7 +53,7 @@ MAX_KNOWN = 256
 LIMIT = 1 << 31
 
 
-class Value(NamedTuple):
+class Value(msgspec.Struct, gc=False):
     """A tensor in the graph: its type, its shape for one image, and its integers where shapes depend on them."""
 
     dtype: int
@@ -60,7 +61,7 @@ class Value(NamedTuple):
     known: tuple[int, ...] | None = None
 
 
-class Operation(NamedTuple):
+class Operation(msgspec.Struct, gc=False):
     """A node with its inputs looked up; left-out inputs are None."""
 
     node: Node

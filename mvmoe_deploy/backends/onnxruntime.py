@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece, check_outputs, output_shapes
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck
 from mvmoe_deploy.backends.onnx_graph import check_graph
 from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import Bundle, Piece
@@ -42,7 +42,6 @@ class OnnxRuntimeBackend:
         self._sound: set[str] = set()  # pieces whose graphs have passed the check
 
     def load(self, piece: Piece) -> LoadedPiece:
-        names = [spec.name for spec in piece.inputs]
         if piece.weights:
             with self._swapping_lock:
                 if piece.graph not in self._swapping:
@@ -50,27 +49,29 @@ class OnnxRuntimeBackend:
             swapping = self._swapping[piece.graph]
             self._check_signature(piece, swapping)
             weights = self._mapped(piece, swapping)
-            swapped = self._run(piece, swapping)
-            return lambda *inputs: swapped({**weights, **dict(zip(names, inputs, strict=True))}, len(inputs[0]))
+            return self._run(piece, swapping, weights)
         session = self._session(piece)
         self._check_signature(piece, session)
-        run = self._run(piece, session)
-        return lambda *inputs: run(dict(zip(names, inputs, strict=True)), len(inputs[0]))
+        return self._run(piece, session, {})
 
-    def _run(
-        self, piece: Piece, session: ort.InferenceSession
-    ) -> Callable[[dict[str, NDArray[Any]], int], list[NDArray[Any]]]:
-        """What runs a session on inputs by name and a number of images, and looks at what it returns."""
-        names, expected, path = [spec.name for spec in piece.outputs], output_shapes(piece), self._path(piece)
-        bare = bare_run(session)
+    def _run(self, piece: Piece, session: ort.InferenceSession, weights: dict[str, NDArray[np.float32]]) -> LoadedPiece:
+        """What runs a session on inputs by place, and looks at what it returns."""
+        names, outputs, path = [spec.name for spec in piece.inputs], [x.name for x in piece.outputs], self._path(piece)
+        check, bare = OutputCheck(piece, path), bare_run(session)
+        followed = not self._bundle.trusted  # then the graph's check has computed every shape for one image
 
-        def run(inputs: dict[str, NDArray[Any]], batch: int) -> list[NDArray[Any]]:
+        def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
+            given = dict(zip(names, inputs, strict=True))
+            if weights:
+                given.update(weights)
             try:
-                outputs = bare(names, inputs, None)
+                results = bare(outputs, given, None)
             except Exception as error:  # the bindings raise a dozen unrelated types
                 raise BackendError(f"{path}: {piece.name} failed in onnxruntime ({first_line(error)})") from None
-            check_outputs(outputs, expected, batch, piece, path)
-            return outputs
+            batch = len(inputs[0])
+            if batch != 1 or not followed:
+                check(results, batch)
+            return results
 
         return run
 

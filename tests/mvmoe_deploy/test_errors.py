@@ -29,3 +29,5 @@ def test_this_project_s_errors_are_one_line_that_can_be_printed() -> None:
     error = BundleError("a\x1b[31m.png\n\ud800: damaged, größer als 1 µm")
     assert str(error) == "a\\x1b[31m.png\\n\\ud800: damaged, größer als 1 µm"
     assert str(BundleError("plain")) == "plain"
+    quoting = str(BundleError(f"manifest.json: path {'a' * 5000} is too long"))
+    assert (len(quoting), quoting[:15], quoting[-8:]) == (2003, "manifest.json: ", "too long")
