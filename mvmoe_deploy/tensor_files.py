@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -372,10 +372,10 @@ _INSTRUCTIONS = (
 """Of a pickle's instructions those that torch.save writes; sets, text forms and the rest it has no use for."""
 
 
-_PythonsUnpickler: Any = pickle._Unpickler
+_PYTHONS: dict[int, Any] = {**pickle._Unpickler.dispatch}
 
 
-class _Unpickler(_PythonsUnpickler):
+class _Unpickler(pickle._Unpickler):
     """Python's own, in Python: the one in C takes a memo's number for an index, and 2³⁰ of them for 8 GB.
 
     No class or function is looked up. Keys are texts or small integers, since others can be made to collide.
@@ -384,6 +384,11 @@ class _Unpickler(_PythonsUnpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._foreign: dict[str, type[Foreign]] = {}
+
+    if TYPE_CHECKING:
+        stack: list[Any]
+
+        def pop_mark(self) -> list[Any]: ...
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -413,7 +418,7 @@ class _Unpickler(_PythonsUnpickler):
         self._set_items(self.pop_mark())
 
     dispatch: ClassVar[dict[int, Any]] = {
-        **{code[0]: _PythonsUnpickler.dispatch[code[0]] for code in _INSTRUCTIONS},
+        **{code[0]: _PYTHONS[code[0]] for code in _INSTRUCTIONS},
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
     }

@@ -16,7 +16,7 @@ from mvmoe_deploy.models.model import ImageRoutes, Model, TokenRoutes
 from mvmoe_deploy.models.train.data import ImageSet, normaliser
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
-Progress = Callable[[Iterator, int], Iterator]
+Progress = Callable[[Iterator[Tensor], int], Iterator[Tensor]]
 """Wraps an iterator, given it and its length (a progress bar)."""
 
 

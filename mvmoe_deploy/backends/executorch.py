@@ -32,6 +32,9 @@ SEGMENT = 1
 XNNPACK = "XnnpackBackend"
 """executorch's name for the delegate that exports are lowered to, the only one whose graphs can be checked here."""
 
+MAX_PROGRAM_BYTES = 64 << 20
+"""Of a program without its weights, which takes some times its size once it is parsed."""
+
 MAX_PLANNED_BYTES = 1 << 30
 """Largest activation memory a method may ask for; a trunk asks for a few MB."""
 
@@ -158,6 +161,8 @@ def check_program(path: Path) -> None:
             header = _get_extended_header(data[:64])
             if data[4:8] != b"ET12" or header is None or not 64 <= header.program_size <= len(data):
                 raise ValueError("no ExecuTorch header")
+            if header.program_size > MAX_PROGRAM_BYTES:
+                raise ValueError(f"its program is larger than {MAX_PROGRAM_BYTES >> 20} MB")
             program = _flatbuffer_to_program(data[: header.program_size])
             delegates = {delegate.id for plan in program.execution_plan for delegate in plan.delegates}
             others = sorted(delegates - {XNNPACK})

@@ -38,7 +38,9 @@ WEIGHTS_NAME = "@model_path/weights/weight.bin"
 
 BLOB_SENTINEL = 0xDEADBEEF
 BLOB_METADATA = struct.Struct("<IIQQQ")  # sentinel, type, bytes, offset of the data, padding bits
-MAX_MODEL_BYTES = 1 << 30
+MAX_MODEL_BYTES = 64 << 20
+"""Of the program, which takes some times its size once it is parsed; weights lie beside it. A trunk's has 0.1 MB."""
+
 MAX_ELEMENTS = 1 << 28
 """Largest tensor a program may declare (1 GiB as float32)."""
 
