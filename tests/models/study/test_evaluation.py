@@ -38,7 +38,7 @@ def test_outputs_that_are_not_finite_fail(
 
     def run(path: str) -> int:
         argv = {
-            "evaluate": ["--checkpoint", path],
+            "evaluate": [path],
             "compare": [path, path],
             "analyse": [path],
             "superclasses": [
