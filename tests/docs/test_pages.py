@@ -142,7 +142,8 @@ def test_files_and_targets_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text))
     if not page.name.startswith("adding-"):  # those name files that the reader is to write
-        missing = [path for path in sorted(named) if not (ROOT / path).exists()]
+        real = (path for path in sorted(named) if not re.search("/[A-Z]+/", path))  # TARGET stands for any
+        missing = [path for path in real if not (ROOT / path).exists()]
         assert not missing, f"{name_of(page)} names {missing}"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {
