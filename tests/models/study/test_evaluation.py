@@ -42,7 +42,6 @@ def test_outputs_that_are_not_finite_fail(
             "compare": [path, path],
             "analyse": [path],
             "superclasses": [
-                "--checkpoint",
                 path,
                 "--hold-out",
                 "1",
