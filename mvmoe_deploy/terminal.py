@@ -104,11 +104,16 @@ def markdown_table(
         headers: of the columns.
         right: columns to align at the right; by default :func:`numeric_columns`.
     """
+    from tabulate import tabulate  # not needed to predict
+
     aligned = numeric_columns(rows) if right is None else right
-    lines = [[markdown_text(header) for header in headers]]
-    lines += [["---:" if column in aligned else "---" for column in range(len(headers))]]
-    lines += [[markdown_text(number(cell)) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tabulate(
+        [[markdown_text(number(cell)) for cell in row] for row in rows],
+        [markdown_text(header) for header in headers],
+        tablefmt="pipe",
+        colalign=["right" if column in aligned else "left" for column in range(len(headers))] if rows else None,
+        disable_numparse=True,
+    )
 
 
 def markdown_text(text: str) -> str:
@@ -190,21 +195,18 @@ def _total(columns: Sequence[_Column]) -> int:
 
 
 def _render(columns: Sequence[_Column]) -> str:
-    header, *body = zip(*([column.header, *column.cells] for column in columns), strict=True)
-    rule = tuple("-" * column.width for column in columns)
-    lines: list[str] = []
-    for row in (header, rule, *body):
-        parts = [text.split("\n") for text in row]
-        height = max(map(len, parts))
-        for at in range(height):
-            cells = []
-            for column, part in zip(columns, parts, strict=True):
-                # a short header stands right above its column, a short cell beside the first line of the others
-                line = at - (height - len(part)) if row is header else at
-                text = part[line] if 0 <= line < len(part) else ""
-                cells.append(text.rjust(column.width) if column.right else text.ljust(column.width))
-            lines.append((" " * GAP).join(cells).rstrip())
-    return "\n".join(lines)
+    from tabulate import tabulate  # not needed to predict
+
+    # Given as rows, headers get no padding of tabulate's own.
+    lines = [[column.header for column in columns], ["-" * column.width for column in columns]]
+    lines += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
+    text = tabulate(
+        lines,
+        tablefmt="plain",
+        colalign=["right" if column.right else "left" for column in columns],
+        disable_numparse=True,
+    )
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def _is_numeric(cell: Cell) -> bool:

@@ -41,8 +41,8 @@ def test_a_table_that_fits_is_one_and_unwrapped() -> None:
 def test_headers_are_wrapped_first_then_texts_and_at_last_the_columns_part() -> None:
     headers, rows = ["model", "a long header of numbers"], [["moe", 1.0]]
     assert table(rows, headers, width=24).splitlines() == [
-        "       a long header",
-        "model     of numbers",
+        "model  a long header",
+        "          of numbers",
         "-----  -------------",
         "moe            1.000",
     ]
@@ -78,4 +78,9 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
 
 def test_markdown_shows_texts_as_they_are() -> None:
     shown = markdown_table([["a|b*", 3], ["c", None]], ["model", "n"])
-    assert shown.splitlines() == ["| model | n |", "| --- | ---: |", "| a\\|b\\* | 3 |", "| c | – |"]
+    assert shown.splitlines() == [
+        "| model   |   n |",
+        "|:--------|----:|",
+        "| a\\|b\\*  |   3 |",
+        "| c       |   – |",
+    ]
