@@ -104,7 +104,8 @@ def logit_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
     right = expected.astype(np.float64)[:, scale.reachable]
     error = actual[:, scale.reachable] - right
     error = np.abs(error - error.mean(axis=1, keepdims=True)) - LAST_BIT * np.abs(right).max(axis=1, keepdims=True)
-    return np.maximum(error, 0) / scale.spread
+    result: NDArray[np.float64] = np.maximum(error, 0) / scale.spread
+    return result
 
 
 def check_masks(actual: Array, scale: Scale, where: str) -> None:
@@ -132,7 +133,8 @@ def class_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
     """Errors of the classes' probabilities ``[B, C]``, but for what the last bit of the largest logit does to them."""
     right = softmax(expected)
     bit = LAST_BIT * np.abs(expected.astype(np.float64)[:, scale.reachable]).max(axis=1, keepdims=True)
-    return np.maximum(np.abs(softmax(actual) - right) - bit * right, 0)
+    result: NDArray[np.float64] = np.maximum(np.abs(softmax(actual) - right) - bit * right, 0)
+    return result
 
 
 def channel_errors(actual: Array, expected: Array) -> Doubles:
@@ -150,7 +152,8 @@ def channel_errors(actual: Array, expected: Array) -> Doubles:
     used = size[size > 0]  # channels of zeros, as ReLU leaves them, say nothing of the others' scale
     least = LEAST_CHANNEL * float(np.median(used)) if used.size else 1e-30
     error = np.maximum(np.abs(actual - values) - 4 * LAST_BIT * np.abs(values), 0)
-    return error / np.maximum(values.std(axis=others, keepdims=True), least)
+    result: NDArray[np.float64] = error / np.maximum(values.std(axis=others, keepdims=True), least)
+    return result
 
 
 def router_errors(actual: Array, expected: Array) -> Doubles:
@@ -163,7 +166,8 @@ def router_errors(actual: Array, expected: Array) -> Doubles:
     values = expected.astype(np.float64)
     usual = np.sqrt((values**2).mean(axis=0, keepdims=True))
     scale = np.minimum(usual, values.std(axis=1, keepdims=True))
-    return np.abs(actual - values) / np.maximum(scale, UNDECIDED / values.shape[1])
+    result: NDArray[np.float64] = np.abs(actual - values) / np.maximum(scale, UNDECIDED / values.shape[1])
+    return result
 
 
 def check_probabilities(values: Array, where: str, side: str) -> None:

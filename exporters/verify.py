@@ -450,7 +450,8 @@ def _with_renormalised_gates(split: SplitModel, image: Tensor) -> Tensor:
     gates = torch.from_numpy(probabilities[0, chosen] / probabilities[0, chosen].sum())[:, None]
     x = split.of("trunk")[0](image)[0]
     if split.routing.k == 1:
-        return split.of("tail")[chosen[0]](x, gates[0])[0]
+        result: Tensor = split.of("tail")[chosen[0]](x, gates[0])[0]
+        return result
     segments = {(piece.expert, piece.layer): piece for piece in split.of("expert_layer")}
     for attention in split.of("attention"):
         x, expert_input = attention(x)

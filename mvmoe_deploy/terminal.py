@@ -107,13 +107,14 @@ def markdown_table(
     from tabulate import tabulate  # not needed to predict
 
     aligned = numeric_columns(rows) if right is None else right
-    return tabulate(
+    text: str = tabulate(
         [[markdown_text(number(cell)) for cell in row] for row in rows],
         [markdown_text(header) for header in headers],
         tablefmt="pipe",
         colalign=["right" if column in aligned else "left" for column in range(len(headers))] if rows else None,
         disable_numparse=True,
     )
+    return text
 
 
 def markdown_text(text: str) -> str:
@@ -200,7 +201,7 @@ def _render(columns: Sequence[_Column]) -> str:
     # Given as rows, headers get no padding of tabulate's own.
     lines = [[column.header for column in columns], ["-" * column.width for column in columns]]
     lines += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
-    text = tabulate(
+    text: str = tabulate(
         lines,
         tablefmt="plain",
         colalign=["right" if column.right else "left" for column in columns],

@@ -133,7 +133,8 @@ class DispatchingBlock(nn.Module):
         rows = sent.sum(1).transpose(1, 2) @ normed  # [B, E·C, D]
         outputs = self.mlps(rows.unflatten(1, (self.experts, self.places))).flatten(1, 2)
         back = (sent * gates.transpose(1, 2)[..., None]).sum(1)
-        return x[:, :n] + back[:, :n] @ outputs
+        result: Tensor = x[:, :n] + back[:, :n] @ outputs
+        return result
 
 
 def _constant(value: Tensor) -> nn.Parameter:

@@ -121,7 +121,8 @@ class Router(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` → router logits ``[B, E]``, which the router loss is taken on."""
-        return self.linear(tokens[:, 0] if self.router_input == "class_token" else tokens.mean(1))
+        result: Tensor = self.linear(tokens[:, 0] if self.router_input == "class_token" else tokens.mean(1))
+        return result
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.logits(tokens).softmax(-1)
@@ -187,7 +188,8 @@ class MoEBlock(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.attn(self.norm1(x), n)
-        return x + self.mlp(self.norm2(x), gates, chosen)
+        result: Tensor = x + self.mlp(self.norm2(x), gates, chosen)
+        return result
 
 
 class MobileVMoE(ViT):
@@ -325,7 +327,8 @@ class GatedMlp(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self.mlp(x) * gate[:, None, None]
+        result: Tensor = self.mlp(x) * gate[:, None, None]
+        return result
 
 
 class AttentionSegment(nn.Module):
@@ -351,7 +354,8 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.attn(self.norm1(x), n)
-        return x + self.mlp(self.norm2(x)) * gate[:, None, None]
+        result: Tensor = x + self.mlp(self.norm2(x)) * gate[:, None, None]
+        return result
 
 
 class Classifier(nn.Module):

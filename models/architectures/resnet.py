@@ -89,7 +89,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         kept = x if self.shortcut is None else self.shortcut(active)
-        return kept + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        result: Tensor = kept + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        return result
 
 
 class ResNet(Model):
@@ -106,7 +107,7 @@ class ResNet(Model):
         self.norm = nn.BatchNorm2d(last)
         self.head = nn.Linear(last, config.classes)
         self._channels_last()
-        self.register_load_state_dict_post_hook(lambda *_: self._channels_last())
+        nn.Module.register_load_state_dict_post_hook(self, lambda *_: self._channels_last())
 
     def _channels_last(self) -> None:
         # several times faster in bfloat16 on a CPU
@@ -116,7 +117,8 @@ class ResNet(Model):
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
-        return self.head(F.relu(self.norm(x)).mean((2, 3)))
+        result: Tensor = self.head(F.relu(self.norm(x)).mean((2, 3)))
+        return result
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The blocks' convolutions; not the stem or the head."""

@@ -92,7 +92,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        result: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return result
 
 
 class Attention(nn.Module):
@@ -109,7 +110,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q[:, :, :n], k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        result: Tensor = self.proj(x.transpose(1, 2).flatten(2))
+        return result
 
 
 class Mlp(nn.Module):
@@ -121,7 +123,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        result: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return result
 
 
 class Block(nn.Module):
@@ -139,7 +142,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.attn(self.norm1(x), n)
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,8 @@ class StockViT(ViT):
         x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        result: Tensor = self.head(self.norm(x)[:, 0])
+        return result
 
 
 def embed(images: Tensor, patch_embed: nn.Module, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
@@ -222,7 +227,8 @@ def embed(images: Tensor, patch_embed: nn.Module, cls_token: Tensor, pos_embed: 
 
 def classify(tokens: Tensor, norm: nn.Module, head: nn.Module) -> Tensor:
     """Tokens ``[B, N, D]`` → logits ``[B, C]`` from the class token."""
-    return head(norm(tokens[:, 0]))
+    result: Tensor = head(norm(tokens[:, 0]))
+    return result
 
 
 def init_weights(model: nn.Module) -> None:

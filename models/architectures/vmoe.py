@@ -204,7 +204,8 @@ class TokenRouted(Output):
 
     def _per_image(self, of_tokens: Tensor) -> Tensor:
         """``[S, k, E]`` → ``[B, N·k, E]``."""
-        return of_tokens.unflatten(0, (len(self.logits), -1)).flatten(1, 2)
+        result: Tensor = of_tokens.unflatten(0, (len(self.logits), -1)).flatten(1, 2)
+        return result
 
 
 class VMoE(ViT):

@@ -209,7 +209,7 @@ def _order(heat: Tensor, superclass_of: Tensor | None) -> list[int]:
     """Classes by group, those most surely sent to it first."""
     group = heat.argmax(1) if superclass_of is None else superclass_of
     share = heat.gather(1, group[:, None])[:, 0]
-    return np.lexsort((-share.numpy(), group.numpy())).tolist()
+    return [int(index) for index in np.lexsort((-share.numpy(), group.numpy()))]
 
 
 def _histogram(values: Tensor, routed_right: Tensor | None) -> list[list[int]]:
@@ -218,4 +218,4 @@ def _histogram(values: Tensor, routed_right: Tensor | None) -> list[list[int]]:
 
 
 def _counts(values: NDArray[np.float32]) -> list[int]:
-    return np.histogram(values, BINS, (0, 1))[0].tolist()
+    return [int(count) for count in np.histogram(values, BINS, (0, 1))[0]]

@@ -187,7 +187,8 @@ def training_images(training: dict[str, Any]) -> int | None:
 
 def _recipe(training: dict[str, Any]) -> dict[str, Any]:
     teacher = {"teacher": training["teacher"].get("sha256")} if "teacher" in training else {}
-    return training.get("recipe", {}) | teacher
+    recipe: dict[str, Any] = training.get("recipe", {})
+    return recipe | teacher
 
 
 def needs(model: Model, predictions: Predictions) -> Needs:

@@ -86,7 +86,8 @@ def group(matrix: NDArray[np.float64], groups: int, slack: float = 1.5, seed: in
     _, first = np.unique(assigned, return_index=True)
     rank = np.empty(groups, np.int64)
     rank[assigned[np.sort(first)]] = np.arange(groups)
-    return rank[assigned]
+    ranked: NDArray[np.int64] = rank[assigned]
+    return ranked
 
 
 def random_groups(classes: int, groups: int, seed: int = 0) -> NDArray[np.int64]:

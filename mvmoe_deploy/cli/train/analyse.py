@@ -114,7 +114,7 @@ def _dense(model: Path) -> DataError:
     return DataError(f"{model}: is a dense model, which routes nothing")
 
 
-def _bar(title: str) -> Callable[[Iterator, int], Iterator]:
+def _bar(title: str) -> Callable[[Iterator[Any], int], Iterator[Any]]:
     return lambda items, total: progress_bar(items, total, title)
 
 
