@@ -44,7 +44,7 @@ __all__ = [
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 ZOO = Path(__file__).parent / "zoo"
-"""Trained checkpoints and their cards."""
+"""Folder of the trained checkpoints and their cards."""
 
 
 def load_checkpoint(path: str | Path) -> tuple[Model, Header]:
@@ -80,7 +80,7 @@ def load_model(checkpoint: Checkpoint, where: str = "checkpoint") -> Model:
 
 
 def with_weights(make: Callable[[], AnyModule], weights: dict[str, Tensor]) -> AnyModule:
-    """The model that ``make`` gives with these weights, in evaluation mode.
+    """Builds a model with ``make`` and gives it these weights, in evaluation mode.
 
     Raises:
         ConfigError: weights are missing, unknown or of another shape.

@@ -8,8 +8,7 @@ One multiply-add is two. With P patches, N = P + 1 tokens, width D, h heads, L b
 
 where biases add 9ND, residuals 2ND, each LayerNorm 9ND + 3N, GELU 4 per hidden element (16ND) and softmax 5 per
 score (5hN²). The figures are for one image and for the model as it is written down; a graph that skips work whose
-result nobody reads needs fewer. What a whole model needs is its config's to say
-(:meth:`mvmoe_deploy.models.registry.ModelConfig.flops`).
+result is not read needs fewer. :meth:`mvmoe_deploy.models.registry.ModelConfig.flops` gives the sum for a whole model.
 """
 
 from __future__ import annotations
@@ -21,35 +20,35 @@ if TYPE_CHECKING:
 
 
 def embed(c: ViTConfig) -> int:
-    """Patch embedding with bias, and adding the positions."""
+    """FLOPs of the patch embedding with its bias, and of adding the positions."""
     p, d = c.patches, c.width
     return 2 * p * 3 * c.patch_size**2 * d + p * d + c.tokens * d
 
 
 def norm(c: ViTConfig) -> int:
-    """One LayerNorm over all tokens."""
+    """FLOPs of one LayerNorm over all tokens."""
     return 9 * c.tokens * c.width + 3 * c.tokens
 
 
 def mlp(c: ViTConfig) -> int:
-    """One MLP over all tokens: two products, two biases, GELU."""
+    """FLOPs of one MLP over all tokens: two products, two biases, GELU."""
     n, d, r = c.tokens, c.width, c.mlp_ratio
     return 4 * r * n * d * d + (r + 1) * n * d + 4 * r * n * d
 
 
 def attention(c: ViTConfig) -> int:
-    """Attention over all tokens: projections with biases, scores, softmax, weighted sum."""
+    """FLOPs of attention over all tokens: projections with biases, scores, softmax, weighted sum."""
     n, d = c.tokens, c.width
     return 8 * n * d * d + 4 * n * d + 4 * n * n * d + 5 * c.heads * n * n
 
 
 def block(c: ViTConfig) -> int:
-    """One dense block: two norms, attention, MLP, two residuals."""
+    """FLOPs of one dense block: two norms, attention, MLP, two residuals."""
     return 2 * norm(c) + attention(c) + mlp(c) + 2 * c.tokens * c.width
 
 
 def head(c: ViTConfig) -> int:
-    """Final norm and classifier."""
+    """FLOPs of the final norm and the classifier."""
     return norm(c) + 2 * c.width * c.classes + c.classes
 
 
@@ -69,5 +68,5 @@ def mlp_macs(c: ViTConfig) -> int:
 
 
 def mlp_parameters(c: ViTConfig) -> int:
-    """Weights of one MLP."""
+    """Number of weights of one MLP."""
     return 2 * c.mlp_ratio * c.width**2 + (c.mlp_ratio + 1) * c.width

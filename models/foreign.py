@@ -13,30 +13,32 @@ from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.tensor_files import Stored, open_file
 
 ENTRIES = ("state_dict", "model", "model_state_dict")
-"""Where training scripts put their model's weights: timm, DeiT, and PyTorch's own tutorials."""
+"""Entries in which training scripts (timm's, DeiT's, those of PyTorch's tutorials) store a model's weights."""
 
 EMA_ENTRIES = ("state_dict_ema", "model_ema")
-"""Where timm and DeiT put the moving average of the weights."""
+"""Entries in which timm and DeiT store the moving average of the weights."""
 
 PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every name."""
+"""Prefixes that DistributedDataParallel and torch.compile put before every name."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_weights(saved: Mapping[str, Any] | str | Path, ema: bool = False) -> tuple[dict[str, Tensor], str]:
-    """The weights in what a training script saved.
+    """Finds the weights in what a training script saved.
 
     Args:
-        saved: the object that it gave to ``torch.save``, or a file with one (``.pt``, ``.pth``, ``.safetensors``), of
-            which nothing is run and all that is no tensor is left out.
-        ema: take the moving average of the weights. Otherwise it is taken only where there is nothing else.
+        saved: the object that the script gave to ``torch.save``, or a file that holds it (``.pt``, ``.pth``,
+            ``.safetensors``). No code in a file is run, and everything in it that is not a tensor is ignored.
+        ema: take the moving average of the weights. Without ``ema``, it is taken only if there is nothing else.
 
     Returns:
-        Weights by name, without the prefixes of wrappers, and which entry they come from (empty: the object itself).
+        The weights by name, without the prefixes of wrappers, and the entry that they come from (empty if they are the
+        object itself).
 
     Raises:
-        ConfigError: no weights can be recognised, or they are not finite floating-point numbers; it says what is there.
+        ConfigError: no weights can be recognised, or they are not finite floating-point numbers; the message says what
+            is there instead.
         CheckpointError: the file cannot be read.
     """
     if isinstance(saved, (str, Path)):
@@ -72,7 +74,7 @@ def _find(saved: Any, ema: bool, where: str) -> tuple[Mapping[str, Any], str]:
 
 
 def _state_dict(entry: Any) -> Mapping[str, Any] | None:
-    """The entry if it is weights by name, of which some at least are tensors."""
+    """The entry if it maps names to weights, at least some of them tensors; None otherwise."""
     if isinstance(entry, nn.Module):
         entry = entry.state_dict()
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
@@ -93,7 +95,7 @@ def _without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _problem(tensor: Any) -> str | None:
-    """What is wrong with a weight; None where all is well."""
+    """What is wrong with a weight; None if nothing is."""
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
     if tensor.is_quantized:

@@ -1,7 +1,7 @@
-"""What a model offers to training, evaluation, benchmarks and export: the base class of every architecture's model.
+"""The base class of every architecture's model: what it offers to training, evaluation, benchmarks and export.
 
-Everything has a default that says "a dense model of which nothing more is known", so that an architecture writes down
-only what is true of it. What follows the router is offered to the exporters by the methods of
+Every method has a default, which suits a dense model about which nothing more is known. An architecture overrides only
+what differs. A per-image-routed model offers its pieces to the exporters by the methods of
 :class:`mvmoe_deploy.exporters.split.PerImageRouted`.
 """
 
@@ -24,7 +24,7 @@ class ImageRoutes:
     """Where a per-image router sent n images.
 
     Attributes:
-        probabilities: the router's ``[n, E]``.
+        probabilities: the router's probabilities ``[n, E]``.
         chosen: experts ``[n, k]``, best first.
     """
 
@@ -42,7 +42,8 @@ class TokenRoutes:
 
     Attributes:
         choices: share of each image's choices that fell on each expert ``[n, MoE layers, E]``, overflow included.
-        used: whether any token of the image that is read used the expert ``[n, MoE layers, E]``; overflow uses none.
+        used: whether a token of the image whose output is read used the expert ``[n, MoE layers, E]``; overflow uses
+            none.
         overflow: share of the choices that found no place ``[MoE layers]``.
     """
 
@@ -53,10 +54,10 @@ class TokenRoutes:
 
 @dataclass
 class Output:
-    """What a model says of a batch, and what training needs beside it; of a dense model only the logits.
+    """A model's output for a batch, with what training needs besides. For a dense model it is only the logits.
 
     Attributes:
-        logits: of the classes ``[B, C]``.
+        logits: logits of the classes ``[B, C]``.
     """
 
     logits: Tensor
@@ -66,17 +67,18 @@ class Output:
         return None
 
     def routes(self) -> ImageRoutes | TokenRoutes | None:
-        """Where the images, or their tokens, went, on the CPU; None for a dense model."""
+        """Which experts the images or their tokens were sent to, on the CPU; None for a dense model."""
         return None
 
 
 @dataclass
 class ImageRouted(Output):
-    """What a per-image-routed model says of a batch.
+    """A per-image-routed model's output for a batch.
 
     Attributes:
-        router_logits: of the experts ``[B, E]``, which the router loss is taken on.
-        noisy_logits: those with noise that were routed by ``[B, E]``; the same without noise.
+        router_logits: the router's logits ``[B, E]``, from which the router loss is computed.
+        noisy_logits: the logits, with noise, that decided the routes ``[B, E]``; without noise, the same as
+            ``router_logits``.
         gates: the router's probabilities of the chosen experts ``[B, k]``.
         chosen: expert indices ``[B, k]``.
     """
@@ -87,7 +89,7 @@ class ImageRouted(Output):
     chosen: Tensor
 
     def auxiliary_loss(self) -> Tensor:
-        """Importance and load loss (arXiv 2106.05974, appendix A), the images of the batch in the tokens' place."""
+        """Importance and load loss (arXiv 2106.05974, appendix A), with the images of the batch in place of tokens."""
         return routing.auxiliary_loss(self.router_logits.float(), self.noisy_logits.float(), self.chosen.shape[1])
 
     def routes(self) -> ImageRoutes:
@@ -98,9 +100,9 @@ class Model(nn.Module):
     """A model of a registered architecture: images ``[B, 3, H, W]`` → logits ``[B, C]``.
 
     Attributes:
-        config: its shape.
+        config: the model's shape.
         moe_layers: number of MoE layers.
-        cannot_split: why it cannot be split into pieces or exported; empty where it can.
+        cannot_split: why the model cannot be split into pieces and exported; empty if it can.
     """
 
     config: ModelConfig
@@ -108,51 +110,52 @@ class Model(nn.Module):
     cannot_split: ClassVar[str] = ""
 
     def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> Output:
-        """Runs the model and says how it routed as well.
+        """Runs the model, and returns its routes beside the logits.
 
         Args:
             images: ``[B, 3, H, W]``.
-            chosen: of a model that routes images, experts ``[B, k]`` to use instead of the router's choice.
-            noisy: of a model that routes images, route by logits with noise, to train a router without super-classes.
+            chosen: experts ``[B, k]`` to use instead of the router's choice, for a model that routes images.
+            noisy: whether to route by logits with noise, which trains a router without super-classes, for a model that
+                routes images.
         """
         return Output(self(images))
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights that the optimiser Muon is for: matrices between hidden layers, not input, routers or head."""
+        """The weights that Muon can train: matrices between hidden layers, without input layer, routers and head."""
         return []
 
     def expert_stacks(self) -> list[nn.Parameter]:
-        """The experts' parameters, each with the experts as its first dimension ``[E, …]``."""
+        """The experts' parameters as stacked tensors, whose first dimension is the expert: ``[E, …]``."""
         return []
 
     def load_dense(self, dense: nn.Module) -> None:
         """Takes the weights of a trained model of the config's dense baseline.
 
         Raises:
-            ConfigError: models of this architecture do not start from a dense one.
+            ConfigError: models of this architecture cannot start from a dense one.
         """
         raise ConfigError(f"a {self.config.architecture} does not start from a dense model")
 
     def balance_router(self) -> None:
-        """Makes a random router share random images out among its experts, as a trained one shares real ones."""
+        """Makes a random router spread random images over all experts, as a trained router spreads real images."""
 
     def set_capacity(self, factor: float, order: str | None = None) -> None:
-        """Changes how many places experts have, and the order in which tokens get them where given.
+        """Changes how many places experts have and, if ``order`` is given, the order in which tokens get them.
 
         Raises:
-            ConfigError: places are not bounded, a factor that is not above 0, or an unknown order.
+            ConfigError: places are not bounded, the factor is not above 0, or the order is unknown.
         """
         raise ConfigError(f"a {self.config.architecture} has no capacity: only tokens compete for places")
 
     def stock_module(self) -> nn.Module:
-        """The same function as it is usually written, without what this project does for speed; shares no weights."""
+        """The same model as it is usually written, without this project's optimisations; it shares no weights."""
         return self
 
     def graph_module(self) -> nn.Module:
-        """The whole model as one static graph, experts chosen inside.
+        """The whole model as one static graph, which chooses the experts itself.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: the model has no such graph.
         """
         raise ConfigError(f"a {self.config.architecture} is not to be had as one graph that holds all experts")
 
@@ -165,18 +168,18 @@ def routed_by_tails(
     chosen: Tensor | None = None,
     noisy: bool = False,
 ) -> ImageRouted:
-    """:meth:`Model.routed` of a per-image-routed model with k = 1, made of its tails.
+    """Implements :meth:`Model.routed` with a model's tails, for a per-image-routed model with k = 1.
 
     Args:
-        features: what follows the trunk ``[B, …]``.
-        router_logits: ``[B, E]``.
-        tail: the tail of an expert: features and gate ``[B]`` → logits ``[B, C]``.
-        k: must be 1.
+        features: the trunk's output ``[B, …]``.
+        router_logits: the router's logits ``[B, E]``.
+        tail: returns the tail of an expert: features and gate ``[B]`` → logits ``[B, C]``.
+        k: experts per image; must be 1.
         chosen: as in :meth:`Model.routed`.
-        noisy: likewise.
+        noisy: as in :meth:`Model.routed`.
 
     Raises:
-        ConfigError: k > 1, where experts' outputs add up within each MoE layer.
+        ConfigError: k > 1, for which the experts' outputs add up within each MoE layer.
     """
     if k != 1:
         raise ConfigError(f"tails are for k = 1, not k = {k}")
@@ -190,7 +193,16 @@ def routed_by_tails(
 
 
 def check_state_dict(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Raises ConfigError naming the first missing, unknown or wrongly shaped entry of ``weights``."""
+    """Checks that weights fit a model: none is missing, unknown or of another shape.
+
+    Args:
+        model: the model that is to get them.
+        weights: tensors by name.
+        where: what the error calls their origin.
+
+    Raises:
+        ConfigError: they do not fit; the message names the first weight that does not.
+    """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected]

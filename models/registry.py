@@ -1,4 +1,4 @@
-"""Architectures by name: what a checkpoint calls them, how ``--model`` names their shapes, their config and model.
+"""Architectures by name: each one's name in checkpoints, its names for ``--model``, its config and its model.
 
 An architecture is one entry, made by :func:`register` in the architecture's own file. Nothing else in this project
 knows which architectures there are. Packages outside it announce theirs as entry points of the group
@@ -25,29 +25,29 @@ GROUP = "mvmoe_deploy.architectures"
 """Entry points of this group name an :class:`Architecture`, such as ``my_package.my_model:ARCHITECTURE``."""
 
 LARGEST = 65536
-"""No value of a model config may exceed this: a config from a stranger must not make us allocate without end."""
+"""Largest value of any field of a model config, so that a stranger's config cannot ask for unlimited memory."""
 
 
 def shape(default: Any, text: str = "", *, flag: str = "", choices: Sequence[str] = ()) -> Any:
-    """A config's field that ``mvmoe-train`` offers as an option.
+    """Declares a field of a config that ``mvmoe-train`` offers as an option.
 
     Args:
         default: the field's default, whose type is the field's.
-        text: the option's help.
-        flag: the option; by default ``--`` and the field's name with hyphens.
-        choices: the values that there are, where they can be listed.
+        text: the option's help; without it there is no option.
+        flag: the option's name; by default ``--`` and the field's name with hyphens.
+        choices: the allowed values, if they can be listed.
     """
     return dataclasses.field(default=default, metadata={"help": text, "flag": flag, "choices": tuple(choices)})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What every model config has; an architecture's is a sub-class with defaults for all its fields.
+    """The base class of all model configs. An architecture's config is a sub-class with defaults for all its fields.
 
-    What an architecture does not know of itself is None, never 0.
+    A figure that an architecture does not know about itself is None, never 0.
 
     Attributes:
-        architecture: the name in checkpoints.
+        architecture: the architecture's name in checkpoints.
         routes: what the model's routers send to experts; None for a dense model.
         image_size: side of the square input image, in pixels.
         classes: number of output classes C.
@@ -77,22 +77,22 @@ class ModelConfig:
 
     @property
     def capacity_factor(self) -> float | None:
-        """Places of all experts for each choice of a token; None where places are not bounded."""
+        """Number of places in all experts together per choice of a token; None if places are not bounded."""
         return None
 
     @property
     def dense(self) -> ModelConfig | None:
-        """The dense baseline of a routed model: the same without experts."""
+        """The dense baseline of a routed model: the same model without experts."""
         return None
 
     @property
     def wide(self) -> ModelConfig | None:
-        """The dense model that is as large as all experts of a routed one together."""
+        """The dense model whose MLPs are as wide as all experts of this routed model together."""
         return None
 
     @property
     def token_routed(self) -> ModelConfig | None:
-        """The model of a per-image-routed one's shape that routes tokens instead."""
+        """A model of the shape of this per-image-routed one that routes tokens instead of images."""
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class ModelConfig:
         return None
 
     def macs(self) -> int | None:
-        """Multiply-accumulates of its matrix products alone, as counters that report MACs give them."""
+        """Multiply-accumulates of the matrix products alone for one image, as counters of MACs report them."""
         return None
 
     def piece_flops(self, role: str) -> int | None:
@@ -116,15 +116,15 @@ class ModelConfig:
         return self.flops() if role == "model" else None
 
     def parameters(self) -> int | None:
-        """Weights of the whole model."""
+        """Number of weights (scalars) of the whole model."""
         return None
 
     def active_parameters(self) -> int | None:
-        """Weights used for one image: all but those of the experts not chosen."""
+        """Number of weights used for one image: all except those of the experts that were not chosen."""
         return None if self.experts else self.parameters()
 
     def expert_parameters(self) -> int | None:
-        """Weights of one expert in one MoE layer."""
+        """Number of weights of one expert in one MoE layer."""
         return None
 
 
@@ -133,12 +133,12 @@ class Architecture:
     """One entry of the registry.
 
     Attributes:
-        config: the config's class, which holds the name in checkpoints.
-        model: builds a freshly initialised model of a config.
-        form: how ``--model`` names a shape, such as ``mvmoe_DEPTHxWIDTH``; a capital word stands for the whole number
-            of the config's field of that name. Empty where no name makes one.
+        config: the config's class, which holds the architecture's name in checkpoints.
+        model: builds a freshly initialised model from a config.
+        form: how ``--model`` names a shape, such as ``mvmoe_DEPTHxWIDTH``; a word in capitals stands for an integer,
+            the value of the config's field of that name. Empty if no name selects this architecture.
         examples: names of that form, for help and errors.
-        derived: further fields that follow from those in the name, unless they are given.
+        derived: computes further fields from those in the name; a field that is given takes precedence.
     """
 
     config: type[ModelConfig]
@@ -149,7 +149,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """The name in checkpoints."""
+        """The architecture's name in checkpoints."""
         return self.config.architecture
 
     @property
@@ -180,10 +180,10 @@ def register(architecture: Architecture) -> None:
 
 
 def architectures() -> dict[str, Architecture]:
-    """All of them by name, those of installed packages included.
+    """All architectures by name, including those of installed packages.
 
     Raises:
-        ConfigError: an installed package announces what cannot be imported, or is not an architecture.
+        ConfigError: an installed package announces something that cannot be imported or is not an architecture.
     """
     _register_installed()
     return dict(_REGISTERED)
@@ -202,10 +202,10 @@ def _register_installed() -> None:
 
 
 def by_name(name: str) -> tuple[Architecture, dict[str, int]]:
-    """The architecture that a model's name is of, and the fields that the name gives.
+    """The architecture that a model's name selects, and the fields that the name gives.
 
     Raises:
-        ConfigError: the name has no architecture's form.
+        ConfigError: the name fits the form of no architecture.
     """
     named = [each for each in architectures().values() if each.form]
     for architecture in named:
@@ -220,11 +220,11 @@ def config_from_name(name: str, **overrides: Any) -> ModelConfig:
     """The config of a shape by name, such as ``vit_12x192`` or ``mvmoe_12x192`` (depth × width).
 
     Args:
-        name: of one of the registered forms.
-        **overrides: any field of the config; None keeps the default.
+        name: a name that fits one of the registered forms.
+        **overrides: values for fields of the config; None keeps the default.
 
     Raises:
-        ConfigError: the name is of no known form, or a field does not fit.
+        ConfigError: the name fits no known form, or a field's value is not valid.
     """
     architecture, given = by_name(name)
     chosen = {key: value for key, value in overrides.items() if value is not None}
@@ -235,7 +235,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Reads a config written by ``to_dict``, checking every field.
 
     Raises:
-        ConfigError: an unknown architecture or field, a missing or absurd value.
+        ConfigError: the architecture or a field is unknown, or a value is missing or absurd.
     """
     values = dict(values)
     name = values.pop("architecture", None)
@@ -259,14 +259,14 @@ def build(config: ModelConfig) -> Model:
 
 
 def from_dense(dense: Model, config: ModelConfig) -> Model:
-    """Upcycles a trained dense model: every expert starts as a copy of the dense layer, routers at random.
+    """Upcycles a trained dense model: every expert starts as a copy of the dense MLP, and routers start at random.
 
     Args:
         dense: the trained dense model.
         config: shape of the routed model; its dense baseline must equal ``dense.config``.
 
     Raises:
-        ConfigError: the shapes differ, or models of this architecture do not start from dense ones.
+        ConfigError: the shapes differ, or models of this architecture cannot start from dense ones.
     """
     if config.dense is None or config.dense != dense.config:
         raise ConfigError(f"cannot upcycle: the dense model is {dense.config}, the MoE needs {config.dense}")

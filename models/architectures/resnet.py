@@ -1,4 +1,4 @@
-"""A small pre-activation ResNet for small images, which teaches ViTs: it learns several times faster on few images."""
+"""A small pre-activation ResNet for small images; it can teach ViTs, since it learns several times faster on few."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ResNetConfig(ModelConfig):
     """Shape of a ResNet.
 
     Attributes:
-        width: channels of the first of three stages; each further one has twice as many at half the resolution.
-        blocks: residual blocks per stage.
+        width: channels of the first of three stages; each further stage has twice as many, at half the resolution.
+        blocks: number of residual blocks per stage.
     """
 
     architecture: ClassVar[str] = "resnet"
@@ -32,7 +32,7 @@ class ResNetConfig(ModelConfig):
 
     @property
     def layers(self) -> list[tuple[int, int, int]]:
-        """Every block's input channels, output channels and stride."""
+        """Input channels, output channels and stride of every block."""
         widths = [self.width << stage for stage in range(STAGES)]
         return [
             (widths[max(0, stage - (index == 0))], width, 2 if stage and not index else 1)
@@ -44,7 +44,7 @@ class ResNetConfig(ModelConfig):
         return STAGES * self.blocks
 
     def _sizes(self) -> list[tuple[int, int, int, int]]:
-        """Of every block: input channels, output channels, values of its input's and its output's channels."""
+        """For every block: input channels, output channels, pixels of its input, pixels of its output."""
         side = -(-self.image_size // 2)  # after the stem
         found = []
         for inputs, outputs, stride in self.layers:
@@ -60,7 +60,7 @@ class ResNetConfig(ModelConfig):
         return total
 
     def flops(self) -> int:
-        """FLOPs of one image: two per multiply-accumulate, two per value of a batch norm, one per ReLU and addition."""
+        """FLOPs of one image: two per multiply-accumulate and per batch-normalised value, one per ReLU and addition."""
         last = self._sizes()[-1]
         total = 2 * self.macs() + 4 * last[1] * last[3] + self.classes  # norm, ReLU and mean; the head's bias
         for inputs, outputs, before, after in self._sizes():
@@ -77,7 +77,10 @@ class ResNetConfig(ModelConfig):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions, each after batch norm and ReLU (arXiv 1603.05027): ``[B, a, h, w]`` → ``[B, b, …]``."""
+    """Two 3 × 3 convolutions, each after batch norm and ReLU (arXiv 1603.05027).
+
+    ``[B, inputs, h, w]`` → ``[B, outputs, h / stride, w / stride]``, sizes rounded up.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(Model):
-    """Images ``[B, 3, H, W]`` → logits ``[B, C]``."""
+    """A pre-activation ResNet: images ``[B, 3, H, W]`` → logits ``[B, C]``."""
 
     config: ResNetConfig
 
@@ -110,7 +113,7 @@ class ResNet(Model):
         nn.Module.register_load_state_dict_post_hook(self, lambda *_: self._channels_last())
 
     def _channels_last(self) -> None:
-        # several times faster in bfloat16 on a CPU
+        # this layout is several times faster in bfloat16 on a CPU
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:

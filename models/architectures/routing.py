@@ -1,7 +1,7 @@
-"""Routing as pure functions: logits → gates and choices, who gets a place where places are few, and the losses.
+"""Routing as pure functions: from logits to gates and choices, which choices get a place, and the auxiliary losses.
 
-They are written for the tokens of V-MoE (arXiv 2106.05974), S tokens to a group, and serve the images of an end-to-end
-trained Mobile V-MoE just as well: there the S items of a group are the images of a batch.
+The functions are written for V-MoE (arXiv 2106.05974), which routes S tokens in a group. They also serve a Mobile V-MoE
+whose router is trained end to end; the S items of a group are then the images of a batch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ ORDERS = ("vanilla", "bpr")
 
 @dataclass
 class TokenRouting:
-    """What became of a group of S tokens in one MoE layer.
+    """How one MoE layer routed a group of S tokens.
 
     Attributes:
-        logits: the router's ``[S, E]``.
-        noisy_logits: those that were routed by ``[S, E]``; in training with noise, otherwise the same.
+        logits: the router's logits ``[S, E]``.
+        noisy_logits: the logits that decided the routes ``[S, E]``: with noise in training, otherwise ``logits``.
         gates: softmax of the noisy logits at the chosen experts ``[S, k]``, largest first, not renormalised.
         chosen: expert indices ``[S, k]``.
-        kept: ``[S, k]``, False where the expert had no place left (overflow).
-        run: ``[S, k]``, the kept choices whose expert was run: all, unless nobody reads the token's output.
+        kept: boolean ``[S, k]``, False if the expert had no place left (overflow).
+        run: boolean ``[S, k]``, True for the kept choices whose expert was run; a token whose output is not read needs
+            no expert.
     """
 
     logits: Tensor
@@ -42,11 +43,11 @@ def route(logits: Tensor, k: int, factor: float, order: str, training: bool) -> 
     """Routes one group of tokens (arXiv 2106.05974, sections 2.2 and 4.1).
 
     Args:
-        logits: of the router ``[S, E]``.
+        logits: the router's logits ``[S, E]``.
         k: experts per token.
         factor: capacity factor.
-        order: who comes first where places are few, ``vanilla`` or ``bpr``.
-        training: adds noise to the logits.
+        order: order in which tokens get places, ``vanilla`` or ``bpr``.
+        training: whether to add noise to the logits.
     """
     tokens, experts = logits.shape
     noisy_logits = with_noise(logits) if training else logits
@@ -63,7 +64,8 @@ def with_noise(logits: Tensor) -> Tensor:
 def select(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of ``[S, E]``: gates ``[S, k]``, largest first and not renormalised, and expert indices ``[S, k]``.
 
-    Equals go to the lower index, as in the runtime; that is why it sorts, since topk leaves it open.
+    Among equal probabilities the lower index comes first, as in the runtime. A stable sort guarantees that; ``topk``
+    does not.
     """
     gates, chosen = probabilities.sort(dim=-1, descending=True, stable=True)
     return gates[..., :k], chosen[..., :k]
@@ -71,10 +73,10 @@ def select(probabilities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Choice:
-    """Whom a per-image router chose.
+    """The experts that a per-image router chose.
 
     Attributes:
-        noisy_logits: those that were routed by ``[B, E]``; without noise the router's own.
+        noisy_logits: the logits that decided the routes ``[B, E]``; without noise, the router's own.
         gates: probabilities of the chosen experts ``[B, k]``, not renormalised.
         chosen: expert indices ``[B, k]``.
     """
@@ -85,13 +87,13 @@ class Choice:
 
 
 def choose(logits: Tensor, k: int, chosen: Tensor | None = None, noisy: bool = False) -> Choice:
-    """Chooses k experts for each image: softmax first, then the k largest (DESIGN, "gate").
+    """Chooses k experts for each image: softmax first, then the k largest probabilities.
 
     Args:
-        logits: of the router ``[B, E]``.
+        logits: the router's logits ``[B, E]``.
         k: experts per image.
-        chosen: experts ``[B, k]`` to use instead; gates stay the router's probabilities of those experts.
-        noisy: choose by logits with V-MoE's noise, to train a router that no super-classes teach.
+        chosen: experts ``[B, k]`` to use instead; the gates are then the router's probabilities of those experts.
+        noisy: whether to choose by logits with V-MoE's noise, which trains a router without super-classes.
     """
     noisy_logits = with_noise(logits) if noisy else logits
     probabilities = noisy_logits.softmax(-1)
@@ -103,26 +105,26 @@ def choose(logits: Tensor, k: int, chosen: Tensor | None = None, noisy: bool = F
 def capacity(tokens: int, k: int, factor: float, experts: int) -> int:
     """Places per expert, ``C = ceil(S · k · factor / E)`` rounded up to a multiple of 4.
 
-    The multiple is the authors' code's, not the paper's; it makes C at least 4.
+    The multiple of 4 comes from the authors' code, not from the paper; it makes C at least 4.
     """
-    # as a decimal fraction: in floating point 40 · 1.1 / 11 is a little more than 4
+    # computed as a decimal fraction, because in floating point 40 · 1.1 / 11 is a little more than 4
     exact = math.ceil(tokens * k * Fraction(str(factor)) / experts)
     return math.ceil(exact / 4) * 4
 
 
 def dispatch(gates: Tensor, chosen: Tensor, experts: int, places: int, order: str) -> Tensor:
-    """Which choices get a place: all first choices come before any second, and so on.
+    """Decides which choices get a place: all first choices come before any second choice, and so on.
 
     Args:
-        gates: ``[S, k]``, largest first.
+        gates: gates of the chosen experts ``[S, k]``, largest first.
         chosen: expert indices ``[S, k]``.
-        experts: E.
-        places: per expert, C.
-        order: of the tokens: ``vanilla`` as they stand, ``bpr`` by their first gate, largest first, equals as they
-            stand (Batch Priority Routing, section 4.1).
+        experts: number of experts E.
+        places: places per expert, C.
+        order: order of the tokens: ``vanilla`` keeps the given order; ``bpr`` puts the largest first gate first and
+            keeps the given order among equals (Batch Priority Routing, section 4.1).
 
     Returns:
-        ``[S, k]``, True where the token is among the first C that chose this expert.
+        Boolean ``[S, k]``, True if the token is among the first C that chose this expert.
     """
     tokens, k = chosen.shape
     if order == "bpr":
@@ -130,15 +132,15 @@ def dispatch(gates: Tensor, chosen: Tensor, experts: int, places: int, order: st
     else:
         first = torch.arange(tokens, device=chosen.device)
     queue = chosen[first].T.flatten()  # [k · S]
-    place = F.one_hot(queue, experts).cumsum(0).gather(1, queue[:, None])[:, 0]  # from 1, in its expert's own queue
+    place = F.one_hot(queue, experts).cumsum(0).gather(1, queue[:, None])[:, 0]  # from 1, in each expert's own queue
     kept = torch.empty_like(chosen, dtype=torch.bool)
     kept[first] = (place <= min(places, tokens)).view(k, tokens).T
     return kept
 
 
 def imbalance(per_expert: Tensor) -> Tensor:
-    """``(std / mean)²`` of ``[E]``, with the population's std: 0 where all are equal."""
-    # var instead of std², whose gradient is not defined at 0
+    """``(std / mean)²`` of ``[E]``, with the population std; it is 0 if all values are equal."""
+    # var instead of std², because the gradient of std is not defined at 0
     return per_expert.var(correction=0) / per_expert.mean() ** 2
 
 
@@ -150,12 +152,12 @@ def importance_loss(logits: Tensor) -> Tensor:
 def load_loss(logits: Tensor, noisy_logits: Tensor, k: int) -> Tensor:
     """Imbalance of the load per expert, made smooth (appendix A).
 
-    The chance that an expert is chosen were its noise drawn anew is ``1 − Φ((t − logit) / σ)``, with σ = 1/E and the
-    threshold t the k-th largest noisy logit; the load is the sum of that over the tokens.
+    If its noise were drawn again, an expert would be chosen with probability ``1 − Φ((t − logit) / σ)``, where σ = 1/E
+    and the threshold t is the k-th largest noisy logit. The load is the sum of these probabilities over the tokens.
 
     Args:
-        logits: clean ``[S, E]``.
-        noisy_logits: ``[S, E]``.
+        logits: the router's logits without noise ``[S, E]``.
+        noisy_logits: the same logits with noise ``[S, E]``.
         k: experts per token.
     """
     experts = logits.shape[-1]

@@ -21,7 +21,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 SCALES = {(depth, width): heads for width, heads in ((384, 6), (192, 3), (96, 3), (64, 2)) for depth in (12, 9, 6)}
-"""Heads of the 12 scales of Mobile V-MoE's figure 3a, by (depth, width)."""
+"""Number of heads in the 12 scales of Mobile V-MoE's figure 3a, by (depth, width)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: ``[B, N, D]`` → ``[B, n, D]``, the first n tokens' (all by default)."""
+    """Multi-head self-attention: ``[B, N, D]`` → ``[B, n, D]``, the output of the first n tokens (default: all)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block: attention, then MLP, each with a residual.
 
-    ``[B, N, D]`` → ``[B, n, D]``, the first n tokens' (all by default).
+    ``[B, N, D]`` → ``[B, n, D]``, the output of the first n tokens (default: all).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -148,14 +148,14 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class Stream:
-    """Which part of a pre-norm transformer a module is, whose layers are named as timm's.
+    """Says which part of a pre-norm transformer a module is. Its layers have timm's names.
 
-    It has ``blocks``; ``patch_embed``, ``cls_token`` and ``pos_embed`` where it takes images; ``norm`` and ``head``
-    where it gives logits.
+    The module has ``blocks``. If it takes images, it also has ``patch_embed``, ``cls_token`` and ``pos_embed``; if it
+    gives logits, it also has ``norm`` and ``head``.
 
     Attributes:
-        takes: ``images`` or ``tokens``.
-        gives: ``tokens`` or ``logits``.
+        takes: the module's input, ``images`` or ``tokens``.
+        gives: the module's output, ``tokens`` or ``logits``.
     """
 
     takes: Literal["images", "tokens"]
@@ -183,12 +183,12 @@ class ViT(Model):
         x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
         for block in self.blocks[:-1]:
             x = block(x)
-        # The classifier reads nothing but the class token, so the last block computes nothing but that:
-        # the same logits for five sixths less work in this block.
+        # The classifier reads only the class token, so the last block computes only that token. The logits are the
+        # same, for five sixths less work in this block.
         return classify(self.blocks[-1](x, n=1), self.norm, self.head)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The blocks' weights but for routers; not the patch embedding or the head."""
+        """The blocks' weight matrices except the routers'; not the patch embedding or the head."""
         return [
             parameter
             for name, parameter in self.blocks.named_parameters()
@@ -196,7 +196,7 @@ class ViT(Model):
         ]
 
     def load_dense(self, dense: nn.Module) -> None:
-        """Takes a dense ViT's weights; every expert gets a copy of its block's MLP."""
+        """Takes a dense ViT's weights; every expert gets a copy of its block's dense MLP."""
         weights = self.state_dict()
         for name, tensor in dense.state_dict().items():
             # expand adds the leading expert dimension to stacked MLP weights and is the identity on all others
@@ -209,7 +209,7 @@ class ViT(Model):
 
 
 class StockViT(ViT):
-    """The dense ViT as everyone writes it: every block computes every token, as timm's does."""
+    """The dense ViT as it is usually written: every block computes every token, as in timm."""
 
     def forward(self, images: Tensor) -> Tensor:
         x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
@@ -220,7 +220,7 @@ class StockViT(ViT):
 
 
 def embed(images: Tensor, patch_embed: nn.Module, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` → tokens ``[B, N, D]``, class token first, position added."""
+    """Images ``[B, 3, H, W]`` → tokens ``[B, N, D]``: the class token first, positions added."""
     x = patch_embed(images)
     return torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1) + pos_embed
 
@@ -232,7 +232,10 @@ def classify(tokens: Tensor, norm: nn.Module, head: nn.Module) -> Tensor:
 
 
 def init_weights(model: nn.Module) -> None:
-    """Truncated normal (std 0.02) for linear weights, class token and positions; zero biases (as timm and DeiT)."""
+    """Initialises a model as timm and DeiT do.
+
+    Linear weights, class token and positions come from a truncated normal distribution (std 0.02); biases are zero.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -241,20 +244,20 @@ def init_weights(model: nn.Module) -> None:
 
 
 def load_timm_state_dict(model: ViT, saved: Mapping[str, Any] | str | Path, ema: bool = False) -> str:
-    """Loads a ViT that timm's or DeiT's training scripts saved into ``model``.
+    """Loads into ``model`` the weights of a ViT that timm's or DeiT's training scripts saved.
 
     Args:
         model: a ViT of the same shape.
         saved: a state dict, a training checkpoint with one in it, or a file with either;
             see :func:`mvmoe_deploy.models.foreign.read_weights`.
-        ema: take the moving average of the weights, not the weights themselves.
+        ema: take the moving average of the weights instead of the weights themselves.
 
     Returns:
-        The entry that was taken, such as ``state_dict_ema``; empty for a bare state dict.
+        The entry that the weights were taken from, such as ``state_dict_ema``; empty for a bare state dict.
 
     Raises:
-        ConfigError: no weights can be recognised, a name is missing or unknown, a shape differs, or values are not
-            finite floating-point numbers; the message names it.
+        ConfigError: no weights can be recognised, a weight is missing or unknown, a shape differs, or values are not
+            finite floating-point numbers; the message names the weight.
         CheckpointError: the file cannot be read.
     """
     weights, entry = read_weights(saved, ema)
@@ -264,7 +267,7 @@ def load_timm_state_dict(model: ViT, saved: Mapping[str, Any] | str | Path, ema:
 
 
 def paper_heads(given: dict[str, int]) -> dict[str, int]:
-    """Heads of a scale by its depth and width: the paper's at its 12 scales, else width / 64 (at least 1)."""
+    """Number of heads for a depth and width: the paper's at its 12 scales, otherwise width / 64 (at least 1)."""
     depth, width = given["depth"], given["width"]
     return {"heads": SCALES.get((depth, width), max(1, width // 64))}
 

@@ -1,4 +1,4 @@
-"""A dense ViT whose last MLPs are wider: as large as all experts of a routed model together, and all of it used."""
+"""A dense ViT whose last MLPs are as wide as all experts of a routed model together; every image uses all of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mvmoe_deploy.models.registry import Architecture, register
 class WideViTConfig(ViTConfig):
     """Shape of a dense ViT with wider MLPs in its last blocks.
 
-    Its parameters are those of the routed model it is compared with, but for the router and E - 1 output biases per
-    layer.
+    It has as many parameters as the routed model that it is compared with, except for the router and for E - 1 output
+    biases per layer.
 
     Attributes:
         wide_layers: how many of the last blocks have a wider MLP.
-        times: how many times the hidden width of the other blocks' MLPs theirs is.
+        times: the hidden width of their MLPs divided by that of the other blocks' MLPs.
     """
 
     architecture: ClassVar[str] = "vit_wide"
@@ -36,7 +36,7 @@ class WideViTConfig(ViTConfig):
 
     @property
     def wide_mlp(self) -> ViTConfig:
-        """A dense ViT all of whose MLPs are as wide as those of the last blocks."""
+        """The config of a dense ViT in which all MLPs are as wide as those of the last blocks here."""
         return dataclasses.replace(self.dense, mlp_ratio=self.mlp_ratio * self.times)
 
     def flops(self) -> int:
@@ -51,7 +51,7 @@ class WideViTConfig(ViTConfig):
 
 
 class WideViT(ViT):
-    """Images ``[B, 3, H, W]`` → logits ``[B, C]``."""
+    """A dense ViT with wider MLPs in its last blocks: images ``[B, 3, H, W]`` → logits ``[B, C]``."""
 
     config: WideViTConfig
 

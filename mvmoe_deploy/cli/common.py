@@ -34,8 +34,8 @@ class Command(Protocol):
 def command(main: Callable[[list[str] | None], None]) -> Command:
     """Turns this project's errors into one line on standard error and an exit code: 1 check failed, 2 bad input.
 
-    Whatever standard output is, nothing ends in a traceback: characters that its encoding lacks are replaced, a closed
-    one swallows the output, and a reader such as ``head`` may stop reading.
+    No state of standard output leads to a traceback: characters that its encoding lacks are replaced, output to a
+    closed stream is dropped, and a reader such as ``head`` may stop reading.
     """
 
     @functools.wraps(main)
@@ -44,7 +44,7 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
         try:
             try:
                 main(argv)
-            except SystemExit:  # of --help
+            except SystemExit:  # raised by --help
                 sys.stdout.flush()
                 raise
             sys.stdout.flush()
@@ -56,7 +56,7 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
             _complain(f"error: {error}")
             return BAD_INPUT
         except BrokenPipeError:  # whoever reads the output, such as head, has read enough
-            return 128 + 13  # as a shell says of a program that SIGPIPE ended
+            return 128 + 13  # the exit code that a shell reports for a program that SIGPIPE ended
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _complain(f"error: {where}{error.strerror or error}")
@@ -71,9 +71,9 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
 
 
 def _prepare_streams() -> None:
-    """Makes standard output and error take whatever is printed."""
+    """Makes standard output and standard error accept whatever is printed."""
     for name in ("stdin", "stdout", "stderr"):  # in the order of their descriptors
-        if getattr(sys, name) is None:  # closed: the next file opened would get its descriptor, and the output with it
+        if getattr(sys, name) is None:  # closed: the next file to be opened would get its descriptor and the output
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -93,7 +93,7 @@ def _plainer(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def _similar(character: str) -> bytes:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text: as it was
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not text: written as it is
         return bytes([ord(character) - 0xDC00])
     return SIMILAR.get(character, "?").encode()
 
@@ -108,7 +108,7 @@ def _complain(message: str) -> None:
 
 
 def _give_up_output() -> None:
-    """Points standard output nowhere if what is left cannot be written, or Python would complain at its own end."""
+    """Redirects standard output to the null device if the rest cannot be written; Python would complain on exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -119,34 +119,34 @@ class SubCommand(Protocol):
     """One sub-command: a module with these names, whose heavy imports are inside its functions.
 
     Attributes:
-        HELP: what it does, in one line without a full stop.
-        EXAMPLES: shown as they stand below its options; may be empty.
+        HELP: what the sub-command does, in one line without a full stop.
+        EXAMPLES: text that the help shows unchanged below the options; may be empty.
     """
 
     HELP: str
     EXAMPLES: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares its arguments; called only if this sub-command was asked for."""
+        """Declares the arguments; called only if this sub-command was asked for."""
 
     def run(self, args: argparse.Namespace) -> None:
-        """Does it.
+        """Runs the sub-command.
 
         Raises:
-            MvmoeError: as :func:`command` expects.
+            MvmoeError: the input is bad, or a check failed; :func:`command` turns it into an exit code.
         """
 
 
 def command_group(description: str, commands: Mapping[str, SubCommand], default: str) -> Command:
     """A command with sub-commands, such as ``mvmoe-train evaluate``.
 
-    Where the first argument names none of them, the default is meant: ``mvmoe-train --data …`` is
-    ``mvmoe-train train --data …``. The help of the command alone lists them all and shows the default's options.
+    If the first argument names no sub-command, the default runs: ``mvmoe-train --data …`` means
+    ``mvmoe-train train --data …``. The help of the command alone lists all sub-commands, with the default's options.
 
     Args:
-        description: of the whole command.
-        commands: by name, in the order of the help.
-        default: one of these names.
+        description: what the whole command does.
+        commands: the sub-commands by name, in the order in which the help lists them.
+        default: name of the sub-command that runs if none is named.
     """
 
     @command

@@ -22,15 +22,16 @@ examples:
   mvmoe-export ckpt.pt --target all --out bundles/
 
 layouts:
-  separate  a file or package per piece: an app ships or downloads experts one at a time, and unloads them
-  packed    one file for all pieces, shared weights once: the smallest when every expert ships (executorch, coreml)
-  swappable one graph for all experts, which takes their weights from mapped files: changing expert is 3 to 4 times as
-            fast, a warm image 2 % slower; for when memory holds few experts and images change often (onnx)
+  separate  one file or package per piece, so that an app can ship, download and unload experts one at a time
+  packed    one file for all pieces, with shared weights stored once; the smallest bundle if every expert ships
+            (executorch, coreml)
+  swappable one graph for all experts, which takes their weights from mapped files; switching experts is 3 to 4 times as
+            fast, and a warm image 2 % slower; for little memory and images that often need another expert (onnx)
 """
 
 
 class _NotGiven:
-    """In place of an option of one target, where the command line does not name it."""
+    """Stands in the namespace for a target's own option that the command line does not give."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = parser("Split a checkpoint, export its pieces, and verify each against PyTorch.", EXAMPLES)
     p.add_argument("checkpoint", type=Path, help="trained model (.pt or .safetensors), routed or dense")
-    p.add_argument("--target", required=True, help=f"{', '.join(targets.known())}, or all of them")
+    p.add_argument("--target", required=True, help=f"{', '.join(targets.known())}, or all: every target")
     p.add_argument(
         "--out",
         type=Path,
@@ -53,7 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layout", default="", help="how pieces lie in files (default: the target's first, see below)")
     p.add_argument("--separate-router", action="store_true", help="export the router as a piece of its own")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
-    p.add_argument("--json", action="store_true", help="print the verification report as JSON (of all targets: a list)")
+    p.add_argument(
+        "--json", action="store_true", help="print the verification report as JSON; with all targets, a list"
+    )
     for name, target in targets.known().items():
         exporter = exporter_of(name)
         precisions = (f"{each.name} ({each.note})" if each.note else each.name for each in exporter.precisions)
@@ -72,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     from mvmoe_deploy.exporters.exporter import exporter_of
 
     owners = {name: exporter_of(name).own_options for name in targets.known()}
-    # What stands in the namespace before is left there unless the command line names it.
+    # argparse keeps a value that is in the namespace already, unless the command line gives the option.
     unset: dict[str, Any] = dict.fromkeys(frozenset().union(*owners.values()), _NotGiven)
     args = build_parser().parse_args(argv, argparse.Namespace(**unset))
     given = {name: value for name in unset if (value := getattr(args, name)) is not _NotGiven}
@@ -93,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _export_all(args: argparse.Namespace, own: dict[str, dict[str, Any]]) -> None:
-    """Exports for every target; ``own`` holds by target the options that it knows, of those that were given."""
+    """Exports for every target; ``own`` maps each target to those of the given options that it has."""
     from mvmoe_deploy.exporters.pipeline import export_model, read_checkpoint
     from mvmoe_deploy.exporters.split import split_model
 
@@ -133,13 +136,13 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
 
 
 def describe(bundle: Bundle) -> str:
-    """The same as text."""
+    """A bundle's verification results, path and size as text."""
     size = sum(file.bytes for file in bundle.manifest.files)
     return f"{describe_verification(bundle)}\nwrote {bundle.path} ({size / 1e6:.2f} MB)"
 
 
 class _Steps:
-    """Shows what is being done, on a terminal; steps are too unequal for a bar of them to mean much time."""
+    """Shows the current step on a terminal; there is no bar, because steps differ too much in length."""
 
     def __init__(self) -> None:
         from tqdm import tqdm

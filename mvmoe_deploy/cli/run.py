@@ -22,7 +22,8 @@ examples:
   mvmoe-run birds.mvmoe photos/ 'more/*.heic' --top 3 --max-resident 2 --json
   curl -s https://example.org/photo.jpg | mvmoe-run birds.mvmoe -
 
-An image that cannot be read is reported on standard error, and with --json in its record too; the others go on.
+An image that cannot be read is reported on standard error, and with --json also in its record. The other images are
+still classified.
 exit status: 0 all images were classified, 1 some could not be read, 2 none could, or the bundle or an option is bad
 """
 
@@ -40,12 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
         "image on standard input",
     )
     p.add_argument("--top", type=positive_int, default=5, help="classes to show per image")
-    p.add_argument("--max-resident", type=positive_int, metavar="N", help="most tails in memory at once")
-    p.add_argument("--memory-budget", metavar="SIZE", help="most bytes of tails in memory at once, such as 8MB")
+    p.add_argument("--max-resident", type=positive_int, metavar="N", help="largest number of tails in memory at once")
+    p.add_argument(
+        "--memory-budget", metavar="SIZE", help="largest total size of the tails in memory at once, such as 8MB"
+    )
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
     p.add_argument("--backend", help="engine to run with (default: the one for the bundle's target)")
-    p.add_argument("--digest", metavar="SHA256", help="run this bundle only: sha256 of its manifest.json")
-    p.add_argument("--trust", action="store_true", help="run graphs that no export of this project has, unchecked")
+    p.add_argument("--digest", metavar="SHA256", help="refuse the bundle unless its manifest.json has this sha256")
+    p.add_argument(
+        "--trust", action="store_true", help="run graphs unchecked, even if no export of this project has such graphs"
+    )
     p.add_argument("--json", action="store_true", help="print predictions and statistics as JSON")
     return p
 
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             except ImageError as error:
                 records.append({"image": name, "error": str(error)})
                 failed.append(error)
-                if len(names) > 1:  # or it is said once, at the end
+                if len(names) > 1:  # the error of a single image is printed once, at the end
                     print(f"error: {error}", file=sys.stderr)
                 continue
             records.append({"image": name, **msgspec.to_builtins(prediction)})
@@ -91,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _expand(argument: str) -> list[str]:
-    """The images that an argument names; itself where it names none, so that its error is said in its turn."""
+    """The images that an argument names; if there are none, the argument itself, so that its error comes in order."""
     try:
         if argument == STDIN or Path(argument).is_file():
             return [argument]

@@ -1,4 +1,4 @@
-"""How a bundle was verified, as text; ``mvmoe-export`` and ``mvmoe-inspect`` say the same."""
+"""How a bundle was verified, as text that both ``mvmoe-export`` and ``mvmoe-inspect`` print."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 from mvmoe_deploy.bundle import Bundle
 
 SHOWN = 5
-"""Images that went elsewhere are listed up to here."""
+"""Most images that are listed of those with another route, or another class, than PyTorch gives."""
 
 
 def verification_lines(bundle: Bundle) -> list[str]:
-    """What the manifest's verification report says, a sentence a line; empty if it has none."""
+    """The manifest's verification report as text, one sentence per line; empty if there is no report."""
     report = bundle.manifest.verification
     if not report:
         return []
     try:
         return _lines(report, bundle.manifest.precision)
-    except (KeyError, TypeError, ValueError, AttributeError):  # its form is free in the manifest
+    except (KeyError, TypeError, ValueError, AttributeError):  # the manifest does not fix its form
         return ["verified: the report has another form than this release prints; --json shows it"]
 
 

@@ -1,4 +1,4 @@
-"""``mvmoe-bench``: configurations measured against each other, on this machine or on a device; checks; reports."""
+"""``mvmoe-bench``: measures configurations against each other, here or on a device; also checks and reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mvmoe_deploy.cli.bench import (
 from mvmoe_deploy.cli.common import Parser, SubCommand, command_group
 
 DEVICES: dict[str, SubCommand] = {"android": android, "coreml": coreml}
-"""What measures elsewhere than on this machine's processor: a module of this folder each.
+"""Commands that do not measure on this machine's processor; each is a module of this folder.
 
 ``mvmoe-bench --device android …`` is ``mvmoe-bench android …``.
 """
@@ -40,7 +40,7 @@ _group = command_group(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a sub-command; without the name of one, ``measure`` or the device's."""
+    """Runs the sub-command that is named, else the one for ``--device``, else ``measure``."""
     argv = sys.argv[1:] if argv is None else argv
     named = argv[0] if argv and argv[0] in COMMANDS else None
     if named in (None, "measure"):

@@ -22,15 +22,17 @@ The runner is the engine's own, built for the phone: onnxruntime_perf_test for o
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of one target; ratios are to the first")
+    p.add_argument(
+        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="bundles of one target; ratios are to the first"
+    )
     p.add_argument(
         "--runner", type=Path, required=True, metavar="PATH", help="the engine's runner, built for the phone"
     )
     p.add_argument("--adb", default="adb", metavar="PATH", help="the adb program")
-    p.add_argument("--serial", help="which device, if there are several (adb devices lists them)")
-    p.add_argument("--images", type=Path, metavar="PATH", help="image that trunks are run on, or its folder")
+    p.add_argument("--serial", help="serial number of the device, if there are several (adb devices lists them)")
+    p.add_argument("--images", type=Path, metavar="PATH", help="image that trunks run on, or its folder")
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
-    p.add_argument("--rounds", type=positive_int, default=100, help="runs kept per piece")
+    p.add_argument("--rounds", type=positive_int, default=100, help="runs of each piece that are kept")
     p.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds that one process may take")
     add_measuring_outputs(p)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from mvmoe_deploy.errors import RegressionError
 
-HELP = "compare two runs row by row; fails on a regression beyond the noise, for CI"
+HELP = "compare two runs row by row, and fail on a regression beyond the noise (for CI)"
 EXAMPLES = """\
 examples:
   mvmoe-bench compare main.json branch.json
   mvmoe-bench compare main.json branch.json --fail-if "p50 > 1.05x" --fail-if "memory > 1.1x" --fail-if "top1 < 0.99x"
 
-A factor is the second run's value divided by the first's. A condition fails only if the whole 95 % interval of the
-factor lies beyond the limit. Exit code 1: a condition failed; 2: the files cannot be compared.
+A factor is the second run's value divided by the first's. A condition holds only if the whole 95 % interval of the
+factor lies beyond the limit. Exit code 1: a condition holds; 2: the files cannot be compared.
 """
 
 
@@ -26,10 +26,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
     metrics = "\n".join(f"  {name:<11} {metric.what}" for name, metric in METRICS.items())
     p.epilog = f"{EXAMPLES}\nmetrics:\n{metrics}"
-    p.add_argument("before", type=Path, metavar="FIRST.json", help="written by mvmoe-bench --json")
-    p.add_argument("after", type=Path, metavar="SECOND.json", help="likewise")
+    p.add_argument("before", type=Path, metavar="FIRST.json", help="results written by mvmoe-bench --json")
+    p.add_argument("after", type=Path, metavar="SECOND.json", help="results to compare with them")
     p.add_argument(
-        "--fail-if", action="append", default=[], metavar="CONDITION", help='such as "p50 > 1.05x"; repeatable'
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help='exit with 1 if this holds, such as "p50 > 1.05x"; may be given several times',
     )
     p.add_argument("--json", action="store_true", help="print the comparison as JSON")
 

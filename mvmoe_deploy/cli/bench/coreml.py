@@ -14,9 +14,11 @@ EXAMPLES = ""
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of target coreml; ratios are to the first")
+    p.add_argument(
+        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="bundles of target coreml; ratios are to the first"
+    )
     p.add_argument("--images", type=Path, metavar="PATH", help="image or folder (default: synthetic ones)")
-    p.add_argument("--threads", type=thread_count, default=1, help="of other engines; Core ML decides by itself")
+    p.add_argument("--threads", type=thread_count, default=1, help="CPU threads of other engines than Core ML")
     p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
     add_measuring_outputs(p)
 

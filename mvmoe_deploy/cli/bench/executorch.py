@@ -13,9 +13,9 @@ from mvmoe_deploy.terminal import counted, table
 
 HELP = "measure what the ExecuTorch target's lowering buys"
 EXAMPLES = """\
-The models have random weights, since speed does not depend on them. Times are of candidates run in turn:
+The models have random weights, because speed does not depend on the weights. The candidates are timed in turn:
 
-  routed / dense           an image through trunk, router and the tail it is routed to, against the dense baseline whole
+  routed / dense           one image through the trunk, the router and one tail, against the whole dense baseline
   rewritten / naive        the trunk as this project lowers it, against nn.LayerNorm and scaled_dot_product_attention
                            lowered as they are by ExecuTorch's documented calls, both for any batch up to 16
   … batch 1 only           the same for one image at a time, which suits the naive lowering best

@@ -1,4 +1,4 @@
-"""``mvmoe-bench figures``: what this project holds itself to, measured."""
+"""``mvmoe-bench figures``: measures whether this project meets the bars that it holds itself to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mvmoe_deploy.cli.common import positive_int
 from mvmoe_deploy.errors import CheckFailed
 from mvmoe_deploy.terminal import Cell, table
 
-HELP = "measure what this project holds itself to: ratios of export time, bytes, latency and memory"
+HELP = "measure the bars that this project holds itself to: ratios of export time, bytes, latency and memory"
 EXAMPLES = """\
-It takes about eight minutes, with random weights: nothing measured here depends on what a model has learned. Exit code
-1: a figure misses its bar.
+The run takes about eight minutes. It uses random weights, because nothing measured here depends on what a model has
+learned. Exit code 1: a figure misses its bar.
 """
 
 

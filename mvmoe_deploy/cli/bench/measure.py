@@ -1,4 +1,4 @@
-"""``mvmoe-bench measure``: FLOPs, bytes, memory, latency and accuracy of configurations against each other, here."""
+"""``mvmoe-bench measure``: compares FLOPs, bytes, memory, latency and accuracy of configurations on this machine."""
 
 from __future__ import annotations
 
@@ -34,11 +34,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     from mvmoe_deploy.bench.candidates.configuration import BASELINES, backend_names
 
-    p.add_argument("models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="default: the zoo's two models")
     p.add_argument(
-        "--device", choices=["cpu"], default="cpu", help="others have commands of their own, such as android"
+        "models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="what to measure (default: the zoo's two models)"
     )
-    p.add_argument("--suite", choices=["paper"], help="the 12 scales of the paper's figure 3a, with random weights")
+    p.add_argument(
+        "--device", choices=["cpu"], default="cpu", help="other devices have commands of their own, such as android"
+    )
+    p.add_argument(
+        "--suite", choices=["paper"], help="measure the 12 scales of the paper's figure 3a, with random weights"
+    )
     p.add_argument("--scales", metavar="6x64,…", help="only these scales of the suite")
     p.add_argument(
         "--backends", default="onnxruntime", metavar="LIST",
@@ -46,24 +50,26 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--baselines", default="", metavar="LIST",
-        help=f"made from the first routed checkpoint: some of {','.join(BASELINES)}",
+        help=f"baselines to make from the first routed checkpoint: some of {','.join(BASELINES)}",
     )  # fmt: skip
     images = p.add_mutually_exclusive_group()
     images.add_argument("--images", type=Path, metavar="PATH", help="image or folder (default: synthetic ones)")
     images.add_argument(
-        "--data", type=Path, metavar="DIR", help="labelled images, as mvmoe-train takes them: accuracy and routing too"
+        "--data", type=Path, metavar="DIR", help="labelled images, as for mvmoe-train; adds accuracy and routing"
     )
-    p.add_argument("--count", type=positive_int, default=1000, help="labelled images used, evenly spaced")
+    p.add_argument("--count", type=positive_int, default=1000, help="labelled images to use, evenly spaced")
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
-    p.add_argument("--rounds", type=positive_int, default=100, help="fewest samples per row")
-    p.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="shortest time per kind of latency")
+    p.add_argument("--rounds", type=positive_int, default=100, help="least number of samples per row")
+    p.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="least time per kind of latency")
     p.add_argument("--cold-starts", type=positive_int, default=5, metavar="N", help="processes started per row")
-    p.add_argument("--memory-sweep", action="store_true", help="memory after each further expert became resident")
-    p.add_argument("--throughput", action="store_true", help="images per second for batches of 1 to 64")
-    p.add_argument("--residency", action="store_true", help="hit rate, latency and memory for 1 to E resident experts")
+    p.add_argument("--memory-sweep", action="store_true", help="add memory after each further expert became resident")
+    p.add_argument("--throughput", action="store_true", help="add images per second for batches of 1 to 64")
+    p.add_argument(
+        "--residency", action="store_true", help="add hit rate, latency and memory for 1 to E resident experts"
+    )
     p.add_argument(
         "--full", action="store_true",
-        help=f"the three above, torch as well, and the baselines {FULL_BASELINES}; 300 rounds, 10 cold starts",
+        help=f"the three options above, torch as a backend, the baselines {FULL_BASELINES}; 300 rounds, 10 cold starts",
     )  # fmt: skip
     add_measuring_outputs(p)
 

@@ -1,4 +1,4 @@
-"""Where results go: the terminal, and the files that were asked for."""
+"""Prints results on the terminal, and writes them to the files that the options name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 def add_measuring_outputs(p: argparse.ArgumentParser) -> None:
     """Adds ``--json`` and the options of :func:`add_report_outputs`, for :func:`publish`."""
-    p.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all results, raw samples included")
     add_report_outputs(p)
 
 
 def add_report_outputs(p: argparse.ArgumentParser) -> None:
     """Adds ``--csv``, ``--markdown``, ``--html`` and ``--plot``, for :func:`write_reports`."""
-    p.add_argument("--csv", type=Path, metavar="FILE", help="write a line per model, a column per figure")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write one line per model, one column per figure")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     p.add_argument("--html", type=Path, metavar="FILE", help="write charts and tables as one self-contained page")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw latency and memory")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw charts of latency and memory")
 
 
 def publish(results: Results, args: argparse.Namespace) -> None:
-    """What a measurement ends with: ``--json`` first, since it took minutes, then the tables and the reports."""
+    """Writes ``--json`` first, because measuring took minutes, then prints the tables and writes the reports."""
     from mvmoe_deploy.bench.report.tables import terminal_text
     from mvmoe_deploy.bench.results import write_json
 
@@ -36,7 +36,7 @@ def publish(results: Results, args: argparse.Namespace) -> None:
 
 
 def write_reports(results: Results, args: argparse.Namespace) -> bool:
-    """Writes the files that the options of :func:`add_report_outputs` name; tells whether there are any."""
+    """Writes the files that the options of :func:`add_report_outputs` name; returns whether any was named."""
     from mvmoe_deploy.bench.report.tables import csv_text, markdown, write_text
 
     if args.csv:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mvmoe_deploy.cli.bench.outputs import add_report_outputs, write_reports
 
-HELP = "show the JSON of an earlier run, on the terminal or as the files asked for"
+HELP = "show the results of an earlier run as tables on the terminal, or as files"
 EXAMPLES = """\
 examples:
   mvmoe-bench report results.json                       the tables, on the terminal
@@ -17,7 +17,7 @@ examples:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    p.add_argument("results", type=Path, metavar="RESULTS.json", help="written by mvmoe-bench --json")
+    p.add_argument("results", type=Path, metavar="RESULTS.json", help="results written by mvmoe-bench --json")
     add_report_outputs(p)
 
 

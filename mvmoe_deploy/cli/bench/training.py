@@ -1,4 +1,4 @@
-"""``mvmoe-bench training``: how close training comes to a bare training loop."""
+"""``mvmoe-bench training``: how close the speed of training comes to that of a bare training loop."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--models", nargs="+", default=["vit_6x64", "vit_6x96"], metavar="NAME", help="scales to train")
     p.add_argument("--patch", type=positive_int, default=8, help="side of a patch, in pixels")
     p.add_argument("--batch", type=positive_int, default=256, help="images per step")
-    p.add_argument("--min-crop", type=float, default=0.0, help="with resampled crops, as of mvmoe-train")
-    p.add_argument("--jitter", type=float, default=0.0, help="with other colours, as of mvmoe-train")
-    p.add_argument("--optimizer", help="of both loops (default: mvmoe-train's)")
-    p.add_argument("--steps", type=positive_int, default=4, help="per round")
+    p.add_argument("--min-crop", type=float, default=0.0, help="as of mvmoe-train; 0 is off")
+    p.add_argument("--jitter", type=float, default=0.0, help="as of mvmoe-train; 0 is off")
+    p.add_argument("--optimizer", help="optimiser of both loops (default: mvmoe-train's)")
+    p.add_argument("--steps", type=positive_int, default=4, help="training steps per round")
     p.add_argument("--rounds", type=positive_int, default=20, help="rounds that are kept")
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the raw times too")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the raw times into this file")
 
 
 def run(args: argparse.Namespace) -> None:

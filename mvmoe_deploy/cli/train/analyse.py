@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from mvmoe_deploy.models.study.analysis import ImageAnalysis, TokenAnalysis
     from mvmoe_deploy.models.train.data import ImageSet
 
-HELP = (
-    "Analyse routing on labelled images: router accuracy, which classes go to which expert, load and accuracy per "
-    "expert, gates and margins; of a model that routes tokens per layer, with the experts that an image touches"
-)
+HELP = "analyse what a router does with labelled images: accuracy, load, gates, and which expert each class goes to"
 
 EXAMPLES = """\
+The analysis has the router's accuracy, the load and the accuracy of each expert, and the router's gates and margins.
+For a V-MoE it has the load and the overflow of each MoE layer, and how many experts the tokens of an image use.
+
 examples:
   mvmoe-train analyse moe.pt --data tiny-imagenet-32 --plot routing.png
   mvmoe-train analyse moe-onnx.mvmoe --data tiny-imagenet-32 --json
@@ -35,11 +35,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("model", type=Path, metavar="CKPT|BUNDLE", help="a routed model, trained or exported")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips")
+    p.add_argument("--split", default="val", help="which of its folders or zips to read")
     p.add_argument("--count", type=positive_int, metavar="N", help="use N images, evenly spaced (default: all)")
     p.add_argument("--backend", help="engine to run a bundle with (default: the one for its target)")
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: all, 1 for a bundle)")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw it all")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the analysis into this file")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -119,7 +119,7 @@ def _bar(title: str) -> Callable[[Iterator[Any], int], Iterator[Any]]:
 
 
 def describe(result: ImageAnalysis | TokenAnalysis) -> str:
-    """The analysis as text, without what only a picture can show."""
+    """The analysis as text, without the parts that only a picture can show."""
     from mvmoe_deploy.models.study.analysis import TokenAnalysis
 
     lines = [result.headline]

@@ -14,12 +14,11 @@ from mvmoe_deploy.terminal import table
 
 FACTORS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05]
 
-HELP = (
-    "Evaluate a trained V-MoE at several capacity factors, without and with Batch Priority Routing: below 1, "
-    "experts have fewer places than there are tokens, and the rest skip their MLP"
-)
+HELP = "evaluate a trained V-MoE at several capacity factors, without and with Batch Priority Routing"
 
 EXAMPLES = """\
+Below a capacity factor of 1, the experts have fewer places than there are tokens. Tokens without a place skip the MLP.
+
 example:
   mvmoe-train capacity vmoe.pt --data tiny-imagenet-32 --plot capacity.png
 """
@@ -29,10 +28,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained V-MoE")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips")
-    p.add_argument("--factors", type=float, nargs="+", metavar="F", help=f"default: {' '.join(map(str, FACTORS))}")
-    p.add_argument("--batch", type=positive_int, default=500, help="images whose tokens share the places")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the curve")
+    p.add_argument("--split", default="val", help="which of its folders or zips to read")
+    p.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        metavar="F",
+        help=f"capacity factors (default: {' '.join(map(str, FACTORS))})",
+    )
+    p.add_argument("--batch", type=positive_int, default=500, help="images per batch; their tokens share the places")
+    p.add_argument("--plot", type=Path, metavar="PNG", help="draw the curve into this file")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
@@ -74,5 +79,5 @@ def run(args: argparse.Namespace) -> None:
     print(table(rows, ["capacity", "MFLOPs, at most", "vanilla", "BPR", "gain (95 % interval)", "overflow"]))
     print(
         f"{curve.images:,} images in mixed batches of {curve.batch}, trained at {curve.trained_factor:g}; "
-        "the gain in percentage points, paired by image"
+        "the gain is in percentage points, paired by image"
     )

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from mvmoe_deploy.models.study.comparison import Row
     from mvmoe_deploy.models.train.data import ImageSet
 
-HELP = (
-    "Compare trained models on the same images: top-1 accuracy with the paired 95 % interval of its difference to "
-    "the first model, the difference in Mobile V-MoE's figure 3e, and what each model needs on a device"
-)
+HELP = "compare trained models on the same images: their accuracy, and what each needs on a device"
 
 EXAMPLES = """\
+The top-1 accuracy of each model stands beside the paired 95 % interval of its difference to the first model, and beside
+the same difference in Mobile V-MoE's figure 3e.
+
 examples:
   mvmoe-train compare dense.pt moe.pt --data tiny-imagenet-32
   mvmoe-train compare dense.pt super.pt random.pt end_to_end.pt vmoe.pt --data tiny-imagenet-32 --markdown
@@ -31,9 +31,15 @@ examples:
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    p.add_argument("checkpoints", type=Path, nargs="+", metavar="CKPT", help="trained models; the first is the base")
+    p.add_argument(
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CKPT",
+        help="trained models; the others are compared with the first",
+    )
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips")
+    p.add_argument("--split", default="val", help="which of its folders or zips to read")
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -89,12 +95,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 NOTE = """\
-{images:,} images of {split}; delta: percentage points over {base}, its paired bootstrap interval over images, and p of
-McNemar's exact test; expert MLPs that one image uses (those of different layers count apart), mean / most, of all;
-MB of fp32 weights in memory for one image, mean / most, and for all images if none is to be loaded twice"""
+{images:,} images of {split}. delta: percentage points over {base}, with its paired bootstrap interval over the images
+and the p of McNemar's exact test. expert MLPs: how many one image uses, mean / most, out of all; those of different
+layers count separately. MB: fp32 weights in memory for one image, mean / most, and for all images if none is loaded
+twice."""
 ACCURACY = ["model", "routing", "top-1 %", "delta", "95 % interval", "p", "paper delta", "router %", "samples"]
 LEAST_CLASSES = 100
-"""Figure 3e is of ImageNet's 1,000 classes; beside a task of a few classes its differences would mislead."""
+"""With fewer classes, figure 3e's differences are not shown: they are of ImageNet's 1,000 classes and would mislead."""
 NEEDS = ["model", "routing", "MFLOPs", "params M", "active M", "expert MLPs", "MB, one image", "MB, all images"]
 
 
@@ -132,7 +139,7 @@ def _millions(value: float | None, digits: int) -> str | None:
 
 
 def _printed(rows: list[list[Cell]], headers: list[str], *, markdown: bool) -> str:
-    """A table without the columns that no model has anything in."""
+    """A table without the columns that are empty for every model."""
     kept = [column for column in range(len(headers)) if any(row[column] is not None for row in rows)]
     cells = [[row[column] for column in kept] for row in rows]
     shown = [headers[column] for column in kept]
@@ -141,6 +148,6 @@ def _printed(rows: list[list[Cell]], headers: list[str], *, markdown: bool) -> s
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """File names without their suffix, or as given where two are alike."""
+    """File names without their suffix, or the paths as given if two names are equal."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]

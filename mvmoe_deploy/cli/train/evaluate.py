@@ -10,7 +10,7 @@ from pathlib import Path
 from mvmoe_deploy.cli.common import read_split, val_share
 from mvmoe_deploy.errors import DataError
 
-HELP = "Accuracy of a checkpoint on the validation images: top-1, top-5, router, load per expert"
+HELP = "evaluate a checkpoint on the validation images: top-1, top-5, router accuracy, load per expert"
 
 EXAMPLES = """\
 example:
@@ -22,11 +22,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained model")
     p.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with val/ or val.zip")
-    p.add_argument("--capacity-factor", type=float, help="of a V-MoE, instead of the one it was trained with")
+    p.add_argument("--capacity-factor", type=float, help="V-MoE: use this one instead of the checkpoint's")
     p.add_argument(
         "--order",
         choices=["vanilla", "bpr"],
-        help="likewise, the order in which tokens get places",
+        help="V-MoE: give places to tokens in this order instead of the checkpoint's",
     )
     p.add_argument("--json", action="store_true", help="print the results as JSON")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from mvmoe_deploy.cli.common import positive_int, read_split, val_share
 from mvmoe_deploy.errors import DataError
 
-HELP = "Group classes into super-classes by what a dense model confuses"
+HELP = "group the classes that a dense model confuses into super-classes"
 
 EXAMPLES = """\
 example:
@@ -19,9 +19,11 @@ example:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained dense model, or a teacher")
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data it was trained on")
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set that the model was trained on")
     p.add_argument("--experts", type=positive_int, default=10, help="number of super-classes")
-    p.add_argument("--out", type=Path, required=True, metavar="TSV", help="class id, super-class, class name per line")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="TSV", help="table to write: class id, super-class, class name"
+    )
     p.add_argument(
         "--hold-out",
         type=int,
@@ -29,8 +31,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="images per class to measure confusion on (default: those held out when the model was trained)",
     )
     p.add_argument("--slack", type=float, default=1.5, help="largest group, as a multiple of the mean size")
-    p.add_argument("--seed", type=int, default=0, help="of the clustering")
-    p.add_argument("--plot", type=Path, metavar="PNG", help="the confusion matrix by group (default: beside --out)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the clustering")
+    p.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw the confusion matrix by group (default: beside --out)"
+    )
     p.add_argument("--force", action="store_true", help="replace existing files")
 
 
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, plot):
         if path.exists() and not args.force:
             raise DataError(f"{path}: exists already; --force replaces it")
-    model, header = load_checkpoint(args.checkpoint)  # a dense baseline, or what taught it and confuses less
+    model, header = load_checkpoint(args.checkpoint)  # a dense baseline, or its teacher, which confuses less
     if model.config.routes is not None:
         raise DataError(f"{args.checkpoint}: is already routed; super-classes come from a dense model")
     held_out = args.hold_out if args.hold_out is not None else header.training.get("held_out_per_class", 0)

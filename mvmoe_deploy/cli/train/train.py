@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mvmoe_deploy.models.registry import Architecture, ModelConfig
     from mvmoe_deploy.models.train.data import ImageSet
 
-HELP = "Train a dense model, or one whose router picks experts for each image or token"
+HELP = "train a dense model, or one whose router picks experts for each image or token"
 
 EXAMPLES = """\
 examples:
@@ -27,10 +27,10 @@ examples:
 """
 
 SMALL = {"image_size": 32, "patch_size": 8}
-"""Defaults of this command, which trains on small images; those of the configs are the paper's."""
+"""This command's defaults, which suit small images; the defaults of the configs are the paper's."""
 
-MEMORY_HELP = "decoded images that take more go into a temporary file (in TMPDIR) that is mapped into memory"
-VAL_SHARE_HELP = "where --data has no val: validate on this share of each class, chosen by the images' names (0.1)"
+MEMORY_HELP = "decoded images that take more go into a temporary file (in TMPDIR), which is mapped into memory"
+VAL_SHARE_HELP = "if --data has no val: validate on this share of each class, such as 0.1; image names decide on which"
 
 RECIPE_FLAGS = [
     ("epochs", "--epochs", "passes over the training images"),
@@ -40,30 +40,30 @@ RECIPE_FLAGS = [
     ("warmup_epochs", "--warmup-epochs", "epochs of linear warm-up"),
     ("label_smoothing", "--label-smoothing", "share of the target that is spread over all classes"),
     ("crop_padding", "--crop-padding", "pixels of padding before the random crop"),
-    ("min_crop", "--min-crop", "crop a random part of at least this share of each image instead; 0 is off"),
+    ("min_crop", "--min-crop", "instead of padding, crop a random part of at least this share of each image; 0 is off"),
     ("jitter", "--jitter", "change brightness, contrast and saturation by up to this share; 0 is off"),
-    ("views", "--views", "different augmentations of each image, which epochs take in turn; 0: always new ones"),
+    ("views", "--views", "augmentations of each image, used by the epochs in turn; with 0, every epoch draws new ones"),
     ("mixup", "--mixup", "alpha of mixup; 0 is off"),
     ("teacher_weight", "--teacher-weight", "share of the target that is the teacher's answer instead of the label"),
     ("router_weight", "--router-weight", "weight of the router loss"),
     ("auxiliary_weight", "--auxiliary-weight", "weight of the auxiliary loss of routers trained end to end"),
     ("expert_rate", "--expert-rate", "how much each expert learns from its own images, 0 to 1; with muon, the rest of "
-     "its update is learnt from all experts' images"),
-    ("expert_pull", "--expert-pull", "move experts towards their mean at each step by this share; 0 is off"),
-    ("clip", "--clip", "largest gradient norm"),
-    ("seed", "--seed", "seed of weights, order and augmentation"),
+     "its update comes from the images of all experts"),
+    ("expert_pull", "--expert-pull", "share of the way to their mean that each step moves the experts; 0 is off"),
+    ("clip", "--clip", "clip gradients to this norm"),
+    ("seed", "--seed", "seed of the weights, the order of the images and the augmentation"),
 ]  # fmt: skip
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    from mvmoe_deploy.models.train.recipe import OPTIMIZERS, PRECISIONS, ROUTERS, Recipe  # torch; the help waits for it
+    from mvmoe_deploy.models.train.recipe import OPTIMIZERS, PRECISIONS, ROUTERS, Recipe  # imports torch
 
     named = _named()
     defaults = Recipe()
     p.add_argument("--data", type=Path, required=True, metavar="DIR",
-                   help="folder with train/ and val/ (CLASS/*.JPEG inside), or train.zip and val.zip; or, with "
-                   "--val-share, with class folders alone; classes.tsv names classes")  # fmt: skip
+                   help="folder with train/ and val/ (CLASS/*.JPEG in each), or with train.zip and val.zip; with "
+                   "--val-share, class folders alone will do; an optional classes.tsv names the classes")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.pt or .safetensors)")
     p.add_argument("--model", default="mvmoe_6x64", help=", ".join(architecture.form for architecture in named))
     p.add_argument("--from", dest="start_from", type=Path, metavar="CKPT",
@@ -75,24 +75,28 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     router = p.add_argument_group("router of a model that routes images")
     router.add_argument("--superclasses", type=Path, metavar="TSV", help="class id and super-class name on each line")
     router.add_argument("--router", choices=ROUTERS, default=defaults.router,
-                        help="what teaches the router: --superclasses, random ones of equal size, or the auxiliary "
-                        "losses")  # fmt: skip
+                        help="what teaches the router: --superclasses, random super-classes of equal size, or (end to "
+                        "end) its gates and the auxiliary losses")  # fmt: skip
     recipe = p.add_argument_group("recipe")
     recipe.add_argument("--teacher", type=Path, metavar="CKPT",
-                        help="a trained model whose answers are learnt, kept in memory for all --views")  # fmt: skip
+                        help="trained model whose answers are learnt; they are kept in memory")  # fmt: skip
     recipe.add_argument("--answers", type=Path, metavar="DIR",
-                        help="keep the teacher's answers there instead; runs with the same images, views and teacher "
-                        "share them")  # fmt: skip
+                        help="keep the teacher's answers in this folder instead; runs with the same images, views and "
+                        "teacher share them")  # fmt: skip
     for name, flag, text in RECIPE_FLAGS:
         default = getattr(defaults, name)
         recipe.add_argument(flag, dest=name, type=type(default), default=default, help=text)
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default=defaults.optimizer, help="muon learns faster")
-    recipe.add_argument("--precision", choices=PRECISIONS, default=defaults.precision, help="bf16 is faster on a GPU")
+    recipe.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default=defaults.optimizer, help="optimiser; muon learns faster"
+    )
+    recipe.add_argument(
+        "--precision", choices=PRECISIONS, default=defaults.precision, help="bf16 trains faster on a GPU"
+    )
     run_ = p.add_argument_group("running")
-    run_.add_argument("--hold-out", type=int, default=0, metavar="N", help="training images per class to leave unused")
+    run_.add_argument("--hold-out", type=int, default=0, metavar="N", help="training images per class to leave out")
     run_.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=VAL_SHARE_HELP)
-    run_.add_argument("--resume", action="store_true", help="go on after the last whole epoch, if there was one")
-    run_.add_argument("--force", action="store_true", help="start again although --out or a state of it exists")
+    run_.add_argument("--resume", action="store_true", help="go on after the last complete epoch, if there is one")
+    run_.add_argument("--force", action="store_true", help="start again even if --out or its state file exists")
     run_.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     run_.add_argument("--memory-limit", type=float, default=4.0, metavar="GB", help=MEMORY_HELP)
     run_.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -100,7 +104,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def _shape_options(named: list[Architecture]) -> dict[str, dict[str, Any]]:
-    """An option for every config field that has a help text; fields of one name share one."""
+    """An option for every config field that has a help text; fields of the same name share one option."""
     types: dict[type, Any] = {int: positive_int, float: float, str: str}
     options: dict[str, dict[str, Any]] = {}
     for name, field in ((name, field) for each in named for name, field in each.fields.items()):
