@@ -11,4 +11,4 @@ from mvmoe_deploy.runtime import Prediction, RoutedBatch, Runtime, Score, Stats,
 
 __all__ = ["MvmoeError", "Prediction", "RoutedBatch", "Runtime", "Score", "Stats", "load"]
 __version__ = "0.1.0"
-"""Of this release; pyproject.toml reads it from here."""
+"""This release's version; pyproject.toml reads it from here."""

@@ -3,10 +3,10 @@
 import re
 
 MAX_LINE = 300
-"""Characters that are quoted of another library's error."""
+"""Longest quotation from another library's error, in characters."""
 
 MAX_MESSAGE = 2000
-"""Characters of an error of this project; the longest that is meant lists two dozen names."""
+"""Longest message, in characters; the longest intended one lists two dozen names."""
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
@@ -14,12 +14,12 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 class MvmoeError(Exception):
     """Base of all errors of this project; the message says what was wrong, where, and what to do.
 
-    It is one line. What cannot be printed, such as a terminal's escapes in the name of a file, is written as in Python.
+    The message is one line. Unprintable characters, such as terminal escapes in a file name, appear as Python escapes.
     """
 
     def __str__(self) -> str:
         text = super().__str__()
-        if len(text) > MAX_MESSAGE:  # it quotes something absurd
+        if len(text) > MAX_MESSAGE:  # it quotes something unreasonably long
             text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
         if text.isprintable():
             return text
@@ -55,7 +55,7 @@ class ExportError(MvmoeError):
 
 
 class CheckFailed(MvmoeError):  # noqa: N818  (it says what happened)
-    """Something was checked and is not as it should be. The command line exits with 1."""
+    """A check that ran and failed. The command line exits with 1."""
 
 
 class VerificationError(CheckFailed):
@@ -63,7 +63,7 @@ class VerificationError(CheckFailed):
 
 
 class RegressionError(CheckFailed):
-    """A benchmark that became worse than its limit by more than the noise."""
+    """A benchmark value that exceeds its limit by more than the noise."""
 
 
 class DataError(MvmoeError):
@@ -71,9 +71,9 @@ class DataError(MvmoeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as a reason within one line: its first line, or else its type's name.
+    """Another library's error as a reason to quote within one line: its first line, or its type's name if it has none.
 
-    A terminal's escape sequences and whatever else cannot be printed are taken out.
+    Terminal escape sequences and other unprintable characters are removed.
     """
     lines = (_ESCAPE.sub("", line) for line in str(error).splitlines())
     printable = ("".join(character for character in line if character.isprintable()).strip() for line in lines)

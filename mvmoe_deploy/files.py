@@ -18,7 +18,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux's ``renameat2``, which Python does not offer."""
+"""Flags of Linux's ``renameat2``, which Python does not offer."""
 
 
 @contextlib.contextmanager
@@ -40,9 +40,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Lets errors name what is being written, not the temporary that nobody has heard of, nor nothing at all.
+    """Makes errors name the final path instead of the temporary one, or of none.
 
-    A full disk is reported by the writing itself, which knows no name.
+    The error for a full disk comes from the write call, which knows no file name.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def _named(path: Path) -> Iterator[None]:
         if error.errno is None or (name and not name.startswith(str(path.parent / f".{path.name}."))):
             raise
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(error.errno, "exists already: something else wrote it meanwhile", str(path)) from None
+            raise FileExistsError(error.errno, "already exists: another process wrote it", str(path)) from None
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
@@ -59,13 +59,13 @@ def _named(path: Path) -> Iterator[None]:
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling directory; on success it is renamed to ``path``, else removed.
 
-    What a process that was killed left behind, hidden folders beside ``path``, is put right first.
+    Hidden folders that a killed process left beside ``path`` are cleaned up first.
 
     Args:
         path: the final directory; it must not exist unless ``replace``.
-        replace: an existing directory is exchanged for the new one in one step where the system can (Linux).
-            Elsewhere it is moved aside first, and a kill between the two steps leaves ``path`` absent until the next
-            call, which brings it back.
+        replace: replace an existing directory. Where the system can (Linux), the two are exchanged in one step.
+            Elsewhere the old directory is moved aside first; if the process is killed between the two steps, ``path``
+            is absent until the next call, which restores it.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         if not (replace and path.exists()):
             temporary.rename(path)
-        elif not _exchange(temporary, path):  # where it does, the old directory is the one that is removed below
+        elif not _exchange(temporary, path):  # after an exchange, the old directory is the one that is removed below
             with _temporary(path, ".old.tmp") as aside:
                 old = aside / path.name
                 path.rename(old)
@@ -91,7 +91,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary(path: Path, suffix: str) -> Iterator[Path]:
-    """A new hidden directory beside ``path``, locked while it is in use and removed in the end."""
+    """Yields a new hidden directory beside ``path``; it is locked while in use and removed at the end."""
     directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent))
     try:
         with _lock(directory):
@@ -102,7 +102,7 @@ def _temporary(path: Path, suffix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[bool]:
-    """Holds a directory's lock, which ends with the process; yields False where another process holds it."""
+    """Locks a directory until the block or the process ends; yields False if another process holds the lock."""
     if fcntl is None:
         yield False
         return
@@ -117,7 +117,7 @@ def _lock(directory: Path) -> Iterator[bool]:
 
 
 def _clean_up_after_the_killed(path: Path) -> None:
-    """Removes temporary directories that no process works on any more; an old directory moved aside comes back."""
+    """Removes temporary directories that no process uses any more, and restores an old directory moved aside."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError), _lock(left) as abandoned:
             if abandoned and left.is_dir() and not left.is_symlink():

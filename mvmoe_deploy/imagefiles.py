@@ -1,4 +1,4 @@
-"""Which files are images: by what they hold, or by what their name claims."""
+"""Which files are images, judged by their content or by their name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from mvmoe_deploy.errors import ImageError
 
 HEAD = 32
-"""Bytes that :func:`image_format` needs of a file."""
+"""Number of bytes at the start of a file that :func:`image_format` needs."""
 
 MAX_FILE_BYTES = 1 << 30
-"""Largest file that is read; an image of the largest size that is decoded takes 600 MB as a TIFF of 16 bits."""
+"""Largest file that is read. The largest image that is decoded takes 600 MB as a 16-bit TIFF."""
 
 MAX_DEPTH = 32
-"""Of the folders that are searched for images."""
+"""Deepest nesting of folders that is searched for images."""
 
 _CLAIMS = (
     r"\.(jpe?g?|jfif|a?png|gif|webp|bmp|dib|tiff?|hei[cf]|avif|j2k|jp2|jxl|p[bgpn]m|ico|dds|tga|qoi|psd|exr|svg"
@@ -44,28 +44,28 @@ _MAGIC = [
 
 
 def image_format(head: bytes) -> str | None:
-    """The image format that a file's first :data:`HEAD` bytes are of; None if they are of no image."""
+    """The image format that a file's first :data:`HEAD` bytes show; None if the file is not an image."""
     # compiled when first used, which most runs never do
     return next((name for pattern, name in _MAGIC if re.match(pattern, head, re.DOTALL)), None)
 
 
 def claims_to_be_image(name: str) -> bool:
-    """Whether a file's name is that of an image, which it is then taken for, readable or not."""
+    """Whether a file's name is that of an image; such a file is treated as an image, readable or not."""
     return re.fullmatch(_CLAIMS, os.path.splitext(name)[1], re.IGNORECASE) is not None
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a file or folder of this name is the system's rather than the user's."""
+    """Whether a file or folder of this name belongs to the system rather than to the user."""
     return part.startswith(".") or part == "__MACOSX"
 
 
 def walk(folder: Path) -> Iterator[tuple[str, ...]]:
-    """All files below a folder, as the parts of their paths relative to it; an empty folder ends in an empty part.
+    """Yields all files below a folder as the parts of their relative paths; an empty folder's last part is empty.
 
-    Links are followed, but not to a folder that they lie in.
+    Links are followed, except to a folder that contains the link.
 
     Raises:
-        ImageError: a folder that may not be read, or folders nested more than :data:`MAX_DEPTH` deep.
+        ImageError: a folder cannot be read, or folders are nested more than :data:`MAX_DEPTH` deep.
     """
 
     def inside(place: Path, parts: tuple[str, ...], above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, ...]]:
@@ -91,7 +91,7 @@ def walk(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 def image_files(where: Path) -> list[Path]:
-    """The images of a folder and its sub-folders, sorted, hidden ones left out; of a file, itself.
+    """The images in a folder and its sub-folders, sorted and without hidden ones; for a file, the file itself.
 
     Raises:
         ImageError: no such file or folder.
@@ -105,7 +105,7 @@ def image_files(where: Path) -> list[Path]:
 
 
 def head_of(path: Path) -> bytes:
-    """A file's first :data:`HEAD` bytes; nothing of what is no regular file or cannot be read."""
+    """A file's first :data:`HEAD` bytes; empty if it is not a regular file or cannot be read."""
     try:
         if not path.is_file():  # a pipe would wait for a writer
             return b""

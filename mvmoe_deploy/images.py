@@ -25,7 +25,7 @@ Decoding one takes up to a gigabyte.
 """
 
 MAX_SIDE = 65_535
-"""Longest side of an image that is decoded, which is that of a JPEG."""
+"""Longest side of an image that is decoded, in pixels: the largest that JPEG allows."""
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -47,7 +47,7 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         crop: share of the shorter side that is kept (torchvision's 224 / 256 is 0.875).
         interpolation: ``bilinear`` or ``bicubic``, with antialiasing.
         mean: per RGB channel, of values scaled to 0…1.
-        std: per RGB channel, likewise.
+        std: per RGB channel, of values scaled to 0…1.
     """
 
     size: Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -58,12 +58,12 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def scale(self) -> NDArray[np.float32]:
-        """Per channel factor ``[3]`` that takes 0…255 to the model's input, before :attr:`bias` is added."""
+        """Per-channel factor ``[3]`` that maps 0…255 to the model's input, before :attr:`bias` is added."""
         return (1 / (255 * np.asarray(self.std))).astype(np.float32)
 
     @property
     def bias(self) -> NDArray[np.float32]:
-        """Per channel addend ``[3]``."""
+        """Per-channel offset ``[3]`` that is added after :attr:`scale`."""
         bias: NDArray[np.float32] = (-np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
         return bias
 
@@ -79,7 +79,7 @@ def decode(source: ImageSource, name: str = "image") -> Image.Image:
     Args:
         source: a path, the bytes of a file, a PIL image, or a uint8 array ``[H, W, 3]``, ``[H, W, 4]``,
             ``[H, W, 1]`` or ``[H, W]``.
-        name: what to call it in errors, when it has no path.
+        name: what to call the image in errors, when it has no path.
 
     Raises:
         ImageError: no such file, not an image, damaged or truncated, above :data:`MAX_PIXELS` or :data:`MAX_SIDE`, or
@@ -99,7 +99,7 @@ def decode(source: ImageSource, name: str = "image") -> Image.Image:
     _check_size(image.size, name)
     try:
         image.load()  # decodes the pixels, so this is where a truncated file shows
-        _check_size(image.size, name)  # some files hold an image of another size than they say
+        _check_size(image.size, name)  # some files hold an image of a different size than their header says
         if not isinstance(source, Image.Image):
             _check_complete(image, source)
         return _rgb(image if _has_no_exif(image) else _upright(image), name)
@@ -124,10 +124,10 @@ def to_pixels(source: ImageSource, preprocessing: Preprocessing, name: str = "im
 
 
 def _resample(image: Image.Image, side: float, size: int, interpolation: str) -> Image.Image:
-    """The centred square of this side, resampled to ``size`` × ``size``: first across, then down.
+    """Resamples the centred square of ``side`` pixels to ``size`` × ``size``: first horizontally, then vertically.
 
-    The order matters, since each pass rounds to bytes. In one call, Pillow 13 takes tall images down first and earlier
-    releases do not, so the passes are two calls.
+    The order matters, since each pass rounds to bytes. In a single call, Pillow 13 resamples tall images vertically
+    first, which earlier releases do not. Two calls fix the order.
     """
     filtered, reach = _RESAMPLING[interpolation]
     left, top = (image.width - side) / 2, (image.height - side) / 2
@@ -137,14 +137,14 @@ def _resample(image: Image.Image, side: float, size: int, interpolation: str) ->
     if last - first < image.height:
         image = image.crop((0, first, image.width, last))
     across = image.resize((size, image.height), filtered, box=(left, 0, left + side, image.height))
-    # Pillow rounds a box to float32: rounded first, it names the same rows as in the whole image.
+    # Pillow rounds a box to float32; rounding before the shift selects the same rows as in the whole image.
     start, end = float(np.float32(top)) - first, float(np.float32(top + side)) - first
     return across.resize((size, size), filtered, box=(0, start, size, end))
 
 
 def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """uint8 ``[..., size, size, 3]`` → float32 ``[..., 3, size, size]``, contiguous."""
-    # channels first while the values are bytes: seven times faster than moving floats, or than scaling rows of three
+    # Channels are moved first while the values are bytes: seven times faster than moving floats or scaling rows of 3.
     result = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)
     result *= preprocessing.scale[:, None, None]
     result += preprocessing.bias[:, None, None]
@@ -175,7 +175,7 @@ def preprocess(source: ImageSource, preprocessing: Preprocessing, name: str = "i
 
 
 def _open(source: str | Path | io.BytesIO, name: str) -> Image.Image:
-    # The filters of warnings are the process's: two threads that change them at once may leave them changed.
+    # Warning filters belong to the process: two threads that change them at once may leave them changed.
     with _warnings_lock, warnings.catch_warnings():
         # Pillow's own limit only warns at this size; _check_size is the limit here. Plugins warn of damaged metadata.
         warnings.simplefilter("ignore")
@@ -216,7 +216,7 @@ def _identify(source: str | Path | io.BytesIO, name: str) -> Image.Image:
     if kind is None:
         raise ImageError(f"{name}: not an image that can be read")
     if kind != "HEIC":
-        raise ImageError(f"{name}: not an image that can be read ({kind}, damaged or in a form that is unknown here)")
+        raise ImageError(f"{name}: not an image that can be read ({kind}, damaged or of an unsupported variant)")
     try:
         import pillow_heif
     except ImportError:
@@ -257,20 +257,20 @@ def _scale_transparency(image: Image.Image) -> None:
 
 
 def _check_complete(image: Image.Image, source: str | Path | bytes) -> None:
-    """Refuses a stream that ends well but early, of which Pillow says nothing: the pixels that it lacks are 0 or grey.
+    """Refuses a well-formed stream that ends early; Pillow fills its missing pixels with 0 or grey without an error.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the stream ends early.
     """
     right = image.width - 1
     if image.format == "PNG":
-        # of interlaced rows, it may be the last but one that is missing
+        # with interlacing, the missing row may be the last but one
         ends = [image.getpixel((right, row)) for row in range(max(0, image.height - 2), image.height)]
         black = any(end == 0 or (isinstance(end, tuple) and not any(end)) for end in ends)
         if black and not _png_is_complete(_content(source)):
             raise ValueError("its data ends early")
     elif image.format == "JPEG" and image.getpixel((right, image.height - 1)) in (128, (128, 128, 128)):
-        # Were the decoder still waiting for data, it would make something of data added at the end.
+        # A decoder that is still waiting for data would use bytes that are added at the end.
         content = _content(source)
         end = content.rfind(b"\xff\xd9")
         longer = Image.open(io.BytesIO(content[:end] + bytes(range(1, 255)) * 4 + content[end:]))
@@ -327,23 +327,23 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes an EXIF orientation."""
+"""The transposition that undoes each EXIF orientation."""
 
 
 _EXIF = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-"""Where Pillow keeps what may hold an orientation, of a JPEG or PNG file."""
+"""Keys of ``Image.info`` under which Pillow keeps the orientation of a JPEG or PNG file."""
 
 
 def _has_no_exif(image: Image.Image) -> bool:
-    """Whether an image surely has no orientation; asking Pillow takes a sixth of a small file's decoding."""
+    """Whether an image certainly has no orientation; asking Pillow takes a sixth of a small file's decoding time."""
     # an image that was not opened from a file has no format, and one that was may have been given EXIF data since
     opened = image.format in ("JPEG", "PNG") and getattr(image, "_exif", None) is None
     return opened and _EXIF.isdisjoint(image.info)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it also writes the other metadata back, which fails for many an image whose
-    # metadata is damaged or odd and whose pixels are not.
+    # Not ImageOps.exif_transpose: it also writes the other metadata back, which fails for many images whose
+    # metadata is damaged or unusual although their pixels are fine.
     try:
         turn = _TURN.get(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's EXIF reader raises whatever it stumbles over
@@ -351,7 +351,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if turn is None:
         return image
     turned = image.transpose(turn)
-    for key in set(turned.info) - {"transparency"}:  # or it would be turned once more when it is decoded again
+    for key in set(turned.info) - {"transparency"}:  # else it would be turned again when it is decoded again
         del turned.info[key]
     return turned
 
@@ -369,7 +369,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if not wide and not image.has_transparency_data:
         return image.convert("RGB")
     largest = _largest(image, name) if wide else 255
-    # in strips: whole, an image of the largest size would take gigabytes on the way
+    # in strips: converting the largest image whole would take gigabytes
     rows = max(1, _STRIP_PIXELS // image.width)
     if rows >= image.height:
         return _over_white(image, largest)
@@ -390,14 +390,14 @@ def _over_white(image: Image.Image, largest: int) -> Image.Image:
         if isinstance(transparent := image.info.get("transparency"), int):
             grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("La", "RGBa"):  # colours that are multiplied by their opacity
+    if image.mode in ("La", "RGBa"):  # colours that are premultiplied by their opacity
         image = image.convert(image.mode.upper())
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _largest(image: Image.Image, name: str) -> int:
-    """The largest value that an image with grey values wider than 8 bits may have: its white.
+    """White: the largest value that an image with grey values wider than 8 bits may have.
 
     Raises:
         ImageError: values that are negative, not finite, or above all known ranges.
@@ -412,7 +412,7 @@ def _largest(image: Image.Image, name: str) -> int:
         lowest, highest = min(lowest, low), max(highest, high)
     if lowest < 0:
         raise ImageError(f"{name}: has pixels down to {lowest:g}, below 0; convert it to 8 bits")
-    if image.format == "PPM":  # says what its largest value may be, which Pillow makes 65535
+    if image.format == "PPM":  # its header states the largest value, which Pillow scales to 65535
         return 65535
     ranges = (1, *_KNOWN_RANGES) if image.mode == "F" else _KNOWN_RANGES
     for largest in ranges:
@@ -422,8 +422,8 @@ def _largest(image: Image.Image, name: str) -> int:
 
 
 def evenly_spaced(total: int, count: int) -> NDArray[np.int64]:
-    """Indices of ``count`` of ``total`` things in order, first and last included; all of them where there are no more.
+    """``count`` evenly spaced indices below ``total``, ascending, with the first and the last; at most ``total``.
 
-    Data sets are sorted by class, so that none is left out.
+    Data sets are sorted by class, so even spacing leaves no class out.
     """
     return np.linspace(0, total - 1, min(count, total)).astype(np.int64)

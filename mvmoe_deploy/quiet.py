@@ -1,4 +1,4 @@
-"""Keeping other people's libraries from talking on a user's terminal."""
+"""Keeps third-party libraries from printing to a user's terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops warnings and whatever is written to standard error, by native code too, until the block ends.
+    """Drops warnings and everything written to standard error, also by native code, until the block ends.
 
-    Toolchains warn of libraries they do not find and processor files they cannot read, and draw progress bars; what
-    goes wrong they raise. Standard error is the process's, so other threads are silenced as well: keep the block to
-    imports and conversions.
+    Toolchains warn of libraries they do not find and processor files they cannot read, and draw progress bars. Real
+    failures they raise as exceptions. Standard error belongs to the process, so other threads are silenced as well:
+    use the block for imports and conversions only.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

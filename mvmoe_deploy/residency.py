@@ -26,14 +26,14 @@ class _Slot:
 
 @dataclass
 class Ledger:
-    """What happened so far; a snapshot.
+    """A snapshot of the counts so far and of the resident experts.
 
     Attributes:
         hits: uses of an expert that was resident (or being loaded by another thread).
         misses: uses that loaded an expert.
         evictions: experts dropped to make room.
         resident: indices of the resident experts, least recently used first.
-        resident_bytes: what these weigh.
+        resident_bytes: size of the resident experts' weights, in bytes.
     """
 
     hits: int = 0
@@ -46,8 +46,8 @@ class Ledger:
 class Residency:
     """Keeps experts resident within a budget; safe from several threads.
 
-    A thread uses one expert at a time, so waiting for room always ends: whoever holds an expert lets go of it
-    without needing another.
+    A thread uses one expert at a time, so waiting for room always ends: every thread that holds an expert releases
+    it without needing another.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Residency:
         max_resident: int | None = None,
         pinned: Collection[int] = (),
     ) -> None:
-        """Nothing is loaded yet.
+        """Checks the bounds; nothing is loaded yet.
 
         Args:
             load: makes an expert ready to run; called outside any lock, once per miss.
             sizes: bytes of each expert.
-            memory_budget: most bytes of resident experts; None for no bound.
-            max_resident: most resident experts; None for no bound.
+            memory_budget: largest total size of the resident experts, in bytes; None for no bound.
+            max_resident: largest number of resident experts; None for no bound.
             pinned: experts that are never evicted once resident.
 
         Raises:
-            BudgetError: the bounds cannot hold the pinned experts and any one other.
+            BudgetError: the bounds cannot hold the pinned experts and any one other expert.
         """
         self._load = load
         self._sizes = sizes
@@ -78,7 +78,7 @@ class Residency:
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._waiting = 0  # threads in _claim that something has to wake
+        self._waiting = 0  # threads in _claim that must be woken
         self._cleared = False
         self._hits = self._misses = self._evictions = 0
         self._check_bounds()
@@ -99,13 +99,13 @@ class Residency:
             raise BudgetError(f"max_resident={self._most} cannot hold an expert{beside}: needs at least {count}")
 
     def acquire(self, expert: int) -> Loaded:
-        """What an expert consists of, loaded first where needed; it stays resident until :meth:`release`.
+        """Returns an expert's pieces, loading them first if needed; they stay resident until :meth:`release`.
 
-        However many threads ask for an absent expert, one loads it and the others wait. Where no room can be made
-        because every other resident expert is in use, it waits for one to be released.
+        However many threads ask for an absent expert, one loads it and the others wait. If no room can be made
+        because every other resident expert is in use, the call waits for one to be released.
         """
-        # The usual case, a resident expert, written out: a prediction's every step runs with a cold cache, and a
-        # condition's methods cost several times as much as a lock's.
+        # The usual case, a resident expert, is written out: every step of a prediction runs with a cold cache, and
+        # a condition's methods cost several times as much as a lock's.
         with self._lock:
             slot = self._slots.get(expert)
             if slot is not None and slot.loaded is not None:
@@ -174,7 +174,7 @@ class Residency:
         return slot
 
     def _make_room(self, size: int) -> list[_Slot] | None:
-        """Evicts the least recently used idle experts until ``size`` bytes fit; None (and no change) if they can't."""
+        """Evicts the least recently used idle experts until ``size`` bytes fit; None (and no change) if they cannot."""
         count, total = len(self._slots) + 1, self._bytes() + size
         leaving: list[int] = []
         idle = (e for e, slot in self._slots.items() if not slot.users and e not in self._pinned)
@@ -199,12 +199,12 @@ class Residency:
         return slot is not None and slot.loaded is not None
 
     def ledger(self) -> Ledger:
-        """Counts and resident experts, all of one moment."""
+        """Counts and resident experts, all taken at the same moment."""
         with self._changed:
             return Ledger(self._hits, self._misses, self._evictions, list(self._slots), self._bytes())
 
     def clear(self) -> None:
-        """Drops every expert, those in use as soon as they no longer are; nothing stays resident from now on."""
+        """Drops every expert, one in use once it is released; from now on no expert stays resident."""
         with self._lock:
             self._cleared = True
             dropped = [self._slots.pop(e) for e in [e for e, slot in self._slots.items() if not slot.users]]
@@ -215,7 +215,7 @@ def parse_bytes(text: str | int) -> int:
     """``8MB``, ``8 MiB``, ``512kB`` or a number of bytes → bytes (MB is 10⁶, MiB 2²⁰).
 
     Raises:
-        BudgetError: not of that form, or not above zero.
+        BudgetError: the text has another form, or the size is not above zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(k|M|G)?(i)?B?\s*", str(text), re.IGNORECASE)
     if match is None:

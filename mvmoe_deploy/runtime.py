@@ -23,12 +23,12 @@ from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 Floats = NDArray[np.float32]
 
 _Used = tuple[list[NDArray[Any]], float, float]
-"""What experts returned, and the milliseconds that loading and running them took."""
+"""The experts' outputs, and the milliseconds that loading and running the experts took."""
 
 _NEARLY_ONE = 0.95, 1.05
-"""A router's probabilities sum to something between these; a thousand in half precision are off by 0.01."""
+"""Bounds on the sum of a router's probabilities; the sum of a thousand in half precision is off by 0.01."""
 
-# Results are msgspec's structs: after a model's run, with a cold cache, a dataclass takes 5 to 10 µs to make.
+# Results are msgspec structs: after a model's run, with a cold cache, a dataclass takes 5 to 10 µs to create.
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -40,15 +40,15 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """What the model says of one image.
+    """The model's answer for one image.
 
     Attributes:
         top: the most probable classes, best first.
-        expert: index of the (first) expert that was used; None for a dense model.
-        expert_name: what it is for.
-        gate: its router probability.
-        experts: all experts used (k of them), best first.
-        gates: their router probabilities.
+        expert: index of the expert that was used (the best one for k > 1); None for a dense model.
+        expert_name: what this expert is for.
+        gate: this expert's router probability.
+        experts: all k experts that were used, best first.
+        gates: the router probabilities of ``experts``.
         timings: milliseconds of ``preprocess``, ``trunk`` (with the router), ``load`` (of tails that were not
             resident) and ``tail``; a dense model has ``model`` in place of the last three.
     """
@@ -68,17 +68,17 @@ class Prediction(msgspec.Struct, frozen=True):
 
     @property
     def probability(self) -> float:
-        """Of the most probable class."""
+        """The probability of the most probable class."""
         return self.top[0].probability
 
 
 class RoutedBatch(msgspec.Struct, frozen=True):
-    """Where a batch went.
+    """The experts that a batch's images were routed to.
 
     Attributes:
         probabilities: the router's, ``[B, E]``.
         experts: chosen experts ``[B, k]``, best first.
-        gates: their probabilities ``[B, k]``; they are not renormalised.
+        gates: the chosen experts' probabilities ``[B, k]``, not renormalised.
     """
 
     probabilities: Floats
@@ -91,7 +91,7 @@ class Stats(msgspec.Struct, frozen=True):
 
     Attributes:
         hits: uses of a resident expert.
-        misses: uses that had to load one.
+        misses: uses that had to load an expert.
         evictions: experts dropped to make room.
         resident: indices of the resident experts, least recently used first.
         resident_bytes: weights of the resident experts (what the memory budget bounds).
@@ -125,30 +125,30 @@ def load(
 
     Args:
         bundle: the bundle's directory.
-        memory_budget: most bytes of resident tails (``"8MB"``); the least recently used leave first. By default
-            a tail stays once loaded.
-        max_resident: most resident tails.
+        memory_budget: largest total size of the resident tails (``"8MB"``); the least recently used are evicted
+            first. By default a tail stays resident once it is loaded.
+        max_resident: largest number of resident tails.
         threads: threads that a piece may use; all pieces of the process share one pool.
         preload: experts to load now.
         pin: experts that are loaded now and never evicted.
-        backend: by default the one for the bundle's target.
-        check: ``all`` compares every file with its sha256 now; ``lazy`` each before it is first loaded, which
-            starts faster and allows experts to arrive later.
+        backend: name of the backend; by default the first one of the bundle's target.
+        check: ``all`` compares every file with its sha256 now. ``lazy`` compares each file before it is first loaded,
+            which starts faster and allows experts to arrive later.
         digest: sha256 that the bundle's ``manifest.json`` must have (``mvmoe-inspect`` shows it), for an app that
             knows its bundle; graphs are then not checked before the engine sees them.
-        trust: run graphs unchecked: those of operators that no export of this project has. A hostile one can end the
-            process or do worse.
+        trust: run graphs without checking them first, including graphs with operators that no export of this project
+            uses. A hostile graph can end the process or do worse.
 
     Raises:
-        BundleError: a missing, damaged or unsafe bundle.
-        BackendError: no backend for it here.
-        BudgetError: a budget that cannot hold one tail.
+        BundleError: the bundle is missing, damaged or unsafe.
+        BackendError: no backend for the bundle runs here.
+        BudgetError: the budget cannot hold one tail.
     """
     opened = open_bundle(bundle, digest=digest, trust=trust)
     if check == "all":
         opened.check()
     check_threads(threads)
-    # absolute, so that experts are found after the process has changed its directory
+    # absolute, so that experts are found after the process has changed its working directory
     opened = replace(opened, path=opened.path.absolute())
     return Runtime(
         opened,
@@ -187,7 +187,7 @@ class Runtime:
             self._fixed = [p for p in bundle.manifest.pieces if p.role not in ("tail", "expert_layer")]
         experts = routing.experts if routing else 0
         self._numbers = np.arange(experts)[:, None]
-        self._numbers.flags.writeable = False  # its rows are given away
+        self._numbers.flags.writeable = False  # callers get its rows
         self._expert_pieces: list[list[Piece]] = [
             [piece for piece in bundle.manifest.pieces if piece.expert == expert] for expert in range(experts)
         ]
@@ -217,7 +217,7 @@ class Runtime:
     def close(self) -> None:
         """Drops everything that is loaded; the runtime cannot be used afterwards.
 
-        What other threads have begun ends as it would have, and what it uses is dropped after it.
+        Calls that other threads have begun finish normally; the pieces that they use are dropped after them.
         """
         self._pieces = {}
         self._residency.clear()
@@ -244,7 +244,7 @@ class Runtime:
         Raises:
             ImageError: the image cannot be read.
             BundleError: a tail that is needed is missing or damaged.
-            BackendError: a piece failed, or returned what cannot be an answer.
+            BackendError: a piece failed, or its output is impossible (see the message).
         """
         pieces = self._open_pieces()
         manifest = self.bundle.manifest
@@ -278,12 +278,12 @@ class Runtime:
                 probabilities of those experts.
 
         Returns:
-            Logits ``[B, C]`` and where the images went (None for a dense model).
+            Logits ``[B, C]`` and the experts that the images were routed to (None for a dense model).
 
         Raises:
-            ImageError: a wrong shape or dtype, or values that are not finite.
+            ImageError: the batch has a wrong shape or dtype, or values that are not finite.
             BundleError: a tail that is needed is missing or damaged.
-            BackendError: a piece failed, or returned what cannot be an answer.
+            BackendError: a piece failed, or its output is impossible (see the message).
         """
         pieces = self._open_pieces()
         size = self.bundle.manifest.preprocessing.size
@@ -315,7 +315,7 @@ class Runtime:
         with self._lock:
             gone = self._loaded_once - set(ledger.resident)
         unfreed = sum(piece.weight_bytes for expert in gone for piece in self._expert_pieces[expert])
-        # what all experts of the swappable layout share is kept from the first one's loading on
+        # in the swappable layout, what all experts share is loaded with the first expert and then kept
         swapping = {piece.graph: piece.shared_bytes for pieces in self._expert_pieces for piece in pieces}
         fixed = sum(piece.weight_bytes for piece in self._fixed) + sum(swapping.values())
         return Stats(
@@ -325,13 +325,13 @@ class Runtime:
     def _run_image(
         self, pieces: dict[str, LoadedPiece], batch: Floats
     ) -> tuple[list[NDArray[Any]], Floats, int, float, dict[str, float]]:
-        """One image and one expert.
+        """Runs one image through one expert.
 
         Returns:
             The tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate, and milliseconds by step.
 
-        Few steps, and few numpy calls: after a model's run their code is out of the processor's cache, and what takes
-        a microsecond otherwise takes ten.
+        It takes few steps and few numpy calls: after a model's run, their code is out of the processor's cache, and
+        a call that otherwise takes a microsecond takes ten.
         """
         started = perf_counter()
         tokens, probabilities = self._run_trunk(pieces, batch)
@@ -345,7 +345,7 @@ class Runtime:
         return outputs, probabilities, expert, gate, {"trunk": 1e3 * (ready - started), "load": load, "tail": tail}
 
     def _run_trunk(self, pieces: dict[str, LoadedPiece], batch: Floats) -> tuple[Floats, Floats]:
-        """Tokens ``[B, N, D]`` and the router's probabilities ``[B, E]``."""
+        """Returns tokens ``[B, N, D]`` and the router's probabilities ``[B, E]``."""
         if self._fused_router:
             tokens, probabilities = pieces["trunk"](batch)
         else:
@@ -354,13 +354,13 @@ class Runtime:
         return tokens, probabilities
 
     def _check_logits(self, logits: Floats, experts: Any) -> None:
-        """Refuses logits ``[B, C]`` with NaN, infinity or nothing but minus infinity for an image."""
+        """Refuses logits ``[B, C]`` with NaN or infinity, or with only minus infinity for an image."""
         fine = np.isfinite(logits.max(axis=1))
         if not fine.all():
             raise self._no_answer([] if experts is None else list(experts[int(fine.argmin())]))
 
     def _no_answer(self, experts: list[int]) -> BackendError:
-        """What to raise where an image's logits, or the classes ranked from them, are impossible."""
+        """The error for an image whose logits, or the classes ranked from them, are impossible."""
         if self._routing is None:
             piece = self.bundle.piece("model")
         else:
@@ -380,11 +380,11 @@ class Runtime:
     def _run(
         self, pieces: dict[str, LoadedPiece], batch: Floats, forced: NDArray[np.int64] | None
     ) -> tuple[list[NDArray[Any]], RoutedBatch | None, dict[str, float]]:
-        """A batch.
+        """Runs a batch.
 
         Returns:
-            The outputs of the last piece, logits first (of a batch that was grouped, the logits alone), where the
-            images went, and milliseconds by step.
+            The outputs of the last piece, logits first (only the logits if the batch was grouped by expert), the
+            experts that the images were routed to, and milliseconds by step.
         """
         started = perf_counter()
         routing = self._routing
@@ -433,7 +433,10 @@ class Runtime:
         return pieces["head"](tokens), load, tail
 
     def _use(self, expert: int, layer: int, inputs: tuple[Floats, ...], started: float) -> _Used:
-        """Runs a layer of an expert (0 of a tail), loaded first where needed; ``started`` is when that began."""
+        """Runs one layer of an expert (a tail is layer 0), loading the expert first if needed.
+
+        ``started`` is the time at which acquiring the expert began.
+        """
         loaded = self._residency.acquire(expert)
         try:
             ready = perf_counter()
@@ -443,11 +446,11 @@ class Runtime:
         return outputs, 1e3 * (ready - started), 1e3 * (perf_counter() - ready)
 
     def _resident_first(self, experts: NDArray[np.int64]) -> list[int]:
-        """Each expert of a batch once; resident ones first, before another's load can evict them."""
+        """Each expert of a batch once, resident ones first: loading another expert could evict them."""
         return sorted(np.unique(experts).tolist(), key=lambda expert: not self._residency.resident(expert))
 
     def _open_pieces(self) -> dict[str, LoadedPiece]:
-        """The fixed pieces; whoever has them may go on after :meth:`close`."""
+        """The fixed pieces; a call that holds them may go on after :meth:`close`."""
         pieces = self._pieces
         if not pieces:
             raise BackendError(f"{self.bundle.path}: this runtime was closed")
@@ -475,7 +478,7 @@ class Runtime:
 
 
 def top_k(probabilities: Floats, k: int) -> NDArray[np.int64]:
-    """Indices ``[B, k]`` of the k largest of ``[B, E]``, best first; of equals the lower index, as everywhere here."""
+    """Indices ``[B, k]`` of the k largest of ``[B, E]``, best first; the lower index wins a tie, as everywhere here."""
     if k == 1:
         first: NDArray[np.int64] = probabilities.argmax(axis=1)[:, None]
         return first
@@ -488,7 +491,7 @@ def _best(outputs: list[NDArray[Any]], top: int) -> list[tuple[int, float]] | No
     Args:
         outputs: logits ``[B, C]`` and, where the graph ranks classes itself, the most probable ones' probabilities
             and indices, ``[B, n]`` each.
-        top: how many are wanted.
+        top: number of classes.
     """
     logits = outputs[0][0]
     classes = len(logits)

@@ -14,11 +14,11 @@ def snippet(bundle: Bundle, language: str) -> str:
     """Source code of a class that routes an image and runs one expert.
 
     Args:
-        bundle: of a model with one expert per image.
-        language: one that the bundle's target has a snippet in, such as ``swift``.
+        bundle: the bundle of a model with one expert per image.
+        language: a language for which the bundle's target has a snippet, such as ``swift``.
 
     Raises:
-        BundleError: no snippet for this language and target, or not such a model.
+        BundleError: there is no snippet for this language and target, or the model is of another kind.
     """
     m = bundle.manifest
     target = targets.get(m.target)
@@ -32,7 +32,7 @@ def snippet(bundle: Bundle, language: str) -> str:
     trunk, tail = bundle.piece("trunk"), bundle.piece("tail", 0)
     specs = [*trunk.inputs, *trunk.outputs, *tail.inputs, *tail.outputs]
     for name in [m.source.checkpoint, trunk.graph, trunk.function or "", *(spec.name for spec in specs)]:
-        if not re.fullmatch(r"[\w./ -]*", name):  # it would become part of a program
+        if not re.fullmatch(r"[\w./ -]*", name):  # the name would become part of a program
             raise BundleError(f"{bundle.path}: the manifest's name {name!r} cannot stand in source code")
     write: Callable[[Manifest, Piece, Piece], str]
     write = targets.resolve(target.snippets[language], f"the {language} snippet", target.requirement, BundleError)
@@ -40,12 +40,12 @@ def snippet(bundle: Bundle, language: str) -> str:
 
 
 def languages() -> list[str]:
-    """All that some target has a snippet in."""
+    """All languages for which some target has a snippet."""
     return sorted({language for target in targets.known().values() for language in target.snippets})
 
 
 def _facts(m: Manifest, comment: str = "//") -> str:
-    """What every snippet starts with: how an image becomes the input."""
+    """The comment that every snippet starts with: how an image becomes the model's input."""
     p = m.preprocessing
     assert m.routing is not None
     lines = [

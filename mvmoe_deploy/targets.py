@@ -1,4 +1,4 @@
-"""The targets: one record each, which every list of targets, backends or packages is made from.
+"""The targets: one record each. Every list of targets, backends or packages is made from these records.
 
 Records name modules and functions as ``module:attribute``, and :func:`resolve` imports them at first use: this file
 imports no toolchain and no PyTorch. docs/adding-a-target.md shows how to add a target.
@@ -20,14 +20,14 @@ GROUP = "mvmoe_deploy.targets"
 
 @dataclass(frozen=True)
 class Engine:
-    """What stands behind a backend's name.
+    """How a backend is opened, and which packages it needs.
 
     Attributes:
-        name: of the backend; no two targets share one.
+        name: the backend's name; no two targets share one.
         opens: function ``(bundle, threads) -> Backend``, as :func:`mvmoe_deploy.backends.open_backend` calls it.
         packages: installed packages whose versions a measurement reports.
-        imports: modules that opening a bundle imports later than ``opens`` does; where memory or a cold process's
-            load time is measured, they are imported before.
+        imports: modules that are imported only when a bundle is opened, after ``opens`` itself. Measurements of
+            memory and of a cold process's load time import them beforehand.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Target:
     """An export format.
 
     Attributes:
-        name: as in ``--target`` and in manifests.
-        title: what its makers call it.
-        requirement: what pip installs to export it and to run it.
-        backends: what runs its bundles, the default first.
+        name: the target's name in ``--target`` and in manifests.
+        title: the format's own name, as its makers write it.
+        requirement: pip requirement for exporting to the target and running its bundles.
+        backends: backends that run its bundles, the default first.
         exporter: its :class:`mvmoe_deploy.exporters.exporter.Exporter`, which holds options, precisions and layouts.
-        snippets: by language, the function that writes source code of an app, as :mod:`mvmoe_deploy.snippets` calls it.
-        android: its :class:`mvmoe_deploy.bench.devices.android.Runner`; empty where there is none.
+        snippets: by language, the function that writes an app's source code, as :mod:`mvmoe_deploy.snippets` calls it.
+        android: its :class:`mvmoe_deploy.bench.devices.android.Runner`; empty if it has none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Target:
         """A backend by name, or the default.
 
         Raises:
-            BackendError: the target has none of that name.
+            BackendError: the target has no backend of that name.
         """
         for engine in self.backends:
             if name in (None, engine.name):
@@ -119,9 +119,9 @@ _registered: dict[str, Target] = {
 
 
 def register(target: Target) -> None:
-    """Adds a target, for this process.
+    """Adds a target in this process.
 
-    Measurements start processes of their own, which know a target only if its package announces it as an entry point
+    Measurements start processes of their own. These know a target only if its package announces it as an entry point
     of the group :data:`GROUP`.
 
     Raises:
@@ -136,9 +136,9 @@ def installed() -> Mapping[str, Target]:
     """Targets that other installed packages announce as entry points, by name.
 
     Raises:
-        ConfigError: one cannot be imported, is no :class:`Target`, or takes a name that exists.
+        ConfigError: a target cannot be imported, is not a :class:`Target`, or has a name that already exists.
     """
-    from importlib.metadata import entry_points  # 15 ms, which a bundle of a built-in target does without
+    from importlib.metadata import entry_points  # takes 15 ms, and built-in targets do not need it
 
     found: dict[str, Target] = {}
     for entry in entry_points(group=GROUP):
@@ -154,7 +154,7 @@ def installed() -> Mapping[str, Target]:
 
 
 def known() -> dict[str, Target]:
-    """All targets by name: this project's first."""
+    """All targets by name, this project's own first."""
     return {**_registered, **installed()}
 
 
@@ -162,7 +162,7 @@ def get(name: str) -> Target:
     """A target by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no target of that name.
     """
     target = _registered.get(name) or installed().get(name)
     if target is None:
@@ -185,16 +185,16 @@ def of_backend(name: str) -> Target:
 
 
 def resolve(reference: str, what: str, requirement: str, error: type[MvmoeError]) -> Any:
-    """Imports what a record names.
+    """Imports the object that a record names.
 
     Args:
-        reference: ``module:attribute``.
-        what: needs it, such as ``target onnx``; for the error.
-        requirement: what pip installs where a package is missing.
+        reference: the object as ``module:attribute``.
+        what: what needs the object, such as ``target onnx``; named in the error.
+        requirement: pip requirement that the error suggests when a package is missing.
         error: type of the error.
 
     Raises:
-        MvmoeError: of type ``error``: a package is not installed.
+        MvmoeError: a package is not installed; the error is of type ``error``.
     """
     try:
         return pkgutil.resolve_name(reference)
@@ -209,4 +209,4 @@ def _check_new(target: Target, others: Mapping[str, Target]) -> None:
     taken = {engine.name for other in others.values() for engine in other.backends}
     for engine in target.backends:
         if engine.name in taken:
-            raise ConfigError(f"target {target.name!r}: another target has a backend called {engine.name!r} already")
+            raise ConfigError(f"target {target.name!r}: another target already has a backend called {engine.name!r}")

@@ -1,13 +1,13 @@
-"""Reads ``.pt`` and ``.safetensors`` files of strangers: nothing in them is run, and nothing is believed unchecked.
+"""Reads untrusted ``.pt`` and ``.safetensors`` files: no code in them is run, and everything they say is checked.
 
-Neither torch's nor safetensors' reader is used. Torch runs a file's instructions for every tensor before it can be
-asked what they are, does not look at the zip archive's checksums, and lets a tensor of stride 0 stand for terabytes.
-Here a file is first read into names, types, shapes and places (:class:`Stored`); values follow when these were found
-to be right, and never more of them than a few times the file's size.
+Neither torch's nor safetensors' reader is used. Torch executes a file's instructions for all tensors before it can
+report what they are, ignores the zip archive's checksums, and lets a tensor of stride 0 stand for terabytes.
+This module first reads names, types, shapes and places (:class:`Stored`). It reads the values only after these were
+found to be valid, and never more of them than a few times the file's size.
 
-What damage can be detected: of a ``.pt`` any, by the archive's CRC-32; of a ``.safetensors`` any, where it carries the
-``sha256`` that :func:`seal` puts in its header, as this project's checkpoints do. Of other ``.safetensors`` files only
-the header is checked: a flipped bit in their weights is a weight of another value.
+Any damage to a ``.pt`` file is detected, by the archive's CRC-32. Any damage to a ``.safetensors`` file is detected if
+it carries the ``sha256`` that :func:`seal` puts in its header, as this project's checkpoints do. In other
+``.safetensors`` files only the header is checked: a flipped bit in their weights changes a weight unnoticed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from mvmoe_deploy.errors import CheckpointError, first_line
 
 MAX_HEADER_BYTES = 4 << 20
-"""Of what describes the weights; a ViT-Large with its optimizer's state takes 0.4 MB."""
+"""Largest description of the weights; that of a ViT-Large with its optimizer's state takes 0.4 MB."""
 
 MAX_TENSORS = 16384
 MAX_GROWTH = 4
-"""Times a file's size that its weights may take as float32; float16 takes two."""
+"""Largest size of a file's weights as float32, as a multiple of the file's size; float16 weights take 2."""
 
 PLACEHOLDER = "0" * 64
 
@@ -45,7 +45,7 @@ _KINDS = {
     **{"LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8"},
     **{"BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128"},
 }
-"""Torch's types of storage by the names that safetensors has for them."""
+"""Torch's storage types and the names that safetensors has for them."""
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -55,11 +55,11 @@ class Stored(NamedTuple):
     """A tensor as its file describes it.
 
     Attributes:
-        kind: its type, as safetensors names it.
-        shape: extents.
-        strides: in elements.
-        offset: of its first element in its storage, in elements.
-        storage: the storage's key; tensors may share one.
+        kind: element type, as safetensors names it.
+        shape: the tensor's shape.
+        strides: the tensor's strides, in elements.
+        offset: position of its first element in the storage, in elements.
+        storage: the storage's key; tensors may share a storage.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Stored(NamedTuple):
 
 
 class Foreign:
-    """Stands for whatever a pickle makes of a class or function that is not a tensor's; it does nothing.
+    """Stands for any object that a pickle builds with a class or function unrelated to tensors; it does nothing.
 
     Attributes:
         of: the class's or function's name.
@@ -91,7 +91,7 @@ class Foreign:
 
 
 class _Dict(dict[Any, Any]):
-    """What stands for an OrderedDict; attributes that are set on it are left out."""
+    """Stands for an OrderedDict; attributes that are set on it are dropped."""
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -103,12 +103,13 @@ class _Storage(NamedTuple):
 
 
 class Contents:
-    """What a file holds, and how to read the values of its tensors; use within :func:`open_file`.
+    """A file's contents and a reader of its tensors' values; valid only within :func:`open_file`.
 
     Attributes:
         path: the file.
-        values: a ``.pt``'s object with :class:`Stored` in place of tensors; a ``.safetensors``' tensors by name.
-        metadata: a ``.safetensors``' own texts; empty otherwise.
+        values: the object in a ``.pt`` file with :class:`Stored` in place of tensors, or a ``.safetensors`` file's
+            tensors by name.
+        metadata: the metadata of a ``.safetensors`` file; empty for a ``.pt`` file.
     """
 
     def __init__(
@@ -118,18 +119,18 @@ class Contents:
         self._size, self._read = size, read
 
     def arrays(self, tensors: Mapping[str, Any], where: str = "weights") -> dict[str, NDArray[np.float32]]:
-        """Values as float32, which are the caller's own; everything is checked before the first is read.
+        """Reads tensors as float32 arrays that the caller owns; every description is checked before any value is read.
 
         Args:
-            tensors: what :attr:`values` has of them, by name.
-            where: what to call them in errors.
+            tensors: the tensors' descriptions from :attr:`values`, by name.
+            where: what to call the tensors in errors.
 
         Raises:
             CheckpointError: something is not a tensor of floating-point numbers, reaches beyond its storage, or is
                 larger than its file can be.
         """
         if len(tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{self.path}: has {len(tensors)} weights, more than {MAX_TENSORS}")
+            raise CheckpointError(f"{self.path}: has {len(tensors)} weights, more than the limit of {MAX_TENSORS}")
         storages: dict[str, NDArray[np.uint8]] = {}
         total = 0
         for name, tensor in tensors.items():
@@ -146,13 +147,13 @@ class Contents:
             data = storages[tensor.storage]
             last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
             if math.prod(tensor.shape) and (last + 1) * _BYTES[tensor.kind] > data.nbytes:
-                raise CheckpointError(f"{self.path}: {where}[{name!r}] reaches beyond the end of what is stored of it")
+                raise CheckpointError(f"{self.path}: {where}[{name!r}] reaches beyond the end of its stored data")
             result[name] = _floats(tensor, data)
         return result
 
 
 def _problem(tensor: Any) -> str | None:
-    """What is wrong with the description of a tensor; None where all is well."""
+    """What is wrong with the description of a tensor; None if it is fine."""
     if isinstance(tensor, Foreign):
         if "qtensor" in tensor.of:
             return "is quantised, and float weights are needed: dequantize() it"
@@ -163,7 +164,7 @@ def _problem(tensor: Any) -> str | None:
         return f"is a {type(tensor).__name__}, not a tensor"
     # a counter, such as BatchNorm's, is the only integer that a model has of its own
     if tensor.kind not in _FLOATS and not (tensor.kind == "I64" and not tensor.shape):
-        return f"is of type {tensor.kind}, expected {', '.join(_FLOATS)}; others mean nothing without their scale"
+        return f"is of type {tensor.kind}, expected {', '.join(_FLOATS)}; other types mean nothing without their scale"
     if len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8 or tensor.offset < 0:
         return "has no valid shape"
     if not all(0 <= extent < 1 << 32 for extent in tensor.shape) or not all(0 <= s < 1 << 40 for s in tensor.strides):
@@ -171,13 +172,13 @@ def _problem(tensor: Any) -> str | None:
     room = 1
     for stride, extent in sorted((s, n) for n, s in zip(tensor.shape, tensor.strides, strict=True) if n > 1):
         if stride < room:
-            return "has values that share their place"
+            return "has elements that overlap in memory"
         room = stride * extent
     return None
 
 
 def _floats(tensor: Stored, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The tensor's values; data is of whole elements."""
+    """The tensor's values as float32; ``data`` holds whole elements."""
     if not math.prod(tensor.shape):
         return np.zeros(tensor.shape, np.float32)
     stored: Any = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8"}[tensor.kind]
@@ -195,7 +196,7 @@ def open_file(path: Path) -> Iterator[Contents]:
     """Opens a ``.pt`` or ``.safetensors`` file, by its suffix.
 
     Raises:
-        CheckpointError: no such file, not a regular one, not readable, damaged, or none of these formats.
+        CheckpointError: the file is missing, not a regular file, not readable, damaged, or of another format.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -248,7 +249,7 @@ def _open_safetensors(path: Path, file: IO[bytes], size: int) -> Contents:
         start, stop = entry.data_offsets
         expected = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
         if start != end or stop < start or (entry.dtype in _BYTES and stop - start != expected):
-            raise CheckpointError(f"{path}: damaged: its weights do not lie one behind the other")
+            raise CheckpointError(f"{path}: damaged: its weights are not stored one after the other")
         end = stop
     if data + end != size:
         raise CheckpointError(f"{path}: damaged: has {size} bytes, its header says {data + end}")
@@ -278,9 +279,9 @@ def _contiguous(shape: list[int]) -> tuple[int, ...]:
 
 
 def seal(data: bytes) -> bytes:
-    """A safetensors file whose metadata has ``sha256`` of 64 zeros → the same with its sha256 in their place.
+    """Replaces the 64 zeros that a safetensors file has as ``sha256`` in its metadata with its sha256.
 
-    It is the sha256 of the file with the zeros in it.
+    The digest is that of the file with the zeros in it.
     """
     place = _seal_place(data[8 : 8 + int.from_bytes(data[:8], "little")], PLACEHOLDER)
     assert place is not None
@@ -318,7 +319,7 @@ def _open_pt(path: Path, file: IO[bytes], size: int) -> Contents:
         if len(entries) != len(archive.infolist()) or sum(entry.file_size for entry in entries.values()) > size:
             raise CheckpointError(f"{path}: damaged: its entries are larger than the file")
         if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()):
-            raise CheckpointError(f"{path}: damaged, or not by torch.save: has compressed entries")
+            raise CheckpointError(f"{path}: damaged, or not written by torch.save: it has compressed entries")
         if inside is None:
             raise CheckpointError(f"{path}: damaged, or not a checkpoint: a zip archive without data.pkl")
         if entries[f"{inside}data.pkl"].file_size > MAX_HEADER_BYTES:
@@ -335,7 +336,7 @@ def _open_pt(path: Path, file: IO[bytes], size: int) -> Contents:
     def read(key: str) -> NDArray[np.uint8]:
         name = f"{inside}data/{key}"
         if name not in entries:
-            raise CheckpointError(f"{path}: damaged: lacks the values {name[:80]!r}")
+            raise CheckpointError(f"{path}: damaged: the values {name[:80]!r} are missing")
         return np.frombuffer(_entry(path, archive, name), np.uint8)
 
     return Contents(path, size, values, {}, read)
@@ -356,7 +357,7 @@ def _unpickle(path: Path, data: bytes) -> Any:
         raise
     except RecursionError:
         raise CheckpointError(f"{path}: damaged: its data.pkl is nested too deeply") from None
-    except Exception as error:  # a damaged pickle ends in whatever its instructions lead to
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {first_line(error)})") from None
 
 
@@ -369,16 +370,16 @@ _INSTRUCTIONS = (
     *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL),
     *(pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.NEWOBJ, pickle.BINPERSID),
 )
-"""Of a pickle's instructions those that torch.save writes; sets, text forms and the rest it has no use for."""
+"""The pickle instructions that torch.save writes; it never writes sets, text forms and the rest."""
 
 
 _PYTHONS: dict[int, Any] = {**pickle._Unpickler.dispatch}
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, in Python: the one in C takes a memo's number for an index, and 2³⁰ of them for 8 GB.
+    """Python's unpickler written in Python; the one in C uses a memo number as an index, so 2³⁰ makes it take 8 GB.
 
-    No class or function is looked up. Keys are texts or small integers, since others can be made to collide.
+    No class or function is looked up. Keys are strings or small integers, since other keys can be made to collide.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -400,7 +401,7 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[2], str):
-            raise pickle.UnpicklingError("a tensor's values are given in an unknown way")
+            raise pickle.UnpicklingError("a tensor's values are stored in an unknown way")
         return _Storage(pid[1] if isinstance(pid[1], str) else "unknown", pid[2])
 
     def _set_items(self, items: list[Any]) -> None:
@@ -433,7 +434,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: obj
 
 def _ordered_dict(*items: object) -> _Dict:
     if items:
-        raise pickle.UnpicklingError("a dictionary is given in an unknown way")
+        raise pickle.UnpicklingError("a dictionary is stored in an unknown way")
     return _Dict()
 
 
@@ -449,7 +450,7 @@ _MEANINGS: dict[str, Any] = {
 
 
 def plain(value: Any) -> str | None:
-    """What in an object is no plain value, or makes it no tree of reasonable size; None where all is well."""
+    """What is not a plain value in an object, or makes it no tree of reasonable size; None if the object is fine."""
     left, seen = [(value, 0)], 0
     while left:
         item, depth = left.pop()
@@ -458,13 +459,13 @@ def plain(value: Any) -> str | None:
             return "more or deeper values than any checkpoint has"
         if isinstance(item, dict):
             if not all(type(key) is str for key in item):
-                return "a key that is no text"
+                return "a key that is not a string"
             left += [(each, depth + 1) for pair in item.items() for each in pair]
         elif isinstance(item, (list, tuple)) and not isinstance(item, Stored):
             left += [(each, depth + 1) for each in item]
         elif isinstance(item, str):
             if not item.isascii() and re.search("[\ud800-\udfff]", item):
-                return "a text that is no valid Unicode"
+                return "a string that is not valid Unicode"
         elif isinstance(item, Foreign):
             return item.of
         elif item is not None and type(item) not in (int, float, bool):

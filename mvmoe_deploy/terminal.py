@@ -1,4 +1,4 @@
-"""Tables as text: for a terminal, no wider than it is, and as Markdown."""
+"""Formats tables and text, for a terminal (no wider than the terminal) and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Collection, Sequence
 Cell = str | float | int | None
 
 NARROWEST = 12
-"""Characters that a column of text keeps when its cells are wrapped."""
+"""Least width in characters of a text column whose cells are wrapped."""
 
 GAP = 2
-"""Spaces between two columns."""
+"""Number of spaces between two columns."""
 
 NUMERIC = re.compile(r"[-+−]?\d[\d.,e+−–…()/% -]*")
-"""A cell to align at the right: a number, a percentage, or a value with its interval."""
+"""Matches a cell that is aligned right: a number, a percentage, or a value with its interval."""
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that standard output is shown on; None for a file or a pipe.
+    """Width in characters of the terminal that shows standard output; None for a file or a pipe.
 
-    The environment variable COLUMNS overrides it, as elsewhere.
+    The environment variable COLUMNS overrides it, as it does in other programs.
     """
     if (columns := os.environ.get("COLUMNS", "")).isdigit() and int(columns):
         return int(columns)
@@ -34,7 +34,7 @@ def terminal_width() -> int | None:
 
 
 def number(value: Cell) -> str:
-    """Four significant digits, thousands separated; a dash for what is not known; a text as it is."""
+    """Formats a number with four significant digits and thousands separators, None as a dash, and text unchanged."""
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -45,7 +45,7 @@ def number(value: Cell) -> str:
 
 
 def numeric_columns(rows: Sequence[Sequence[Cell]]) -> set[int]:
-    """Columns to align at the right: all but the first whose cells are numbers, with an interval or without."""
+    """Indices of the columns to align right: all but the first whose cells are numbers, with or without an interval."""
     columns = list(zip(*rows, strict=True))
     return {column for column, cells in enumerate(columns) if column and all(map(_is_numeric, cells))}
 
@@ -59,14 +59,14 @@ def table(
 ) -> str:
     """A table as plain text.
 
-    Where it is wider than the terminal, its headers are wrapped; where that is not enough, its texts; where that is not
-    enough either, it becomes several tables, each of which begins with the first column.
+    If the table is wider than the terminal, its headers are wrapped. If that is not enough, its text cells are wrapped.
+    If that is still not enough, it becomes several tables, each of which begins with the first column.
 
     Args:
-        rows: cells; all rows as long as the headers.
-        headers: of the columns.
-        right: columns to align at the right; by default :func:`numeric_columns`.
-        width: most characters in a line; by default :func:`terminal_width`.
+        rows: the cells; every row is as long as the headers.
+        headers: the column headers.
+        right: columns to align right; by default :func:`numeric_columns`.
+        width: longest line, in characters; by default :func:`terminal_width`.
     """
     width = width or terminal_width()
     aligned = numeric_columns(rows) if right is None else right
@@ -80,12 +80,12 @@ def table(
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``."""
+    """A count with its noun: ``1 thread``, ``2 threads``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def folded(text: str, width: int | None = None) -> str:
-    """A text of one or several lines, none longer than the terminal is wide; a longer word, such as a path, is kept."""
+    """Wraps text to the terminal's width; a longer word, such as a path, is kept whole."""
     width = width or terminal_width()
     if width is None:
         return text
@@ -97,12 +97,12 @@ def folded(text: str, width: int | None = None) -> str:
 def markdown_table(
     rows: Sequence[Sequence[Cell]], headers: Sequence[str], *, right: Collection[int] | None = None
 ) -> str:
-    """A table as Markdown; every text is shown as it is, whatever it holds.
+    """A table as Markdown; text cells are escaped so that they appear unchanged.
 
     Args:
-        rows: cells; all rows as long as the headers.
-        headers: of the columns.
-        right: columns to align at the right; by default :func:`numeric_columns`.
+        rows: the cells; every row is as long as the headers.
+        headers: the column headers.
+        right: columns to align right; by default :func:`numeric_columns`.
     """
     from tabulate import tabulate  # not needed to predict
 
@@ -118,17 +118,17 @@ def markdown_table(
 
 
 def markdown_text(text: str) -> str:
-    """A text that Markdown shows as it is: every punctuation mark that could mean something is escaped."""
+    """Escapes every punctuation mark that has a meaning in Markdown, so that the text appears unchanged."""
     return "".join("\\" + c if c in "\\`*_{}[]<>#!|~&$@" else c for c in plain(text))
 
 
 def plain(text: object) -> str:
-    """A text on one line without control characters: names come from files, and may be anybody's."""
+    """Text on one line without control characters; names come from files that anybody may have written."""
     return "".join(c if c.isprintable() else "�" for c in " ".join(str(text).split()))
 
 
 class _Column:
-    """A header, its cells as text, and where they are aligned."""
+    """A column: its header, its cells as text, and its alignment."""
 
     def __init__(self, header: str, cells: list[str], right: bool) -> None:
         self.header, self.cells, self.right = header, cells, right
@@ -138,18 +138,18 @@ class _Column:
         return max(len(line) for text in (self.header, *self.cells) for line in text.split("\n"))
 
     def with_wrapped_header(self) -> _Column:
-        """The header on two lines or so, where it is longer than the cells."""
+        """The column with its header wrapped onto about two lines, if the header is longer than the cells."""
         longest_cell = max(map(len, self.cells), default=0)
         return _Column(_wrapped(self.header, max(longest_cell, len(self.header) // 2 + 1)), self.cells, self.right)
 
     def wrapped(self, width: int, break_words: bool = False) -> _Column:
-        """Header and cells on several lines."""
+        """The column with header and cells wrapped to a width."""
         header, *cells = (_wrapped(text, width, break_words) for text in (self.header, *self.cells))
         return _Column(header, cells, self.right)
 
 
 def _fit(columns: list[_Column], width: int) -> list[list[_Column]]:
-    """The columns of one or several tables, none of which is wider."""
+    """Splits columns into one or several tables, none of them wider than ``width``."""
     if _total(columns) <= width:
         return [columns]
     narrower = [column.with_wrapped_header() for column in columns]
@@ -172,7 +172,7 @@ def _fit(columns: list[_Column], width: int) -> list[list[_Column]]:
 
 
 def _wrap_texts(columns: list[_Column], width: int) -> list[_Column]:
-    """Columns of text made narrower, the widest first, for as long as the table is too wide and they give way."""
+    """Narrows text columns, the widest first, until the table fits or no column can become narrower."""
     columns = list(columns)
     texts = {index for index, column in enumerate(columns) if not column.right}
     while (excess := _total(columns) - width) > 0 and texts:
@@ -198,7 +198,7 @@ def _total(columns: Sequence[_Column]) -> int:
 def _render(columns: Sequence[_Column]) -> str:
     from tabulate import tabulate  # not needed to predict
 
-    # Given as rows, headers get no padding of tabulate's own.
+    # Headers are passed as rows, because tabulate adds no padding to rows.
     lines = [[column.header for column in columns], ["-" * column.width for column in columns]]
     lines += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
     text: str = tabulate(

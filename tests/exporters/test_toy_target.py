@@ -174,5 +174,5 @@ def test_two_targets_of_one_name_or_backend(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="target 'onnx' is registered twice"):
         targets.register(dataclasses.replace(toy_target.TARGET, name="onnx"))
     clash = dataclasses.replace(toy_target.TARGET, backends=(targets.Engine("coreml", "toy_target:NumpyBackend"),))
-    with pytest.raises(ConfigError, match="another target has a backend called 'coreml' already"):
+    with pytest.raises(ConfigError, match="another target already has a backend called 'coreml'"):
         targets.register(clash)

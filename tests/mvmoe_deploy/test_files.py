@@ -100,7 +100,7 @@ def test_a_directory_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_directory_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "d"
     with (
-        pytest.raises(OSError, match="exists already: something else wrote it meanwhile"),
+        pytest.raises(OSError, match="already exists: another process wrote it"),
         atomic_directory(path) as directory,
     ):
         (directory / "x").write_text("ours")
