@@ -1,6 +1,6 @@
-"""Routed models as one static graph that holds all experts: what benchmarks compare splitting with.
+"""Routed models as one static graph that holds all experts. Benchmarks compare split models with these graphs.
 
-They compute what the models do, from the same weights, with the experts chosen inside the graph.
+A graph computes what its model computes, from the same weights, but chooses the experts inside the graph.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class AllExperts(nn.Module):
-    """A Mobile V-MoE (k = 1) as one graph: images ``[B, 3, H, W]`` → logits ``[B, C]``, the experts chosen inside.
+    """A Mobile V-MoE (k = 1) as one graph that chooses the experts: images ``[B, 3, H, W]`` → logits ``[B, C]``.
 
-    The chosen expert's weights are taken by index from tensors that hold all experts': the one way to write it that
-    torch.onnx exports, that takes any batch, and that computes one expert per image. ``torch.cond`` around the
-    experts' MLPs would spare the copy of the weights (a quarter of a tail's run), but nested as ten experts need it,
-    torch 2.13 does not export it, and it takes one image at a time; computing all experts and adding what the gate
-    leaves costs E times the MLPs.
+    The graph takes the chosen expert's weights by index from tensors that hold all experts' weights. No other form can
+    be exported by torch.onnx, takes any batch, and computes only one expert per image. ``torch.cond`` around the
+    experts' MLPs would avoid copying the weights (a quarter of a tail's run), but ten experts need nested conditions,
+    which torch 2.13 does not export, and a condition takes one image at a time. Computing all experts and masking their
+    outputs by the gate costs E times the MLPs.
 
     Raises:
         ConfigError: k > 1.
@@ -60,13 +60,13 @@ class SelectingBlock(nn.Module):
     def forward(self, x: Tensor, gate: Tensor, chosen: Tensor, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.attn(self.norm1(x), n)
         all_ = self.experts
-        # index_select becomes one Gather; of an index in brackets the exporter makes more
+        # index_select becomes a single Gather; the exporter turns an index in brackets into more operators
         w1, b1, w2, b2 = (tensor.index_select(0, chosen) for tensor in (all_.w1, all_.b1, all_.w2, all_.b2))
         return x + (F.gelu(self.norm2(x) @ w1 + b1) @ w2 + b2) * gate[:, None, None]
 
 
 class StackedMlp(nn.Module):
-    """The E MLPs of a layer as tensors that a batched product reads as they lie: ``[E, in, out]``, ``[E, 1, out]``."""
+    """The E MLPs of a layer as tensors, laid out for a batched product: ``[E, in, out]`` and ``[E, 1, out]``."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class StackedMlp(nn.Module):
 
 
 class VMoEGraph(nn.Module):
-    """A V-MoE as one static graph: images ``[B, 3, H, W]`` → logits ``[B, C]``, each image a group of its own.
+    """A V-MoE as one static graph: images ``[B, 3, H, W]`` → logits ``[B, C]``; each image is a group of its own.
 
-    Tokens are sent to the experts' places and back by products with one-hot matrices, as in the authors' code: shapes
-    then depend on nothing but the batch, which a graph needs. All E experts run, on C rows each, whether they were
-    chosen or not. It gives what the V-MoE gives for images one at a time.
+    Products with one-hot matrices send tokens to the experts' places and back, as in the authors' code. Shapes then
+    depend only on the batch, as a static graph requires. All E experts run on C rows each, whether they were chosen or
+    not. The logits are those that the V-MoE gives if it takes images one at a time.
 
     Raises:
-        ConfigError: Batch Priority Routing, whose sorting this graph lacks.
+        ConfigError: the model uses Batch Priority Routing; this graph cannot sort.
     """
 
     def __init__(self, model: VMoE) -> None:
@@ -109,7 +109,7 @@ class VMoEGraph(nn.Module):
 
 
 class DispatchingBlock(nn.Module):
-    """A V-MoE layer whose tokens go to places ``[E, C]`` and back by products with one-hot matrices."""
+    """A V-MoE layer that moves tokens to places ``[E, C]`` and back by products with one-hot matrices."""
 
     def __init__(self, block: TokenMoEBlock, config: VMoEConfig) -> None:
         super().__init__()
@@ -122,12 +122,12 @@ class DispatchingBlock(nn.Module):
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
-        # topk, since sorting does not export: which of two equal gates comes first is left to the engine
+        # topk, because a sort does not export; the engine decides which of two equal gates comes first
         gates, chosen = self.router(normed).softmax(-1).topk(self.k)  # [B, N, k]
-        # all first choices queue up before any second, tokens as they stand
+        # all first choices come before any second choice; tokens keep their order
         queue = F.one_hot(chosen.transpose(1, 2).flatten(1), self.experts)  # [B, k·N, E]
         place = (queue.cumsum(1) * queue).sum(-1) - 1
-        seats = place[..., None] == torch.arange(self.places)  # [B, k·N, C]; none where the expert is full
+        seats = place[..., None] == torch.arange(self.places)  # [B, k·N, C]; all False if the expert is full
         sent = queue.to(x.dtype)[..., None] * seats.to(x.dtype)[:, :, None]  # [B, k·N, E, C]
         sent = sent.flatten(2).unflatten(1, (self.k, -1))  # [B, k, N, E·C]
         rows = sent.sum(1).transpose(1, 2) @ normed  # [B, E·C, D]

@@ -50,7 +50,7 @@ class MobileVMoEConfig(ViTConfig):
     experts: int = shape(10, "number of experts E (default: one per super-class)")
     moe_layers: int = shape(2, "number of MoE layers L, at the end of the model")
     k: int = shape(1, "experts used per image, or per token", flag="-k")
-    router_input: str = shape("class_token", "what the router sees", choices=ROUTER_INPUTS)
+    router_input: str = shape("class_token", "the router's input, from the tokens", choices=ROUTER_INPUTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,20 +68,20 @@ class MobileVMoEConfig(ViTConfig):
 
     @property
     def token_routed(self) -> ModelConfig:
-        """The V-MoE with as many MoE layers (at most every second block) and k experts."""
+        """The V-MoE with the same k and number of experts, and as many MoE layers (at most every second block)."""
         layers = min(self.moe_layers, self.depth // 2)
         experts = {"experts": self.experts, "k": self.k, "placement": f"last-{layers}"}
         return config_from_dict({**self.dense.to_dict(), "architecture": "vmoe", **experts})
 
     def router_flops(self) -> int:
-        """Linear layer with bias and softmax; the mean over tokens where that is its input."""
+        """FLOPs of the router: linear layer with bias, softmax and, if that is its input, the mean over the tokens."""
         mean = self.tokens * self.width if self.router_input == "mean" else 0
         return mean + 2 * self.width * self.experts + self.experts + 5 * self.experts
 
     def flops(self) -> int:
-        """FLOPs of one image; each expert beyond the first adds its MLPs.
+        """FLOPs of one image; each further expert (k > 1) adds its MLPs.
 
-        The router is left out, as in the paper's figures (it is about 1e-6 of the whole).
+        The router is not counted, as in the paper's figures (it is about 1e-6 of the whole).
         """
         return super().flops() + (self.k - 1) * self.moe_layers * flops.mlp(self)
 
@@ -120,7 +120,7 @@ class Router(nn.Module):
         self.linear = nn.Linear(width, experts)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]`` → router logits ``[B, E]``, which the router loss is taken on."""
+        """Tokens ``[B, N, D]`` → router logits ``[B, E]``, from which the router loss is computed."""
         result: Tensor = self.linear(tokens[:, 0] if self.router_input == "class_token" else tokens.mean(1))
         return result
 
@@ -152,7 +152,7 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(experts, hidden, width)
 
     def expert(self, index: int, x: Tensor) -> Tensor:
-        """Output of MLP ``index`` for tokens ``[b, N, D]``, without its gate."""
+        """Output of MLP ``index`` for tokens ``[b, N, D]``, not yet multiplied by the gate."""
         hidden = F.gelu(F.linear(x, self.fc1.weight[index], self.fc1.bias[index]))
         return F.linear(hidden, self.fc2.weight[index], self.fc2.bias[index])
 
@@ -164,7 +164,7 @@ class Experts(nn.Module):
             gates: ``[B, k]``.
             chosen: expert indices ``[B, k]``.
         """
-        # Rows (image, choice) are sorted by expert, so each expert computes once, on a contiguous slice.
+        # Rows (image, choice) are sorted by expert, so that each expert runs once, on a contiguous slice.
         k = chosen.shape[1]
         expert_of_row = chosen.flatten()
         order = expert_of_row.argsort(stable=True)
@@ -212,7 +212,7 @@ class MobileVMoE(ViT):
         return self.config.depth - self.config.moe_layers
 
     def moe_block(self, layer: int) -> MoEBlock:
-        """MoE layer ``layer``, from 0."""
+        """MoE layer ``layer``, counted from 0."""
         block = self.blocks[self.trunk_depth + layer]
         assert isinstance(block, MoEBlock)
         return block
@@ -230,7 +230,7 @@ class MobileVMoE(ViT):
         choice = choose(router_logits, self.config.k, chosen, noisy)
         for block in self.blocks[self.trunk_depth : -1]:
             x = block(x, choice.gates, choice.chosen)
-        x = self.blocks[-1](x, choice.gates, choice.chosen, n=1)  # the classifier reads the class token alone
+        x = self.blocks[-1](x, choice.gates, choice.chosen, n=1)  # the classifier reads only the class token
         logits = classify(x, self.norm, self.head)
         return ImageRouted(logits, router_logits, choice.noisy_logits, choice.gates, choice.chosen)
 
@@ -242,9 +242,10 @@ class MobileVMoE(ViT):
 
     @torch.no_grad()
     def balance_router(self, images: int = 64) -> None:
-        """Shifts and scales the router so that its experts share random images.
+        """Shifts and scales the router so that it spreads random images over its experts.
 
-        As initialised it sends them all to the same expert, and a graph of all experts would never touch the others.
+        A freshly initialised router sends all of them to one expert, so that a graph of all experts would never read
+        the other experts' weights.
         """
         size = self.config.image_size
         tokens = torch.cat([self.trunk(torch.randn(8, 3, size, size)) for _ in range(images // 8)])
@@ -257,21 +258,21 @@ class MobileVMoE(ViT):
     def graph_module(self) -> nn.Module:
         return AllExperts(self)
 
-    # The rest is the protocol of mvmoe_deploy.exporters.split. Pieces share their parameters with this model.
+    # The rest implements the protocol of mvmoe_deploy.exporters.split. Pieces share their parameters with this model.
 
     @property
     def experts(self) -> int:
-        """E."""
+        """Number of experts E."""
         return self.config.experts
 
     @property
     def k(self) -> int:
-        """Experts per image."""
+        """Experts used per image."""
         return self.config.k
 
     @property
     def moe_layers(self) -> int:  # type: ignore[override]
-        """L."""
+        """Number of MoE layers L."""
         return self.config.moe_layers
 
     def trunk_module(self) -> nn.Module:
@@ -289,7 +290,7 @@ class MobileVMoE(ViT):
     def attention_module(self, layer: int) -> nn.Module:
         """Tokens ``[B, N, D]`` → the residual stream and the experts' input, both ``[B, N, D]``.
 
-        Of the last layer only the class token's, ``[B, 1, D]``.
+        In the last layer both hold only the class token, ``[B, 1, D]``.
         """
         return AttentionSegment(self.moe_block(layer), 1 if layer == self.moe_layers - 1 else None)
 
@@ -303,7 +304,7 @@ class MobileVMoE(ViT):
 
 
 class Trunk(nn.Module):
-    """Images → tokens: the patch embedding and the dense blocks of a model."""
+    """The patch embedding and the dense blocks of a model: images ``[B, 3, H, W]`` → tokens ``[B, N, D]``."""
 
     stream: ClassVar[Stream] = Stream("images", "tokens")
 

@@ -34,26 +34,26 @@ from mvmoe_deploy.models.registry import Architecture, register, shape
 
 @dataclass(frozen=True)
 class VMoEConfig(ViTConfig):
-    """Shape of a V-MoE: a ViT in some of whose blocks each token goes to k of ``experts`` MLPs.
+    """Shape of a V-MoE: a ViT in which some blocks send each token to k of ``experts`` MLPs.
 
     Attributes:
         experts: number of experts E in every MoE layer.
-        placement: which blocks are MoE layers: ``every-n`` is every n-th block, ``last-n`` the last n of ``every-2``,
-            so that the paper's last-2 of 12 blocks are, from 0, the blocks 9 and 11.
+        placement: which blocks are MoE layers: ``every-n`` means every n-th block, ``last-n`` the last n blocks of
+            ``every-2``. The paper's last-2 of 12 blocks are therefore the blocks 9 and 11, counted from 0.
         k: experts used per token.
-        capacity_factor: an expert has ``C = ceil(S·k·capacity_factor/E)`` places, rounded up to a multiple of 4,
+        capacity_factor: gives each expert ``C = ceil(S·k·capacity_factor/E)`` places, rounded up to a multiple of 4,
             for the S tokens of a batch.
-        order: who gets the places: ``vanilla`` or ``bpr`` (Batch Priority Routing).
+        order: order in which tokens get places: ``vanilla`` or ``bpr`` (Batch Priority Routing).
     """
 
     architecture: ClassVar[str] = "vmoe"
     routes = "tokens"
 
     experts: int = shape(10, "number of experts E (default: one per super-class)")
-    placement: str = shape("last-2", "MoE layers: last-N (of every second block) or every-N")
+    placement: str = shape("last-2", "which blocks are MoE layers: last-N (of every second one) or every-N")
     k: int = shape(1, "experts used per image, or per token", flag="-k")
-    capacity_factor: float = shape(1.05, "places of all experts for each choice")
-    order: str = shape("vanilla", "who gets the places", choices=ORDERS)
+    capacity_factor: float = shape(1.05, "places in all experts together, per choice of a token")
+    order: str = shape("vanilla", "order in which tokens get places", choices=ORDERS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,21 +78,22 @@ class VMoEConfig(ViTConfig):
         return list(range(1, self.depth, 2))[-int(n) :]
 
     def router_flops(self) -> int:
-        """One layer's router over all tokens: linear layer without bias, and softmax."""
+        """FLOPs of one layer's router over all tokens: linear layer without bias, and softmax."""
         return self.tokens * (2 * self.width * self.experts + 5 * self.experts)
 
     def token_mlps(self) -> float:
-        """How many MLPs' work a MoE layer does per token, at most: ``k · min(1, capacity factor)``.
+        """Number of MLPs that a MoE layer computes per token, at most: ``k · min(1, capacity factor)``.
 
-        Below a capacity factor of 1 the places run out: E experts of C = S·k·cf/E places serve S·k·cf choices. Above
-        1, the S·k choices are all there is, and a place that stays empty costs nothing here (the paper's
-        implementation pads it and pays for ``k · cf``). An upper bound: where few tokens choose an expert, its places
-        stay empty while other experts overflow. The rounding of C depends on the batch and is left out.
+        Below a capacity factor of 1 the places run out: E experts with C = S·k·cf/E places each serve S·k·cf choices.
+        Above 1 there are only the S·k choices, and a place that stays empty costs nothing here. (The paper's
+        implementation pads empty places and pays for ``k · cf``.) The figure is an upper bound, because an expert that
+        few tokens choose keeps empty places while other experts overflow. It ignores the rounding of C, which depends
+        on the batch.
         """
         return self.k * min(1.0, self.capacity_factor)
 
     def flops(self) -> int:
-        """FLOPs of one image; the routers see every token and are counted. See :meth:`token_mlps` for the experts."""
+        """FLOPs of one image, including the routers, which read every token. :meth:`token_mlps` bounds the experts'."""
         layer = self.router_flops() + round((self.token_mlps() - 1) * flops.mlp(self))
         return super().flops() + len(self.moe_blocks) * layer
 
@@ -105,10 +106,10 @@ class VMoEConfig(ViTConfig):
         return super().parameters() + len(self.moe_blocks) * layer
 
     def active_parameters(self) -> int:
-        """Weights that one image may use.
+        """Number of weights that one image can use.
 
-        Each of its N tokens chooses k experts of its own, so up to N·k of the E in every MoE layer. How many it does
-        use is measured (:meth:`TokenRouted.used`).
+        Each of its N tokens chooses its own k experts, so the image uses up to N·k of the E experts in every MoE layer.
+        :meth:`TokenRouted.used` measures how many it really uses.
         """
         untouched = max(0, self.experts - self.tokens * self.k)
         return self.parameters() - untouched * len(self.moe_blocks) * self.expert_parameters()
@@ -129,26 +130,26 @@ class TokenMoEBlock(nn.Module):
         self.mlp = Experts(config.experts, config.width, config.mlp_ratio * config.width)
 
     def forward(self, x: Tensor, config: VMoEConfig, n: int | None = None) -> tuple[Tensor, TokenRouting]:
-        """Tokens ``[B, N, D]`` → ``[B, n, D]``, the first n tokens' of each image (all by default), and the routing.
+        """Tokens ``[B, N, D]`` → the first n tokens of each image ``[B, n, D]`` (default: all), and the routing.
 
-        The group that shares an expert's places is the batch: S = B · N.
+        The tokens of the whole batch share an expert's places: S = B · N.
         """
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
         batch, tokens, width = normed.shape
-        # float32, also under autocast: rounded logits would tie
+        # float32 even under autocast, because rounded logits would tie
         logits = self.router(normed).float().flatten(0, 1)
         routing = route(logits, config.k, config.capacity_factor, config.order, self.training)
         if n is not None:
-            # Tokens that nobody reads are routed all the same, since they take places and count in the losses as they
-            # did in training; were the read ones routed alone, C and who overflows would change, and with them the
-            # logits. Only their experts need not run. So attention is computed for all tokens here.
+            # Tokens whose output is not read are routed as well, because in training they took places and counted in
+            # the losses. If only the other tokens were routed, C and the overflow would change, and so would the
+            # logits. Only the experts of the unread tokens need not run. So attention is computed for all tokens here.
             read = torch.arange(batch * tokens, device=x.device) % tokens < n
             routing = dataclasses.replace(routing, run=routing.kept & read[:, None])
         token, choice = routing.run.nonzero(as_tuple=True)
         added = torch.zeros_like(normed).flatten(0, 1)  # overflow gets a zero MoE output
         if len(token):
-            # Experts sees each (token, choice) as an image of one token
+            # Experts takes each (token, choice) as an image of one token
             rows = normed.flatten(0, 1)[token, None]
             outputs = self.mlp(rows, routing.gates[token, choice, None], routing.chosen[token, choice, None])
             added = added.index_add(0, token, outputs[:, 0])
@@ -157,16 +158,16 @@ class TokenMoEBlock(nn.Module):
 
 @dataclass
 class TokenRouted(Output):
-    """What a V-MoE says of a batch.
+    """A V-MoE's output for a batch.
 
     Attributes:
-        layers: the routing of each MoE layer, over S = B · N tokens, those of one image together.
+        layers: the routing of each MoE layer over S = B · N tokens, image by image.
     """
 
     layers: list[TokenRouting]
 
     def auxiliary_loss(self) -> Tensor:
-        """Importance and load losses, half of each, summed over the MoE layers (appendix A; the sum as their code)."""
+        """Half the importance loss plus half the load loss (appendix A), summed over the layers (as in their code)."""
         k = self.layers[0].chosen.shape[1]
         return torch.stack([auxiliary_loss(layer.logits, layer.noisy_logits, k) for layer in self.layers]).sum()
 
@@ -174,17 +175,18 @@ class TokenRouted(Output):
         return TokenRoutes(self.choices().cpu(), self.used().cpu(), self.overflow().cpu())
 
     def choices(self) -> Tensor:
-        """Share of each image's choices that fell on each expert ``[B, MoE layers, E]``; overflow included."""
+        """Share of each image's choices that fell on each expert ``[B, MoE layers, E]``, including overflow."""
         return torch.stack([self._per_image(self._chosen(layer)).float().mean(1) for layer in self.layers], 1)
 
     def used(self, unread: bool = False) -> Tensor:
-        """Which experts each image used ``[B, MoE layers, E]``, boolean; overflow uses none.
+        """Which experts each image used, boolean ``[B, MoE layers, E]``; overflow uses none.
 
-        The layers' experts are different weights: an image needs as many MLPs in memory as there are True in its row.
+        Experts of different layers have different weights. The number of True in an image's row is therefore the number
+        of MLPs that the image needs in memory.
 
         Args:
-            unread: counts the experts of tokens that nobody reads too, as the model is written down. They are not run:
-                of the last block, the class token's alone are.
+            unread: whether to count the experts of tokens whose output is not read, as the model is written down. These
+                experts are not run: in the last block, only those of the class token are.
         """
         return torch.stack(
             [
@@ -195,7 +197,7 @@ class TokenRouted(Output):
         )
 
     def overflow(self) -> Tensor:
-        """Share of the choices that found no place, in each MoE layer ``[MoE layers]``."""
+        """Share of the choices in each MoE layer that found no place ``[MoE layers]``."""
         return torch.stack([1 - layer.kept.float().mean() for layer in self.layers])
 
     @staticmethod
@@ -211,7 +213,7 @@ class TokenRouted(Output):
 class VMoE(ViT):
     """V-MoE: images ``[B, 3, H, W]`` → logits ``[B, C]``.
 
-    The tokens of a batch compete for places: unless the capacity is ample, an image's logits depend on the others.
+    The tokens of a batch compete for places. Unless the capacity is ample, an image's logits depend on its batch.
     """
 
     config: VMoEConfig
@@ -230,10 +232,12 @@ class VMoE(ViT):
         return block
 
     def set_capacity(self, factor: float, order: str | None = None) -> None:
-        """Changes the capacity factor, and the order where given: below 1 at inference is section 4's adaptive compute.
+        """Changes the capacity factor and, if ``order`` is given, the order in which tokens get places.
+
+        A factor below 1 at inference is the adaptive compute of section 4.
 
         Raises:
-            ConfigError: a factor that is not above 0, or an unknown order.
+            ConfigError: the factor is not above 0, or the order is unknown.
         """
         self.config = dataclasses.replace(self.config, capacity_factor=factor, order=order or self.config.order)
 
@@ -243,17 +247,19 @@ class VMoE(ViT):
         return len(self.config.moe_blocks)
 
     def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> TokenRouted:
-        """Runs the model and returns how every MoE layer routed as well; noise is training's, always.
+        """Runs the model, and returns the routing of every MoE layer beside the logits.
+
+        Noise is added in training mode, whatever ``noisy`` says.
 
         Raises:
-            ConfigError: experts are to be forced, which are the tokens' to choose.
+            ConfigError: ``chosen`` is given, but each token of a V-MoE chooses its own experts.
         """
         if chosen is not None:
             raise ConfigError("a V-MoE's experts are chosen by each token: they cannot be forced for an image")
         x = embed(images, self.patch_embed, self.cls_token, self.pos_embed)
         layers = []
         for index, block in enumerate(self.blocks):
-            n = 1 if index == len(self.blocks) - 1 else None  # the classifier reads the class token alone
+            n = 1 if index == len(self.blocks) - 1 else None  # the classifier reads only the class token
             if isinstance(block, Block):
                 x = block(x, n=n)
             else:

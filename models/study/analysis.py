@@ -1,4 +1,4 @@
-"""What a router does, on labelled images: who is sent where, how surely, and how well it turns out."""
+"""What a router does with labelled images: where it sends each class, how surely, and with which accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvmoe_deploy.models.model import ImageRoutes, TokenRoutes
 from mvmoe_deploy.models.study.evaluation import Predictions
 
 BINS = 20
-"""Of the histograms of gates and margins, each 1 / BINS wide, over 0…1."""
+"""Number of bins in the histograms of gates and margins, which cover 0…1."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,26 @@ class ImageAnalysis:
     """What a per-image router does; shares are 0…1.
 
     Attributes:
-        images: how many there were.
-        accuracy: top-1.
-        router_accuracy: share of images sent to their super-class's expert; None, like all that needs super-classes,
-            where there are none.
-        accuracy_routed_right: top-1 of the images that were; None also where there are no such images.
-        accuracy_routed_wrong: top-1 of the others; likewise.
-        accuracy_if_right: top-1 if every image went to its super-class's expert; None also where not measured.
+        images: number of images.
+        accuracy: top-1 accuracy.
+        router_accuracy: share of images sent to their super-class's expert. This and every other figure that needs
+            super-classes is None if there are none.
+        accuracy_routed_right: top-1 accuracy on the images sent to their super-class's expert; None if there are none.
+        accuracy_routed_wrong: top-1 accuracy on the other images; None if there are none.
+        accuracy_if_right: top-1 accuracy if every image goes to its super-class's expert; None if not measured.
         expert_names: what each expert is for ``[E]``.
-        class_names: ``[C]``.
+        class_names: names of the classes ``[C]``.
         superclass_of: the super-class of each class ``[C]``.
-        order: classes ``[C]`` as a reader wants them: by super-class, else by the expert most of them go to.
+        order: order ``[C]`` in which to show the classes: by super-class, or else by the expert that most of a class's
+            images go to.
         heat: share of each class's choices that fell on each expert ``[C, E]``; a class without images has zeros.
         load: share of all choices that fell on each expert ``[E]``.
-        fair_load: share of the images that are of each expert's super-class ``[E]``.
-        expert_accuracy: top-1 of the images whose first choice an expert is ``[E]``; None where it has none.
-        gates: histogram of the first choice's gate: counts ``[2, BINS]`` of images routed right and wrong, or
+        fair_load: share of the images that belong to each expert's super-class ``[E]``.
+        expert_accuracy: top-1 accuracy on the images whose first choice is this expert ``[E]``; None if it has none.
+        gates: histogram of the first choice's gate: counts ``[2, BINS]`` of the images routed right and wrong, or
             ``[1, BINS]`` without super-classes.
-        margins: likewise, of the difference between the largest two router probabilities.
-        margin_percentiles: 1st, 10th, 50th, 90th of the margins.
+        margins: the same histogram of the difference between the largest two router probabilities.
+        margin_percentiles: 1st, 10th, 50th and 90th percentile of the margins.
     """
 
     images: int
@@ -65,7 +66,7 @@ class ImageAnalysis:
 
     @property
     def headline(self) -> str:
-        """The analysis in a line."""
+        """The analysis in one line."""
         text = f"{self.images:,} images: top-1 {self.accuracy:.1%}"
         if self.router_accuracy is not None:
             text += f", router {self.router_accuracy:.1%}"
@@ -84,16 +85,17 @@ class TokenAnalysis:
     """What a V-MoE's routers do; shares are 0…1, layers are MoE layers.
 
     Attributes:
-        images: how many there were.
-        accuracy: top-1.
-        class_names: ``[C]``.
-        order: classes ``[C]`` by the expert of the last layer that most of their tokens choose.
-        heat: share of each class's tokens' choices that fell on each expert ``[layers, C, E]``.
+        images: number of images.
+        accuracy: top-1 accuracy.
+        class_names: names of the classes ``[C]``.
+        order: order ``[C]`` in which to show the classes: by the expert of the last layer that most of a class's tokens
+            choose.
+        heat: share of the choices of each class's tokens that fell on each expert ``[layers, C, E]``.
         load: share of all choices that fell on each expert ``[layers, E]``.
         overflow: share of the choices that found no place ``[layers]``.
-        touched: number of images whose tokens use 0, 1, … E distinct experts ``[layers, E + 1]``; tokens that nobody
-            reads, those of the last block but the class token, are not run and use none.
-        mean_touched: distinct experts per image ``[layers]``.
+        touched: number of images whose tokens use 0, 1, … E distinct experts ``[layers, E + 1]``. In the last block
+            only the class token is read; the other tokens use no experts there.
+        mean_touched: mean number of distinct experts per image ``[layers]``.
     """
 
     images: int
@@ -124,13 +126,13 @@ def analyse_images(
     """Analyses a per-image router.
 
     Args:
-        predictions: of a Mobile V-MoE, a checkpoint's or a bundle's.
-        class_names: of the C classes.
-        superclasses: what the experts are for, one per expert.
+        predictions: predictions of a Mobile V-MoE, from a checkpoint or a bundle.
+        class_names: names of the C classes.
+        superclasses: the super-classes, one per expert.
         forced: predictions for the same images, each sent to its super-class's expert.
 
     Raises:
-        DataError: there are more or fewer super-classes than experts.
+        DataError: the numbers of super-classes and experts differ.
     """
     routing = predictions.routing
     assert isinstance(routing, ImageRoutes)
@@ -190,7 +192,7 @@ def analyse_tokens(predictions: Predictions, class_names: list[str]) -> TokenAna
 
 
 def superclasses_of(manifest: Manifest) -> Superclasses | None:
-    """The super-classes that a bundle's experts are for; None where a class has none, or more than one."""
+    """The super-classes that a bundle's experts are for; None if a class has no expert, or more than one."""
     experts_of: list[list[int]] = [[] for _ in manifest.class_names]
     for index, expert in enumerate(manifest.experts):
         for label in expert.classes:
@@ -206,7 +208,7 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _order(heat: Tensor, superclass_of: Tensor | None) -> list[int]:
-    """Classes by group, those most surely sent to it first."""
+    """Classes by group; within a group, those with the largest share sent to its expert come first."""
     group = heat.argmax(1) if superclass_of is None else superclass_of
     share = heat.gather(1, group[:, None])[:, 0]
     return [int(index) for index in np.lexsort((-share.numpy(), group.numpy()))]

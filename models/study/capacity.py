@@ -1,4 +1,4 @@
-"""Adaptive compute of a trained V-MoE: accuracy against the capacity it is given (arXiv 2106.05974, section 4)."""
+"""Adaptive compute of a trained V-MoE: its accuracy as a function of its capacity (arXiv 2106.05974, section 4)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class CapacityPoint:
     """A V-MoE at one capacity factor and order of dispatch.
 
     Attributes:
-        factor: places of all experts for each choice of a token.
-        order: who gets the places: ``vanilla`` or ``bpr``.
-        accuracy: top-1, 0…1.
+        factor: capacity factor: places in all experts together, per choice of a token.
+        order: order in which tokens get places: ``vanilla`` or ``bpr``.
+        accuracy: top-1 accuracy, 0…1.
         overflow: share of the choices that found no place, mean over the MoE layers.
-        flops: of one image, at most (see :meth:`mvmoe_deploy.models.architectures.vmoe.VMoEConfig.token_mlps`).
-        gain: ``bpr`` over ``vanilla`` at this factor, paired by image; None for ``vanilla``.
+        flops: upper bound of the FLOPs of one image (see
+            :meth:`mvmoe_deploy.models.architectures.vmoe.VMoEConfig.token_mlps`).
+        gain: difference of ``bpr`` to ``vanilla`` at this factor, paired by image; None for ``vanilla``.
     """
 
     factor: float
@@ -40,10 +41,10 @@ class CapacityCurve:
     """Accuracy against capacity.
 
     Attributes:
-        images: how many there were.
-        batch: images that share the experts' places.
+        images: number of images.
+        batch: number of images that share the experts' places.
         trained_factor: the capacity factor of training.
-        points: by factor, ``vanilla`` before ``bpr``.
+        points: the points by factor, ``vanilla`` before ``bpr``.
     """
 
     images: int
@@ -63,15 +64,15 @@ def capacity_curve(
     """Evaluates a V-MoE at each capacity factor, without and with Batch Priority Routing.
 
     Args:
-        model: a trained V-MoE; it is left as it was.
-        images: labelled.
-        preprocessing: the model's.
+        model: a trained V-MoE; its own capacity is restored at the end.
+        images: labelled images.
+        preprocessing: the model's preprocessing.
         factors: capacity factors.
-        batch: images whose tokens share the experts' places.
-        progress: called with how many of the 2 · len(factors) evaluations are done.
+        batch: number of images whose tokens share the experts' places.
+        progress: called with the number of evaluations that are done, of 2 · len(factors).
 
     Raises:
-        ConfigError: a model without a capacity, or a factor that is not above 0.
+        ConfigError: the model has no capacity, or a factor is not above 0.
     """
     was, trained_factor = model.config, model.config.capacity_factor
     if trained_factor is None:

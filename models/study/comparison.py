@@ -29,12 +29,12 @@ class Difference:
     """How two models' top-1 accuracies differ on the same n images.
 
     Attributes:
-        points: accuracy less the base's, in percentage points.
+        points: this model's accuracy minus the base's, in percentage points.
         low: lower end of the 95 % interval.
-        high: its upper end.
-        p_value: of McNemar's exact test that both are right equally often.
-        gained: images that this model alone gets right.
-        lost: images that the base alone gets right.
+        high: upper end of the 95 % interval.
+        p_value: p-value of McNemar's exact test, whose hypothesis is that both are right equally often.
+        gained: number of images that only this model gets right.
+        lost: number of images that only the base gets right.
     """
 
     points: float
@@ -47,20 +47,20 @@ class Difference:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a model needs on a device; experts of different MoE layers are different weights, and count separately.
+    """What a model needs on a device. Experts of different MoE layers have different weights and count separately.
 
-    What the architecture does not know (the size of an expert, FLOPs) leaves None.
+    Figures that the architecture does not know (the size of an expert, FLOPs) are None.
 
     Attributes:
-        flops: of one image, by the paper's convention.
-        parameters: all weights.
-        active_parameters: weights that one image uses, mean over the images as measured.
-        expert_mlps: experts there are, over all MoE layers.
-        touched: experts that one image uses, mean over the images as measured.
-        most_touched: the most experts that any image uses.
+        flops: FLOPs of one image, by the paper's convention.
+        parameters: number of all weights.
+        active_parameters: number of weights that one image uses, measured, mean over the images.
+        expert_mlps: number of experts over all MoE layers.
+        touched: number of experts that one image uses, measured, mean over the images.
+        most_touched: largest number of experts that an image uses.
         image_bytes: bytes of the fp32 weights that one image needs in memory, mean over the images.
-        most_image_bytes: the same for the image that needs most.
-        all_bytes: bytes of fp32 weights in memory with which none is loaded twice for all the images.
+        most_image_bytes: bytes of the fp32 weights for the image that needs most.
+        all_bytes: bytes of the fp32 weights that all images together use, so that nothing is loaded twice.
     """
 
     flops: int | None
@@ -79,16 +79,16 @@ class Row:
     """One model of a comparison.
 
     Attributes:
-        name: the checkpoint's.
+        name: the checkpoint's name.
         routing: ``dense``, ``super-class``, ``random``, ``end-to-end`` (all three per image) or ``per token``.
-        accuracy: top-1, 0…1.
-        top5: top-5, 0…1.
-        router_accuracy: share of images sent to their super-class's expert; None where there are no super-classes.
-        difference: to the first model; None for that.
-        paper_points: the same difference in figure 3e, between models of these routings.
-        training_images: images seen in training, those of the models it started from included; None if not recorded.
-        recipe: how it was trained, and the sha256 of what taught it; empty if not recorded.
-        needs: on a device.
+        accuracy: top-1 accuracy, 0…1.
+        top5: top-5 accuracy, 0…1.
+        router_accuracy: share of images sent to their super-class's expert; None if there are no super-classes.
+        difference: difference to the first model; None for the first model itself.
+        paper_points: the same difference in figure 3e, between models with these routings.
+        training_images: images seen in training, including by the models it started from; None if not recorded.
+        recipe: the recipe, and the sha256 of the teacher; empty if not recorded.
+        needs: what the model needs on a device.
     """
 
     name: str
@@ -104,10 +104,11 @@ class Row:
 
 
 def compare(candidates: Sequence[tuple[str, Header, Model, Predictions]]) -> list[Row]:
-    """A row per model; differences are to the first.
+    """Compares models with the first of them, and returns one row per model.
 
     Args:
-        candidates: name, checkpoint header, model, and its predictions for the same images in the same order.
+        candidates: for each model its name, checkpoint header, the model itself, and its predictions. The images of the
+            predictions are the same for all models, in the same order.
     """
     rows: list[Row] = []
     base = candidates[0][3]
@@ -133,17 +134,17 @@ def compare(candidates: Sequence[tuple[str, Header, Model, Predictions]]) -> lis
 
 
 def paired_difference(right: Tensor, base: Tensor, resamples: int = 100_000, seed: int = 0) -> Difference:
-    """Difference of two accuracies with its paired bootstrap interval over the images, and McNemar's exact test.
+    """The difference of two accuracies with its paired bootstrap interval over the images, and McNemar's exact test.
 
-    What a resample of the images holds of those that one model alone gets right is multinomial, so drawing these
-    counts is the paired bootstrap itself, not an approximation. The interval says how the images' choice may have
-    favoured a model, not how another training run would have turned out.
+    In a resample of the images, the numbers of images that only one of the models gets right follow a multinomial
+    distribution. Drawing these numbers is therefore the paired bootstrap itself, not an approximation. The interval
+    says how much the choice of images may have favoured a model, not how another training run would have turned out.
 
     Args:
         right: whether the model is right, boolean ``[n]``.
-        base: likewise for the other.
-        resamples: of the images.
-        seed: of the resampling.
+        base: whether the base is right, boolean ``[n]``.
+        resamples: number of resamples of the images.
+        seed: seed of the resampling.
     """
     from scipy.stats import binomtest
 
@@ -168,13 +169,13 @@ def routing_of(header: Header, model: Model) -> str:
 
 
 def training_images(training: dict[str, Any]) -> int | None:
-    """Images seen in training, repetitions counted, those of the models that it started from included.
+    """Number of images seen in training, counting repetitions and the training of models that it started from.
 
     Args:
         training: a checkpoint's training summary.
 
     Returns:
-        None where the summary, or that of a model it started from, does not say.
+        The number; None if the summary, or that of a model it started from, does not say.
     """
     epochs, images = training.get("epochs_done"), training.get("training_images")
     if not isinstance(epochs, int) or not isinstance(images, int):
@@ -192,7 +193,7 @@ def _recipe(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def needs(model: Model, predictions: Predictions) -> Needs:
-    """What a model needs on a device for the images it was asked about."""
+    """What a model needs on a device for the images of the predictions."""
     flops, expert = model.config.flops(), model.config.expert_parameters()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     used = experts_used(model, predictions)

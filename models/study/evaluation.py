@@ -1,4 +1,4 @@
-"""What a trained model says of labelled images: its predictions one by one, and accuracy, router and load in sum."""
+"""A trained model's predictions for labelled images, and their summary: accuracy, router accuracy and load."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mvmoe_deploy.models.train.data import ImageSet, normaliser
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
 Progress = Callable[[Iterator[Tensor], int], Iterator[Tensor]]
-"""Wraps an iterator, given it and its length (a progress bar)."""
+"""Takes an iterator and its length, and returns the iterator wrapped in a progress bar."""
 
 
 @dataclass
 class Predictions:
-    """A model's answers to n labelled images.
+    """A model's predictions for n labelled images.
 
     Attributes:
         labels: the images' classes, int64 ``[n]``.
-        top: the most probable classes ``[n, 5]``, best first; fewer columns where there are fewer classes.
-        routing: where the images, or their tokens, went; None for a dense model.
+        top: the most probable classes ``[n, 5]``, best first; there are fewer columns if there are fewer classes.
+        routing: the experts that the images, or their tokens, were sent to; None for a dense model.
     """
 
     labels: Tensor
@@ -36,7 +36,7 @@ class Predictions:
 
     @property
     def right(self) -> Tensor:
-        """Whether the most probable class is the image's, boolean ``[n]``."""
+        """Whether the most probable class is the image's class, boolean ``[n]``."""
         return self.top[:, 0] == self.labels
 
 
@@ -45,10 +45,10 @@ class Evaluation:
     """Accuracy on labelled images.
 
     Attributes:
-        accuracy: top-1, 0…1.
-        top5: top-5, 0…1.
-        router_accuracy: share of images routed to their super-class's expert; None where there are no super-classes.
-        load: share of images sent to each expert ``[E]``, of a V-MoE the share of tokens; empty for a dense model.
+        accuracy: top-1 accuracy, 0…1.
+        top5: top-5 accuracy, 0…1.
+        router_accuracy: share of images routed to their super-class's expert; None if there are no super-classes.
+        load: share of images (for a V-MoE, of tokens) sent to each expert ``[E]``; empty for a dense model.
     """
 
     accuracy: float
@@ -66,17 +66,17 @@ def predict(
     progress: Progress | None = None,
     experts: Tensor | None = None,
 ) -> Predictions:
-    """Runs a model on all images; what comes back is in their order.
+    """Runs a model on all images and returns its predictions in their order.
 
-    The tokens of a V-MoE's batch compete for places, so its answers depend on ``batch``.
+    The tokens of a V-MoE's batch compete for places, so its predictions depend on ``batch``.
 
     Args:
-        model: any of this project's.
-        images: labelled.
-        preprocessing: the model's.
-        batch: images at once.
-        progress: wraps the iterator over batches.
-        experts: ``[n, k]`` experts of a per-image-routed model to use instead of its router's choice.
+        model: the model to run.
+        images: labelled images.
+        preprocessing: the model's preprocessing.
+        batch: number of images per batch.
+        progress: wraps the iterator over batches in a progress bar.
+        experts: experts ``[n, k]`` to use instead of the router's choice, for a per-image-routed model.
 
     Raises:
         CheckFailed: the model's outputs are not finite.
@@ -86,8 +86,8 @@ def predict(
     device = next(model.parameters()).device
     normalise = normaliser(preprocessing, device)
     total = len(images.labels)
-    # Images come class by class. The tokens of few classes choose few experts, so that a V-MoE would lose far more of
-    # them to overflow than on the mixed batches of training: mix them here too.
+    # Images come class by class. The tokens of few classes choose few experts, so that far more of a V-MoE's tokens
+    # would overflow than in the mixed batches of training. The batches are therefore mixed here too.
     order = torch.arange(total)
     if model.config.routes == "tokens":
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -106,7 +106,7 @@ def predict(
 
 
 def _joined(parts: Sequence[ImageRoutes | TokenRoutes], back: Tensor) -> ImageRoutes | TokenRoutes | None:
-    """The batches' routes as one, in the order ``back``; None where nothing is routed."""
+    """The batches' routes as one object, in the order ``back``; None if nothing is routed."""
     images = [part for part in parts if isinstance(part, ImageRoutes)]
     if images:
         return ImageRoutes(
@@ -124,7 +124,7 @@ def _joined(parts: Sequence[ImageRoutes | TokenRoutes], back: Tensor) -> ImageRo
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuses logits ``[B, C]`` among which no class is the most probable one.
+    """Refuses logits ``[B, C]`` that do not say which class is the most probable.
 
     Raises:
         CheckFailed: an image's logits are NaN or infinite.
@@ -146,7 +146,7 @@ def predict_with_bundle(
     progress: Progress | None = None,
     experts: Tensor | None = None,
 ) -> Predictions:
-    """:func:`predict` with an exported model; the arguments are the same."""
+    """Does what :func:`predict` does, with an exported model; the other arguments are the same."""
     normalise = normaliser(runtime.bundle.manifest.preprocessing, torch.device("cpu"))
     tops: list[Tensor] = []
     routes: list[RoutedBatch] = []

@@ -1,4 +1,4 @@
-"""Pictures of confusion, routing and capacity, as PNG files."""
+"""Draws confusion, routing and capacity as PNG files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mvmoe_deploy.models.study.analysis import BINS, ImageAnalysis, TokenAnalysi
 from mvmoe_deploy.models.study.capacity import CapacityCurve
 
 BLUE, RED = "#4477aa", "#ee6677"
-"""Of Paul Tol's bright palette, which colour-blind readers can tell apart."""
+"""Two colours of Paul Tol's bright palette, which colour-blind readers can tell apart."""
 ROWS, COLUMNS = 100, 10
-"""Classes in one column of a heat map, and how many columns; beyond that, rows become thinner and lose their names."""
+"""Most classes in a column of a heat map, and most columns; beyond that, rows get thinner and lose their names."""
 
 
 def draw_confusion(
@@ -26,14 +26,14 @@ def draw_confusion(
     class_names: Sequence[str],
     path: Path,
 ) -> None:
-    """Draws a confusion matrix with the classes of a group side by side; the colour's scale is logarithmic.
+    """Draws a confusion matrix with the classes of a group side by side, on a logarithmic colour scale.
 
     Args:
-        matrix: confusion ``[C, C]``, rows are true classes.
+        matrix: confusion matrix ``[C, C]``, whose rows are true classes.
         groups: group of each class ``[C]``.
-        group_names: ``[E]``.
-        class_names: ``[C]``.
-        path: PNG to write.
+        group_names: names of the groups ``[E]``.
+        class_names: names of the classes ``[C]``.
+        path: PNG file to write.
 
     Raises:
         OSError: the file cannot be written.
@@ -68,7 +68,7 @@ def draw_confusion(
 
 
 def draw_routing(analysis: ImageAnalysis | TokenAnalysis, path: Path, title: str) -> None:
-    """Draws what a router does: heat map of classes and experts, load, and the rest of the analysis.
+    """Draws the analysis of a router: a heat map of classes and experts, the load, and the other figures.
 
     Raises:
         OSError: the file cannot be written.
@@ -160,7 +160,7 @@ def _draw_tokens(a: TokenAnalysis, path: Path, title: str) -> None:
 
 
 def draw_capacity(curve: CapacityCurve, path: Path, title: str) -> None:
-    """Draws accuracy against capacity, vanilla and Batch Priority Routing.
+    """Draws accuracy against capacity, for the vanilla order and Batch Priority Routing.
 
     Raises:
         OSError: the file cannot be written.
@@ -194,7 +194,7 @@ def _heat_columns(
     columns: int,
     titles: list[str],
 ) -> None:
-    """Heat maps ``[C, E]`` side by side, the classes in rows, broken into columns of equal length."""
+    """Draws heat maps ``[C, E]`` side by side, with classes as rows, broken into columns of equal length."""
     rows = -(-len(order) // columns)
     axes = figure.subplots(1, columns * len(heats), squeeze=False)[0]
     for column in range(columns):
@@ -224,7 +224,7 @@ def _heat_columns(
 
 
 def _within_groups(matrix: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Classes by group; within one, neighbours are those that are confused, as far as a line allows."""
+    """Classes by group; within a group, classes that are confused stand side by side as far as a line allows."""
     from scipy.cluster.hierarchy import leaves_list, linkage
     from scipy.spatial.distance import squareform
 
@@ -243,7 +243,7 @@ def _within_groups(matrix: NDArray[np.float64], groups: NDArray[np.int64]) -> ND
 
 
 def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and picks a screen
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and chooses a display
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -259,7 +259,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _label(name: str, most: int = 28) -> str:
-    """A name from a file, on one line and not too long; matplotlib would read formulas between dollar signs."""
+    """A name from a file, on one line, shortened, and without dollar signs that matplotlib would read as formulas."""
     name = " ".join(name.split())
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 

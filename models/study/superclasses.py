@@ -17,10 +17,10 @@ from mvmoe_deploy.models.train.data import ImageSet, normaliser
 def confusion(
     model: nn.Module, images: ImageSet, preprocessing: Preprocessing, batch: int = 500
 ) -> NDArray[np.float64]:
-    """Soft confusion matrix ``[C, C]``: row c is the mean softmax over the images of class c.
+    """The soft confusion matrix ``[C, C]``: row c is the mean softmax over the images of class c.
 
-    Softmax instead of counted errors, because a class has few held-out images and most class pairs are never
-    confused outright.
+    It averages probabilities instead of counting errors, because a class has few held-out images, and most pairs of
+    classes are never confused outright.
 
     Raises:
         CheckFailed: the model's outputs are not finite.
@@ -36,23 +36,23 @@ def confusion(
 
 
 def group(matrix: NDArray[np.float64], groups: int, slack: float = 1.5, seed: int = 0) -> NDArray[np.int64]:
-    """Splits classes into exactly ``groups`` communities of the confusion graph, of bounded size.
+    """Splits the classes into exactly ``groups`` communities of the confusion graph, of bounded size.
 
-    The graph's edge weights are the symmetrised confusions; its communities are found by spectral clustering
-    (scikit-learn's spectral embedding), with a size-bounded assignment in place of plain k-means, since each
-    group becomes one expert's load.
+    The graph's edge weights are the symmetrised confusions. Its communities are found by spectral clustering
+    (scikit-learn's spectral embedding). An assignment that bounds the size of the groups replaces plain k-means,
+    because each group becomes one expert's load.
 
     Args:
         matrix: confusion matrix ``[C, C]``.
         groups: number of super-classes E.
         slack: no group is larger than ``slack · C / E``, rounded up.
-        seed: of the clustering; the result is a function of the arguments.
+        seed: seed of the clustering; the result depends only on the arguments.
 
     Returns:
-        Group of each class ``[C]``, groups numbered by their first class.
+        The group of each class ``[C]``; groups are numbered in the order of their first classes.
 
     Raises:
-        DataError: more groups than classes.
+        DataError: there are more groups than classes.
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
@@ -65,7 +65,7 @@ def group(matrix: NDArray[np.float64], groups: int, slack: float = 1.5, seed: in
     np.fill_diagonal(affinity, 0)
     if groups == classes:
         return np.arange(classes)
-    # drop_first=False, then rows of unit length: Ng, Jordan and Weiss's algorithm
+    # drop_first=False and rows of unit length make this the algorithm of Ng, Jordan and Weiss
     points = spectral_embedding(affinity, n_components=groups, drop_first=False, random_state=seed)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     centres = KMeans(groups, n_init=20, random_state=seed).fit(points).cluster_centers_
@@ -91,13 +91,13 @@ def group(matrix: NDArray[np.float64], groups: int, slack: float = 1.5, seed: in
 
 
 def random_groups(classes: int, groups: int, seed: int = 0) -> NDArray[np.int64]:
-    """Classes drawn into groups at random, of equal size up to one: the measure of what super-classes are worth.
+    """Assigns classes to groups at random, the baseline for super-classes. The sizes of groups differ by at most one.
 
     Returns:
-        Group of each class ``[C]``.
+        The group of each class ``[C]``.
 
     Raises:
-        DataError: more groups than classes.
+        DataError: there are more groups than classes.
     """
     if groups > classes:
         raise DataError(f"{groups} super-classes asked for, but there are only {classes} classes")
@@ -105,12 +105,12 @@ def random_groups(classes: int, groups: int, seed: int = 0) -> NDArray[np.int64]
 
 
 def suggest_names(matrix: NDArray[np.float64], groups: NDArray[np.int64], class_names: list[str]) -> list[str]:
-    """Names each group by its three classes most confused within it; every name is unique.
+    """Names each group after the three of its classes that are most confused within it; every name is unique.
 
     Args:
         matrix: confusion matrix ``[C, C]``.
         groups: group of each class ``[C]``.
-        class_names: of the C classes.
+        class_names: names of the C classes.
     """
     affinity = (matrix + matrix.T) / 2
     np.fill_diagonal(affinity, 0)

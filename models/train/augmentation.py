@@ -1,4 +1,4 @@
-"""Training images as they are shown to a model: random crops, mirror images, colours and mixtures."""
+"""Augmentation of training images: random crops, mirror images, changed colours and mixtures."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from mvmoe_deploy.models.train.recipe import Recipe
 
 LOG_ASPECT = math.log(4 / 3)
-"""Resampled crops are at most this much wider or taller than square, as everywhere since Inception."""
+"""Logarithm of a resampled crop's largest aspect ratio, which is 4/3 as in Inception's crops."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What is drawn at random for each of n images; it depends on no batch, so that a view can be had again.
+    """The random choices for each of n images. They do not depend on batches, so that a view can be computed again.
 
     Attributes:
-        mirrored: boolean ``[n]``.
-        shift: of padded crops, rows and columns, int64 ``[n, 2]``; None where crops are resampled.
-        window: of resampled crops, width, height and centre (x, y) in ``grid_sample``'s coordinates, in which an image
-            spans -1 to 1, ``[n, 4]``; None where crops are padded.
-        colours: factors of contrast, brightness and saturation ``[n, 3]``; None where colours stay.
-        partner: the image that each is mixed with, int64 ``[n]``; None without mixup.
-        share: of the image itself in the mixture ``[n]``; None without mixup.
+        mirrored: whether the image is mirrored, boolean ``[n]``.
+        shift: offset of a padded crop in rows and columns, int64 ``[n, 2]``; None if crops are resampled.
+        window: width, height and centre (x, y) of a resampled crop ``[n, 4]``, in the coordinates of ``grid_sample``,
+            in which an image spans -1 to 1; None if crops are padded.
+        colours: factors of contrast, brightness and saturation ``[n, 3]``; None if colours are not changed.
+        partner: index of the image that each image is mixed with, int64 ``[n]``; None without mixup.
+        share: share of the image itself in its mixture ``[n]``; None without mixup.
     """
 
     mirrored: Tensor
@@ -37,7 +37,7 @@ class View:
     share: Tensor | None = None
 
     def of(self, rows: Tensor) -> View:
-        """The same for some of the images, but for their mixtures, which are with any of the n."""
+        """The view of some of the images, without their mixtures: a partner can be any of the n images."""
         shift, window, colours = (
             None if part is None else part[rows] for part in (self.shift, self.window, self.colours)
         )
@@ -45,7 +45,7 @@ class View:
 
 
 def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
-    """Draws a view of ``count`` images."""
+    """Draws a random view of ``count`` images."""
 
     def uniform(low: float, high: float, columns: int = 1) -> Tensor:
         return torch.empty(count, columns).uniform_(low, high, generator=generator)
@@ -66,9 +66,9 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
 
 
 def augment(images: Tensor, view: View, recipe: Recipe) -> Tensor:
-    """Augments a uint8 batch ``[B, 3, S, S]``, but for mixing it; the same shape comes back.
+    """Augments a uint8 batch ``[B, 3, S, S]``, except for mixing its images; the shape stays the same.
 
-    It stays uint8, or is float32 in 0…255 where crops are resampled or colours change.
+    The result is uint8, or float32 in 0…255 if crops are resampled or colours change.
     """
     if view.window is not None:
         images = _resampled_crops(images, view.mirrored, view.window)

@@ -1,8 +1,8 @@
-"""Batches of (input, target) for training: the one place where views, mixtures and a teacher's answers meet.
+"""Batches of (input, target) for training: the one place that combines views, mixtures and a teacher's answers.
 
-Images come from a finite :class:`~mvmoe_deploy.models.train.data.ImageSet`, or from an :class:`Endless` source. Either
-way a batch depends on nothing but the recipe, the source and the numbers of its epoch and step, so that a run that was
-killed and resumed sees the same images as one that was not.
+Images come from a finite :class:`~mvmoe_deploy.models.train.data.ImageSet`, or from an :class:`Endless` source. In both
+cases a batch depends only on the recipe, the source and the numbers of its epoch and step. A run that was killed and
+resumed therefore sees the same images as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mvmoe_deploy.models.train.recipe import Recipe
 from mvmoe_deploy.models.train.teacher import Teacher
 
 Progress = Callable[[Iterator[Any], int, str], Iterator[Any]]
-"""Wraps an iterator, given it, its length and a title (a progress bar)."""
+"""Takes an iterator, its length and a title, and returns the iterator wrapped in a progress bar."""
 
 Batch = tuple[Tensor, Tensor]
 """The model's input ``[B, 3, S, S]`` and the target, probabilities ``[B, C]``."""
 
 
 class Samples(Protocol):
-    """A map-style ``torch.utils.data.Dataset`` without an end: every number from 0 on is a sample, always the same.
+    """A map-style ``torch.utils.data.Dataset`` without an end: each number from 0 on always gives the same sample.
 
-    A method ``__getitems__(numbers) -> list`` is used where there is one, as by ``torch.utils.data.DataLoader``.
+    If there is a method ``__getitems__(numbers) -> list``, it is used, because ``torch.utils.data.DataLoader`` does so.
     """
 
     def __getitem__(self, number: int, /) -> tuple[Any, int]:
@@ -49,12 +49,12 @@ class Endless:
     """A source that is never used up, such as rendered characters; no image of it is shown twice.
 
     Attributes:
-        samples: by number.
-        class_ids: the classes' ids, in the order of the labels.
-        identity: tells the source from any other, in a line: whatever changes a sample must change this, or a run could
-            be resumed on other images.
-        samples_per_epoch: how many samples make an epoch.
-        workers: processes that make samples; 0 makes them in this one, between the steps.
+        samples: the samples by number.
+        class_ids: the ids of the classes, in the order of the labels.
+        identity: a line that distinguishes this source from any other. Whatever changes a sample must change this line,
+            or a run could be resumed on other images.
+        samples_per_epoch: number of samples in an epoch.
+        workers: number of processes that make samples; with 0, this process makes them, between the steps.
     """
 
     samples: Samples
@@ -72,18 +72,18 @@ class Batches(Protocol):
     """What the trainer takes batches from.
 
     Attributes:
-        images: how many images an epoch is of.
-        identity: tells the images from others, in a line.
+        images: number of images in an epoch.
+        identity: a line that distinguishes these images from any others.
     """
 
     images: int
     identity: str
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Does what is to be done once, before the first epoch."""
+        """Does the work that is needed once, before the first epoch."""
 
     def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
-        """The batches of an epoch, numbered from 0; those images that do not fill a batch are left out."""
+        """The batches of an epoch, which is numbered from 0; the last batch may be smaller than the others."""
         ...
 
 
@@ -94,17 +94,17 @@ def batches_of(
     device: torch.device,
     teacher: Teacher | None = None,
 ) -> Batches:
-    """Batches of a source's images as a recipe shows them.
+    """Batches of a source's images, augmented as a recipe says.
 
     Args:
         source: the training images.
-        recipe: how they are shown, and the teacher's share of the target.
-        preprocessing: the model's.
-        device: where batches are wanted.
-        teacher: whose answers the target is mixed with.
+        recipe: the augmentation, and the teacher's share of the target.
+        preprocessing: the model's preprocessing.
+        device: device of the batches.
+        teacher: the model whose answers become part of the target.
 
     Raises:
-        ConfigError: a limited number of views of an endless source.
+        ConfigError: the recipe limits the number of views, but the source is endless.
     """
     if isinstance(source, Endless):
         return EndlessBatches(source, recipe, preprocessing, device, teacher)
@@ -112,14 +112,14 @@ def batches_of(
 
 
 class Shown:
-    """Images in one view, as a model takes them, and the labels that go with them.
+    """Images in one view as a model's inputs, and their labels as targets.
 
     Args:
         images: the images.
-        view: what was drawn for each of them.
-        recipe: the recipe that it was drawn for.
-        preprocessing: the model's.
-        device: where batches are wanted.
+        view: the random choices for each of the images.
+        recipe: the recipe that the view was drawn for.
+        preprocessing: the model's preprocessing.
+        device: device of the batches.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Shown:
         return self._mixed(self._augmented, rows)
 
     def targets(self, rows: Tensor) -> Tensor:
-        """Probabilities ``[B, C]``: one of the label, or shares of a mixture's labels."""
+        """Target probabilities ``[B, C]``: 1 for an image's label, or the shares of a mixture's labels."""
         classes = len(self._images.class_ids)
         target = self._mixed(lambda some: F.one_hot(self._images.labels[some], classes).float(), rows)
         return target.to(self._device, non_blocking=True)
@@ -151,7 +151,7 @@ class Shown:
 
 
 class ImageBatches:
-    """Batches of a finite set: every epoch has another order, and another view as long as there are more."""
+    """Batches of a finite set. Every epoch has its own order, and its own view unless the recipe limits the views."""
 
     def __init__(
         self,
@@ -170,9 +170,9 @@ class ImageBatches:
         self._views_id = hashlib.sha256(json.dumps([recipe.shown(), *answered]).encode()).hexdigest()[:16]
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Asks the teacher about every view whose answers are kept in files, but not there yet.
+        """If the teacher's answers are kept in files, asks about every view that has no file yet.
 
-        Views are taken in another order by each process, so that runs that begin side by side share the asking.
+        Each process takes the views in another order, so that runs that start side by side share the work.
         """
         if self._teacher is not None and self._teacher.folder is not None:
             views = self._recipe.views
@@ -182,7 +182,7 @@ class ImageBatches:
     def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
         """See :class:`Batches`."""
         recipe = self._recipe
-        # every epoch has its own generator, so that resuming needs no generator state
+        # every epoch has its own generator, so that a resumed run needs no generator state
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + index)
         order = torch.randperm(self.images, generator=generator)
         view = index % recipe.views if recipe.views else index
@@ -213,7 +213,7 @@ class ImageBatches:
 
 
 class EndlessBatches:
-    """Batches of an endless source: sample after sample, each augmented in its own way and mixed within its batch."""
+    """Batches of an endless source: consecutive samples, each augmented by itself and mixed within its batch."""
 
     def __init__(
         self,
@@ -233,7 +233,7 @@ class EndlessBatches:
         self.identity = f"{source.identity}, {self.images} samples per epoch"
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """Nothing: a teacher is asked as samples come."""
+        """Does nothing: the teacher is asked about each batch as it comes."""
 
     def epoch(self, index: int, progress: Progress | None = None) -> Iterator[Batch]:
         """See :class:`Batches`."""
@@ -243,7 +243,7 @@ class EndlessBatches:
             self._source.samples,  # type: ignore[arg-type]  # map-style without being a sub-class
             batch_sampler=[part.tolist() for part in numbers],
             num_workers=self._source.workers,
-            generator=torch.Generator(),  # of its own: else it would draw from the one that routers' noise comes from
+            generator=torch.Generator(),  # otherwise it would draw from the generator of the routers' noise
         )
         for part, (pixels, labels) in zip(numbers, loader, strict=True):
             yield self._batch(int(part[0]), pixels, labels)

@@ -1,4 +1,4 @@
-"""Decoded, labelled images in memory, and what models are given of them."""
+"""Decoded, labelled images in memory, and their normalisation into a model's input."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class ImageSet:
         pixels: uint8 ``[n, 3, size, size]``, in memory or mapped from a file.
         labels: int64 ``[n]``, indices into ``class_ids``.
         class_ids: the class folders' names, sorted.
-        skipped: images that could not be read, each with the reason.
-        left_out: in words, what of the data set is not among these images: unreadable, hidden, no images.
+        skipped: for each image that could not be read, its name and the reason.
+        left_out: descriptions of what was left out of the data set: unreadable images, hidden files, files that are no
+            images.
     """
 
     pixels: Tensor
@@ -31,19 +32,19 @@ class ImageSet:
     left_out: list[str] = field(default_factory=list)
 
     def describe(self, split: str) -> str:
-        """What was found, in a line."""
+        """One line that says what was found in a split and what was left out."""
         left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
         classes = len(self.class_ids)
         return f"{split}: {len(self.labels):,} images of {classes} class{'es' * (classes != 1)}{left_out}"
 
     def sha256(self) -> str:
-        """Of the pixels and labels, to tell one set from another."""
+        """The sha256 of the pixels and labels, which tells one set from another."""
         digest = hashlib.sha256(self.pixels.contiguous().numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def spaced(self, count: int) -> ImageSet:
-        """``count`` of the images, evenly spaced, so that no class is left out; all where there are no more."""
+        """``count`` of the images, evenly spaced so that no class is left out; all images if there are no more."""
         total = len(self.labels)
         if count >= total:
             return self
@@ -52,7 +53,10 @@ class ImageSet:
 
 
 def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 ``[B, 3, S, S]`` → float32, as :func:`mvmoe_deploy.images.normalise` does for one image."""
+    """Returns a function that normalises a batch as :func:`mvmoe_deploy.images.normalise` does one image.
+
+    It maps uint8 ``[B, 3, S, S]`` to float32 of the same shape.
+    """
     scale = torch.from_numpy(preprocessing.scale).to(device)[:, None, None]
     bias = torch.from_numpy(preprocessing.bias).to(device)[:, None, None]
     return lambda pixels: pixels * scale + bias

@@ -1,8 +1,8 @@
-"""Data sets on disk: image folders and zips of them, decoded once, and the tables that name and group their classes.
+"""Data sets on disk: image folders and zips of them, and the tables that name and group their classes.
 
-One rule says what a class is, for folders and zips alike: an image is ``CLASS/NAME`` or, as in Tiny ImageNet,
-``CLASS/images/NAME``, or ``images/NAME`` with ``val_annotations.txt`` beside it to name its class. An image anywhere
-else is refused. What is hidden or no image is left out and counted.
+One rule says what a class is, for folders and zips alike. An image is ``CLASS/NAME`` or, as in Tiny ImageNet,
+``CLASS/images/NAME``, or ``images/NAME`` beside a file ``val_annotations.txt`` that names its class. An image anywhere
+else is refused. Hidden files, and files that are no images, are left out and counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HIDDEN = "hidden file", "hidden files"
 UNREADABLE = "unreadable image", "unreadable images"
 
 ANNOTATIONS = "val_annotations.txt"
-"""Tiny ImageNet's table of (file name, class id, box) beside its folder ``images``."""
+"""Name of Tiny ImageNet's table of (file name, class id, box), which lies beside its folder ``images``."""
 
 ALL = -1
 
@@ -47,9 +47,9 @@ class _File:
     """A file of a split, in a folder or a zip.
 
     Attributes:
-        parts: of its path inside the split.
-        name: what to call it in errors.
-        read: its first so many bytes, or :data:`ALL`; raises ImageError.
+        parts: the parts of the file's path inside the split.
+        name: what errors call the file.
+        read: returns that many bytes from the file's beginning, or :data:`ALL` of them; raises ImageError.
     """
 
     parts: tuple[str, ...]
@@ -57,13 +57,13 @@ class _File:
     read: Callable[[int], bytes]
 
     def is_image(self) -> bool:
-        """By what it holds, or by its name: an image that is damaged or cannot be read here is one as well."""
+        """Whether the file is an image by its content or its name, even if it is damaged or cannot be read here."""
         if claims_to_be_image(self.parts[-1]):
             return True
         try:
             return image_format(self.read(HEAD)) is not None
         except ImageError:
-            return True  # so that it is reported as unreadable
+            return True  # the caller then reports it as unreadable
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class _Split:
 
     Attributes:
         where: the folder or zip.
-        images: per class id, sorted, its images, sorted by path.
-        left_out: what else there is, in words.
+        images: images by class id; class ids are sorted, and images are sorted by path.
+        left_out: descriptions of what else the split holds.
     """
 
     where: Path
@@ -100,20 +100,20 @@ def read_images(
         data: the data set's folder.
         split: ``train`` or ``val``.
         preprocessing: gives size, crop and interpolation; the pixels are not normalised yet.
-        class_ids: the classes to expect; by default those found.
+        class_ids: the classes to expect; by default the classes found.
         skip_unreadable: leave out images that cannot be read instead of refusing the data set.
         memory_limit: decoded images that take more bytes than this go into a temporary file that is mapped into
-            memory, so that the system may drop what it needs the memory for; it vanishes with the process.
-        val_share: where the data set has no ``val``, this share of each class of ``train`` (or of the class folders in
-            ``data`` itself) is ``val``: the images whose names hash lowest, so that every run, whatever its seed, and a
-            later evaluation see the same split.
-        hold_out: the last images of every class, so many, are left out.
-        held_out_only: instead, only these are read.
-        progress: wraps the iterator over images, given it and its length (a progress bar).
+            memory. The system can then drop pages when memory is short. The file vanishes with the process.
+        val_share: if the data set has no ``val``, this share of each class of ``train`` (or of the class folders in
+            ``data`` itself) becomes ``val``. It consists of the images whose names hash lowest, so that all runs,
+            whatever their seed, and later evaluations see the same split.
+        hold_out: number of images at the end of every class that are left out.
+        held_out_only: read only the images that ``hold_out`` would leave out.
+        progress: takes the iterator over images and its length, and returns it wrapped in a progress bar.
 
     Raises:
-        DataError: no such data, an image that lies in no class, an empty or unknown class, an unreadable image, a class
-            with no more images than are held out, or no room for the temporary file.
+        DataError: there is no such data, an image lies in no class, a class is empty or unknown, an image cannot be
+            read, a class has no more images than are held out, or there is no room for the temporary file.
     """
     with _open_split(data, split, val_share) as found:
         where = found.where
@@ -130,7 +130,7 @@ def read_images(
         def decode(index: int) -> str | None:
             file = files[index]
             try:
-                # channels first here saves a transposition of every batch later
+                # storing channels first saves a transposition of every batch later
                 pixels[index] = to_pixels(file.read(ALL), preprocessing, file.name).transpose(2, 0, 1)
                 return None
             except ImageError as error:
@@ -152,7 +152,7 @@ def read_images(
     if skipped:
         left_out = [f"{len(skipped)} {UNREADABLE[len(skipped) > 1]} (first: {skipped[0]})", *left_out]
         kept = np.flatnonzero(keep)
-        for place, index in enumerate(kept):  # in place: a copy of the rest could be too large
+        for place, index in enumerate(kept):  # in place, because a copy could be too large
             pixels[place] = pixels[index]
         pixels = pixels[: len(kept)]
     return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), class_ids, skipped, left_out)
@@ -165,7 +165,7 @@ def has_split(data: Path, split: str) -> bool:
 
 @contextmanager
 def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
-    """A split's images by class; a zip stays open while they are read."""
+    """Opens a split and sorts its images into classes; a zip stays open while they are read."""
     divided = bool(val_share) and not has_split(data, "val")
     source = "train" if divided else split
     folder, archive = data / source, data / f"{source}.zip"
@@ -177,7 +177,7 @@ def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
     elif archive.is_file():
         try:
             opened = zipfile.ZipFile(archive)
-        except Exception as error:  # zipfile raises whatever it stumbles over
+        except Exception as error:  # zipfile raises many types of errors
             raise DataError(f"{archive}: not a readable zip file ({first_line(error)})") from None
         with opened:
             found = _sort_out(archive, source, _files_of_zip(archive, opened))
@@ -190,7 +190,7 @@ def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
 def _files_of_folder(folder: Path) -> list[_File]:
     def read(path: Path, count: int) -> bytes:
         try:
-            if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
                 raise ImageError(f"{path}: is not a regular file")
             with open(path, "rb") as file:
                 _check_size(str(path), os.fstat(file.fileno()).st_size)
@@ -212,24 +212,24 @@ def _files_of_zip(path: Path, archive: zipfile.ZipFile) -> list[_File]:
         try:
             with archive.open(entry) as file:
                 return file.read(count)
-        except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError where it is encrypted, …
+        except Exception as error:  # BadZipFile, zlib.error, EOFError, RuntimeError (encrypted), …
             raise ImageError(f"{name}: damaged in the zip file ({first_line(error)})") from None
 
     files: dict[tuple[str, ...], _File] = {}
     for entry in archive.infolist():
-        # some programs on Windows write backslashes
+        # some programs on Windows write backslashes between folders
         *parts, last = entry.filename.replace("\\", "/").split("/")
         key = (*(part for part in parts if part not in ("", ".")), last)
         if key in files and last:
             raise DataError(f"{_printable(f'{path}:{entry.filename}')}: is in the zip file twice")
         files[key] = _File(key, _printable(f"{path}:{entry.filename}"), partial(read, entry))
-    # as in a folder, an entry for a folder tells something only where nothing is inside
+    # As in a folder on disk, a folder's own entry matters only if the folder is empty.
     filled = {key[:depth] for key in files if key[-1] for depth in range(len(key))}
     return [file for key, file in sorted(files.items()) if key[-1] or (key[:-1] and key[:-1] not in filled)]
 
 
 def _printable(name: str) -> str:
-    """A name within one line, without what would command a terminal."""
+    """A name on one line, without characters that could control a terminal."""
     return "".join(character if character.isprintable() else "?" for character in name)
 
 
@@ -239,14 +239,14 @@ def _check_size(name: str, size: int) -> None:
 
 
 def _sort_out(where: Path, split: str, files: list[_File]) -> _Split:
-    """Sorts a split's files into classes, images that lie in none refused, and tells what is left out.
+    """Sorts a split's files into classes, and lists what is left out.
 
     Raises:
-        DataError: no images, a class without any, or an image that lies in no class.
+        DataError: there are no images, a class has none, or an image lies in no class.
     """
     top = {file.parts[0] for file in files if not any(map(is_hidden, file.parts))}
     if top == {split} and not any(file.parts == (split,) for file in files):
-        # train.zip holds a folder train
+        # the split (train.zip) holds nothing but a folder of its own name (train)
         files = [replace(file, parts=file.parts[1:]) if file.parts[0] == split else file for file in files]
     hidden, seen = _partition(files, lambda file: any(map(is_hidden, file.parts)))
     folders = {file.parts[0] for file in files if len(file.parts) > 1 and not is_hidden(file.parts[0])}
@@ -283,7 +283,7 @@ def _sort_out(where: Path, split: str, files: list[_File]) -> _Split:
 
 
 def _partition(files: list[_File], is_so: Callable[[_File], bool]) -> tuple[list[_File], list[_File]]:
-    """Those files of which it is so, and the others."""
+    """Divides files into those that satisfy a predicate and the others."""
     answers = [(file, is_so(file)) for file in files]
     return [file for file, answer in answers if answer], [file for file, answer in answers if not answer]
 
@@ -293,7 +293,7 @@ def _count(files: list[_File], one: str, many: str) -> str:
 
 
 def _annotations(table: _File) -> dict[str, str]:
-    """File name → class id."""
+    """Reads the class id of each file name from ``val_annotations.txt``."""
     try:
         content = table.read(ALL)
     except ImageError as error:
@@ -306,7 +306,7 @@ def _annotations(table: _File) -> dict[str, str]:
 
 
 def _divide(found: _Split, split: str, share: float) -> _Split:
-    """Of every class the ``val`` images, or the others: see :func:`read_images`."""
+    """Keeps the ``val`` images of every class, or the others; :func:`read_images` says which they are."""
     images = {}
     for class_id, files in found.images.items():
         if len(files) < 2:
@@ -318,7 +318,7 @@ def _divide(found: _Split, split: str, share: float) -> _Split:
 
 
 def _hash(file: _File) -> bytes:
-    """Of the name of the image, wherever the data set lies and whether it is a folder or a zip."""
+    """A hash of the image's name alone, which is the same wherever the data set lies, in a folder or a zip."""
     return hashlib.sha256(os.fsencode(file.parts[-1])).digest()
 
 
@@ -333,14 +333,14 @@ def _held_out(images: dict[str, list[_File]], count: int, only: bool) -> dict[st
 
 
 def _empty(shape: tuple[int, ...], memory_limit: int) -> NDArray[np.uint8]:
-    """An array for decoded images: in memory, or above the limit in a file without a name."""
+    """An array for decoded images, in memory or, above the limit, in a file without a name."""
     needed = math.prod(shape)
     if needed <= memory_limit:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile() as file:
         try:
             os.truncate(file.fileno(), needed)
-            if hasattr(os, "posix_fallocate"):  # without it, a full disk would kill the process where it writes
+            if hasattr(os, "posix_fallocate"):  # otherwise a full disk would kill the process on writing
                 os.posix_fallocate(file.fileno(), 0, needed)
         except OSError as error:
             raise DataError(
@@ -353,9 +353,9 @@ def _empty(shape: tuple[int, ...], memory_limit: int) -> NDArray[np.uint8]:
 
 
 def read_class_names(data: Path, class_ids: list[str]) -> list[str]:
-    """Readable class names from ``data/classes.tsv`` (id, name), where there is one; else the class ids.
+    """Readable class names from ``data/classes.tsv`` (id, name) or, if there is no such file, the class ids.
 
-    Only the first of several comma-separated synonyms is kept.
+    Of several comma-separated synonyms, only the first is kept.
 
     Raises:
         DataError: the file lacks a class, or names one twice.
@@ -379,10 +379,10 @@ def read_class_names(data: Path, class_ids: list[str]) -> list[str]:
 def read_superclasses(path: Path, class_ids: list[str]) -> Superclasses:
     """Reads a TSV of (class id, super-class name); further columns are ignored.
 
-    Super-classes are numbered in the order of their names' first appearance.
+    Super-classes are numbered in the order in which their names first appear.
 
     Raises:
-        DataError: a class without a super-class, or in two, or an unknown class.
+        DataError: a class has no super-class or more than one, or is unknown.
     """
     of_class: dict[str, int] = {}
     names: list[str] = []
@@ -409,13 +409,13 @@ def _read_table(path: Path) -> bytes:
 
 
 def _rows(name: str, content: bytes, columns: int) -> list[tuple[int, list[str]]]:
-    """The rows of a TSV file, each with its line's number, blank ones left out.
+    """The rows of a TSV file, each with its line number, without blank lines.
 
-    Spreadsheets and editors on Windows may have written it: a byte order mark is dropped, lines may end in any way,
-    cells lose the space around them and the quotes that a spreadsheet put there.
+    A spreadsheet or an editor on Windows may have written the file. A byte order mark is therefore dropped, lines may
+    end in any way, and cells lose surrounding spaces and a spreadsheet's quotes.
 
     Raises:
-        DataError: not UTF-8, no rows, or one with an empty cell in its first ``columns``.
+        DataError: the file is not UTF-8, has no rows, or has a row with an empty cell in its first ``columns``.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
         raise DataError(f"{name}: not a readable TSV file: it seems to be UTF-16; save it as UTF-8")
@@ -437,7 +437,7 @@ def _rows(name: str, content: bytes, columns: int) -> list[tuple[int, list[str]]
 
 
 def _unquoted(cell: str) -> str:
-    """Without the quotes that a spreadsheet puts around a cell, which double those inside."""
+    """A cell without the quotes that a spreadsheet puts around it; it doubles the quotes inside."""
     inner = cell[1:-1].replace('""', "")
     if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner:
         return cell[1:-1].replace('""', '"').strip()

@@ -27,24 +27,25 @@ Source = ImageSet | Endless
 
 @dataclass
 class Job:
-    """Everything that a training run is.
+    """Everything that defines a training run.
 
     Attributes:
         config: shape of the model.
-        recipe: how to train it.
-        train: the training images, or a function that reads them, which is called once all else has been checked.
-        val: labelled images that every epoch is evaluated on; their classes are the model's.
+        recipe: how to train the model.
+        train: the training images, or a function that reads them; it is called after everything else has been checked.
+        val: labelled images on which every epoch is evaluated; the model has their classes.
         out: the checkpoint to write, ``.pt`` or ``.safetensors``.
-        preprocessing: the model's.
-        class_names: readable names, in the order of the classes; by default their ids.
-        superclasses: what a per-image router learns; None where it is drawn at random or learns end to end.
-        start_from: a checkpoint to start from: of the same shape, or of the dense baseline (upcycling).
-        teacher: a checkpoint whose answers are learnt.
+        preprocessing: the model's preprocessing.
+        class_names: readable names, in the order of the classes; by default the class ids.
+        superclasses: the super-classes that a per-image router learns; None if they are drawn at random, or if the
+            router learns end to end.
+        start_from: a checkpoint to start from, of the same shape or of the dense baseline (upcycling).
+        teacher: a checkpoint whose answers the model learns.
         answers: a folder in which the teacher's answers are kept for other runs.
-        notes: what else the checkpoint's training summary shall record.
+        notes: further entries for the training summary of the checkpoint.
         device: ``cpu`` or ``cuda``.
-        resume: go on after the last whole epoch, if there was one.
-        force: start again although ``out`` or a state of it exists.
+        resume: go on after the last complete epoch, if there is one.
+        force: start again even if ``out`` or its state file exists.
     """
 
     config: ModelConfig
@@ -73,13 +74,14 @@ def train(
     """Trains a model and returns its checkpoint, which is also in ``job.out``.
 
     Args:
-        job: what to do.
+        job: the training run.
         progress: wraps the iterator over an epoch's steps (a progress bar).
         report: called with each epoch's line of the log.
-        say: called with what a user may want to know, a line each.
+        say: called with each message for the user, one line at a time.
 
     Raises:
-        MvmoeError: something does not fit together, cannot be read, or exists already; or the loss became NaN.
+        MvmoeError: parts of the job do not fit together, a file cannot be read or exists already, or the loss became
+            NaN.
     """
     finished = check_out(job.out, job.recipe.epochs, job.resume, job.force)
     if finished is not None:
@@ -107,13 +109,13 @@ def train(
 
 
 def check_out(out: Path, epochs: int, resume: bool, force: bool) -> Checkpoint | None:
-    """Checks that a run may write ``out``; it costs nothing, so it can be asked before images are read.
+    """Checks that a run may write ``out``. The check is cheap, so call it before images are read.
 
     Returns:
-        The checkpoint of a finished run of as many epochs that was to be resumed; None where there is work to do.
+        The finished checkpoint, if a run that has all its epochs already is to be resumed; None if there is work to do.
 
     Raises:
-        DataError: a checkpoint that is there may not be overwritten, or cannot be gone on from.
+        DataError: an existing checkpoint may not be overwritten, or its training cannot be continued.
     """
     state = out.with_name(out.name + ".state")
     if out.suffix not in (".pt", ".safetensors"):
@@ -141,7 +143,7 @@ def _random_superclasses(job: Job) -> Superclasses:
 
 
 def _model(job: Job, training: dict[str, Any]) -> Model:
-    """The model to train; ``training`` gets to know what it started from."""
+    """Makes the model to train, and records in ``training`` which checkpoint it started from."""
     torch.manual_seed(job.recipe.seed)
     model = build(job.config)
     if job.start_from is None:
@@ -158,7 +160,7 @@ def _model(job: Job, training: dict[str, Any]) -> Model:
 
 
 def _teacher(job: Job, training: dict[str, Any]) -> Teacher | None:
-    """The teacher, where there is one; ``training`` gets to know it."""
+    """Loads the teacher, if there is one, and records it in ``training``."""
     if job.answers and not (job.teacher and job.recipe.views):
         raise DataError("--answers keeps what a --teacher says of a number of --views: give both")
     if job.teacher is None:
@@ -170,13 +172,13 @@ def _teacher(job: Job, training: dict[str, Any]) -> Teacher | None:
             f"{job.teacher}: takes images as {header.preprocessing}, this model as {job.preprocessing}; "
             "both see the same view of an image"
         )
-    # it answers as it was trained, whatever its student is trained in
+    # a teacher answers in the precision that it was trained in, whatever its student's is
     precision = header.training.get("recipe", {}).get("precision", "fp32")
     return Teacher(model.to(job.device), precision, job.answers, origin["sha256"])
 
 
 def _origin(job: Job, path: Path, header: Header) -> dict[str, Any]:
-    """What the new checkpoint records of one that it comes from, which must know the same classes."""
+    """What the new checkpoint records about one that it is based on; both must have the same classes."""
     if header.class_ids != job.val.class_ids:
         raise DataError(f"{path}: was trained on other classes than those of this run")
     return {"file": path.name, "sha256": sha256(path), "training": header.training}

@@ -11,24 +11,25 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon/)."""
+"""Coefficients of the Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon/)."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, matrix by matrix, and scaled to the size of AdamW's (arXiv 2502.16982).
+    """Momentum with orthogonalised updates, scaled to the size of AdamW's updates (arXiv 2502.16982).
 
-    ``torch.optim.Muon`` does the same, but takes matrices only, one after the other and in bfloat16. This one
-    orthogonalises all matrices of one shape at once, in float32, which made it fifteen times faster on a CPU.
+    ``torch.optim.Muon`` does the same, but takes only matrices, and orthogonalises one after the other in bfloat16.
+    This one orthogonalises all matrices of one shape at once, in float32, which was fifteen times faster on a CPU.
 
     Args:
-        parameters: matrices ``[out, in]``, stacks of them ``[E, out, in]``, each expert's a matrix of its own, or
-            convolutions ``[out, in, h, w]``, which are matrices ``[out, in · h · w]``.
+        parameters: matrices ``[out, in]``; stacks ``[E, out, in]``, in which each expert has a matrix of its own; or
+            convolutions ``[out, in, h, w]``, which are treated as matrices ``[out, in · h · w]``.
         lr: learning rate.
-        weight_decay: decoupled, as AdamW's.
-        momentum: of the gradients' running mean; Nesterov's look-ahead uses it again.
-        own: share of its update that each matrix of a stack has for itself, the rest being the update that their mean
-            gradient gives. An expert's own gradient is of few images and noisy; an orthogonalised update is as long
-            as any other for all that. 0 keeps experts the same, 1 (the default) lets each learn alone.
+        weight_decay: decoupled weight decay, as in AdamW.
+        momentum: momentum of the gradients' running mean; Nesterov's look-ahead uses it again.
+        own: share of an expert's update that comes from its own gradient, for the matrices of a stack. The rest comes
+            from the mean gradient of all experts. An expert's own gradient comes from few images and is noisy, but its
+            orthogonalised update is as large as any other. With 0 all experts get the same update; with 1 (the
+            default) each expert learns alone.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices ``[n, a, b]`` with their singular values brought near 1, by Newton-Schulz iteration."""
+    """Brings the singular values of matrices ``[n, a, b]`` close to 1, by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -1,4 +1,4 @@
-"""How to train: every option of a run that is not its data, its model or where it runs."""
+"""How to train: every option of a run that is not its data, its model or its hardware."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mvmoe_deploy.errors import ConfigError
 
 ROUTERS = ("super-class", "random", "end-to-end")
-"""What a per-image router can be trained on (Mobile V-MoE's figure 3e)."""
+"""Ways to train a per-image router (Mobile V-MoE's figure 3e)."""
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -24,13 +24,14 @@ class Recipe:
     """How to train.
 
     Attributes:
-        epochs: passes over the training images; of an endless source, so many times ``samples_per_epoch``.
+        epochs: number of passes over the training images; with an endless source, a pass is ``samples_per_epoch``
+            samples.
         batch: images per step.
         optimizer: ``adamw``, or ``muon``: Muon for the matrices between hidden layers, AdamW for the rest. Small ViTs
             learn about twice as fast with it.
         learning_rate: the peak learning rate, after a linear warm-up and before a cosine to zero. Muon's update is
             scaled to the size of AdamW's.
-        weight_decay: of matrices only (not of biases, norms, class token or positions).
+        weight_decay: weight decay of matrices; biases, norms, class token and positions have none.
         warmup_epochs: length of the warm-up, in epochs.
         label_smoothing: share of the target that is spread over all classes.
         crop_padding: images are padded by this many pixels and cropped back at random.
@@ -38,10 +39,11 @@ class Recipe:
             area, and resample it (Inception's crops, arXiv 1409.4842); 0 is off.
         jitter: brightness, contrast and saturation change by up to this share; 0 is off.
         flip: mirror half of the images.
-        views: how many different augmentations of each image there are; epochs take turns. 0: every epoch has new ones.
+        views: number of different augmentations of each image, which the epochs use in turn. With 0, every epoch draws
+            new ones.
         mixup: alpha of mixup's Beta distribution, from which each image's share in the mixture with another is drawn;
             a teacher is asked about the mixture. 0 is off.
-        teacher_weight: share of the target that is the teacher's answer instead of the label, where there is a teacher.
+        teacher_weight: share of the target that is the teacher's answer instead of the label, if there is a teacher.
         router: what a per-image router learns: ``super-class``, ``random`` (super-classes drawn at random) or
             ``end-to-end``.
         router_weight: weight of the router loss in ``L = L_class + 0.3 · L_router``.
@@ -51,10 +53,10 @@ class Recipe:
             so its gradient is noisier than that of the shared layers. With Muon, the rest of an expert's update comes
             from the mean gradient of all experts (:class:`~mvmoe_deploy.models.train.muon.Muon`, ``own``); with
             AdamW, this scales the experts' learning rate.
-        expert_pull: share of the way that each step at full learning rate moves every expert towards the mean of its
-            layer's experts, which an expert that sees few images overfits less with; 0 is off.
-        clip: largest gradient norm.
-        seed: of the weights, the order of the images and augmentation.
+        expert_pull: share of the way to the mean of its layer's experts by which each step at full learning rate moves
+            an expert. It makes an expert that sees few images overfit less. 0 is off.
+        clip: gradients are clipped to this norm.
+        seed: seed of the weights, the order of the images and the augmentation.
         precision: ``fp32`` or ``bf16`` (autocast).
     """
 

@@ -1,9 +1,9 @@
-"""A teacher: a trained model whose answers another one learns beside the labels, or instead of them.
+"""A teacher: a trained model whose answers another model learns, beside the labels or instead of them.
 
 On few images a small convolutional network (:mod:`mvmoe_deploy.models.architectures.resnet`) learns several times
-faster than a ViT, and what it says of an augmented image tells more than the image's label (DeiT, arXiv 2012.12877,
-section 4). Its answers to a limited number of views of each image are asked for once and kept (as in Dataset
-Reinforcement, arXiv 2303.08983), so that it costs little even where it is much larger than what it teaches.
+faster than a ViT, and its answer to an augmented image says more than the image's label (DeiT, arXiv 2012.12877,
+section 4). The teacher is asked about a limited number of views of each image, once per view, and its answers are kept
+(as in Dataset Reinforcement, arXiv 2303.08983). It therefore costs little even if it is much larger than its student.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mvmoe_deploy.files import atomic_file
 
 
 class Teacher:
-    """A trained model's answers to views of the training images, each view asked about once.
+    """A trained model that is asked about each view of the training images once.
 
     Args:
-        model: any that gives logits; it is put into evaluation mode.
+        model: any model that returns logits; it is put into evaluation mode.
         precision: ``fp32`` or ``bf16`` (autocast).
-        folder: where answers are kept for other runs too, a file per view; None keeps them in memory.
-        sha256: of the checkpoint it came from, where it came from one.
+        folder: folder in which answers are kept for other runs too, one file per view; None keeps them in memory.
+        sha256: sha256 of the checkpoint that the model came from, if it came from one.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Teacher:
         self._answers: dict[str, Tensor] = {}
 
     def answers(self, view: str | None, shape: tuple[int, int], batches: Callable[[], Iterable[Tensor]]) -> Tensor:
-        """Its probabilities for every training image in a view, float16 ``[n, C]``, in the images' order.
+        """The teacher's probabilities for every training image in a view, float16 ``[n, C]``, in the images' order.
 
         Args:
-            view: a name of the view that no other view has; None for one that does not come again.
+            view: a unique name of the view; None for a view that does not come again.
             shape: ``(n, C)``.
-            batches: gives the view's images, in order, as the model's input ``[B, 3, S, S]``; asked once per view.
+            batches: returns the view's images, in order, as the model's input ``[B, 3, S, S]``; called once per view.
 
         Raises:
             DataError: a file of kept answers is damaged.
@@ -66,7 +66,7 @@ class Teacher:
 
     @torch.no_grad()
     def ask(self, x: Tensor) -> Tensor:
-        """Its probabilities for a batch of inputs ``[B, 3, S, S]``, float16 ``[B, C]``, on the CPU."""
+        """The teacher's probabilities for a batch of inputs ``[B, 3, S, S]``, float16 ``[B, C]``, on the CPU."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits: Tensor = self.model(x)
         return logits.float().softmax(-1).half().cpu()
@@ -76,7 +76,7 @@ class Teacher:
 
 
 def _kept(file: Path, shape: tuple[int, int]) -> Tensor:
-    """Answers of an earlier run, mapped into memory: several runs share one copy."""
+    """Reads answers that an earlier run kept. The file is mapped into memory, so that several runs share one copy."""
     try:
         answers = load_file(file)["answers"]
     except (SafetensorError, KeyError, OSError) as error:

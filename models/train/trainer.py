@@ -1,6 +1,6 @@
-"""Training: dense models, per-image-routed ones (arXiv 2309.04354, section 3), and V-MoE (arXiv 2106.05974).
+"""Training of dense models, per-image-routed ones (arXiv 2309.04354, section 3), and V-MoE (arXiv 2106.05974).
 
-A per-image router learns super-classes, or end to end: then only the gates and V-MoE's auxiliary losses teach it.
+A per-image router learns super-classes, or it learns end to end, from its gates and V-MoE's auxiliary losses alone.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from mvmoe_deploy.models.train.teacher import Teacher
 
 
 class Trainer:
-    """Trains one model into one checkpoint file, an epoch at a time.
+    """Trains one model into one checkpoint file, one epoch at a time.
 
-    Beside ``OUT.pt`` stand ``OUT.pt.state`` (everything needed to go on; removed at the end) and ``OUT.pt.jsonl``
-    (a line per epoch). Both the checkpoint and the state are replaced whole after each epoch, and an epoch depends
-    on nothing but the state before it, so that a resumed run gives what an undisturbed one would have given.
+    Beside ``OUT.pt`` lie ``OUT.pt.state`` (everything that resuming needs; removed at the end) and ``OUT.pt.jsonl``
+    (one line per epoch). After each epoch, the checkpoint and the state are each replaced as a whole. An epoch depends
+    only on the state before it, so that a resumed run gives the same result as an undisturbed one.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a resume: model config, recipe, images, and the checkpoint that was started from."""
+        """What must be the same to resume a run: model config, recipe, images, classes, and other checkpoints used."""
         return {
             "model": self.header.model,
             **dataclasses.asdict(self.recipe),
@@ -88,10 +88,10 @@ class Trainer:
         }
 
     def resume(self) -> bool:
-        """Goes back to the state after the last whole epoch; False where there is none.
+        """Restores the state after the last complete epoch. Returns False if there is none.
 
         Raises:
-            CheckpointError: the state is damaged or of a run with another configuration.
+            CheckpointError: the state is damaged, or comes from a run with another configuration.
         """
         if not self.state_path.exists():
             return False
@@ -132,7 +132,7 @@ class Trainer:
             loss = self.train_epoch(progress)
             seconds = time.perf_counter() - started
             if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-                # the loss of the last step was finite, its update was not
+                # the loss of the last step was finite, but its update was not
                 raise DataError(
                     f"the weights became NaN or infinite in epoch {self.epoch + 1}; {self.out} keeps epoch "
                     f"{self.epoch}; try a lower --lr"
@@ -163,7 +163,7 @@ class Trainer:
         Raises:
             DataError: the loss became NaN or infinite.
         """
-        # every epoch seeds the routers' noise, which has no generator of its own, so that resuming needs no state
+        # The routers' noise has no generator of its own. Seeding it in every epoch lets a run resume without its state.
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.epoch)
         batches: Iterator[Batch] = itertools.islice(self.batches.epoch(self.epoch, progress), self.steps_per_epoch)
         if progress is not None:
@@ -173,7 +173,7 @@ class Trainer:
         for step, (x, target) in enumerate(batches):
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
             total += self._backward(x, target)
-            # looked at now and then only: on a GPU each look waits for the device
+            # checked only now and then, because on a GPU each check waits for the device
             look = step % 50 == 0 or step == self.steps_per_epoch - 1
             if look and not math.isfinite(float(total)):
                 raise DataError(
@@ -184,7 +184,7 @@ class Trainer:
         return float(total) / self.steps_per_epoch
 
     def _backward(self, x: Tensor, target: Tensor) -> Tensor:
-        """Puts clipped gradients into the parameters and returns the loss."""
+        """Computes clipped gradients of the parameters, and returns the loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             loss = self._loss(x, target)
         self.model.zero_grad(set_to_none=True)
@@ -194,7 +194,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update(self, rate: float) -> None:
-        """Steps every optimiser at this learning rate, and pulls the experts together where the recipe says so."""
+        """Steps every optimiser at this learning rate, and pulls the experts together if the recipe says so."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
@@ -241,7 +241,8 @@ class Trainer:
             "epoch": self.epoch,
             "history": self.history,
         }
-        # The state last: a kill before it repeats the epoch, a kill after it would lose the checkpoint of the last one.
+        # The state is written last. A kill before that repeats the epoch; in the other order, a kill between the two
+        # would lose the epoch's checkpoint.
         checkpoints.save(self.out, checkpoint)
         with atomic_file(self.log_path) as temporary:
             temporary.write_text("".join(json.dumps(line) + os.linesep for line in self.history))
@@ -250,15 +251,17 @@ class Trainer:
 
 
 def training_loss(output: Output, target: Tensor, members: Tensor | None, recipe: Recipe) -> Tensor:
-    """``L = L_class + 0.3 · L_router`` (section 3.2), the router's target being the sum of its classes' targets.
+    """The training loss of a batch.
 
-    End to end, and of routers that route tokens, it is ``L = L_class + 0.01 · L_auxiliary`` (V-MoE, appendix A).
+    With super-classes it is ``L = L_class + 0.3 · L_router`` (section 3.2). The router's target for a super-class is
+    the sum of the targets of its classes. For routers that are trained end to end or route tokens, it is
+    ``L = L_class + 0.01 · L_auxiliary`` (V-MoE, appendix A).
 
     Args:
-        output: the model's.
-        target: probabilities ``[B, C]``: the label's, or what a teacher or mixup made of it.
-        members: ``[C, E]``, 1 where a class is in a super-class; None where there are no super-classes.
-        recipe: the weights, and what the router learns.
+        output: the model's output.
+        target: target probabilities ``[B, C]``: the label's, changed by a teacher or by mixup.
+        members: ``[C, E]``, 1 if a class is in a super-class; None if there are no super-classes.
+        recipe: the weights of the losses, and what the router learns.
     """
     loss = F.cross_entropy(output.logits.float(), target, label_smoothing=recipe.label_smoothing)
     if isinstance(output, ImageRouted) and recipe.router != "end-to-end":
@@ -270,12 +273,12 @@ def training_loss(output: Output, target: Tensor, members: Tensor | None, recipe
 
 
 def optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW; with ``recipe.optimizer`` ``muon``, Muon as well, for the matrices between hidden layers.
+    """The optimisers of a model: AdamW, and with ``recipe.optimizer == "muon"`` also Muon for the hidden matrices.
 
-    Each group's ``share`` is what its learning rate is multiplied by.
+    The learning rate of each parameter group is multiplied by the group's ``share``.
 
     Raises:
-        ConfigError: the recipe needs what the model does not offer: hidden matrices, or stacked experts.
+        ConfigError: the recipe needs hidden matrices or stacked experts, which the model does not offer.
     """
     rate, decay = recipe.learning_rate, recipe.weight_decay
     hidden = model.hidden_matrices() if recipe.optimizer == "muon" else []
