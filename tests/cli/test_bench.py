@@ -1,4 +1,4 @@
-"""Every sub-command of mvmoe-bench: its help, its defaults, and that it passes on what was measured."""
+"""Every sub-command of mvmoe-bench: its help, its defaults, and the results that it passes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mvmoe_deploy.cli import bench
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The output of a command that ends well."""
+    """The output of a command that succeeds."""
     assert bench.main(list(argv)) == 0
     return capsys.readouterr().out
 
@@ -60,7 +60,7 @@ def test_a_device_takes_the_other_arguments_in_their_order(monkeypatch: pytest.M
     seen: list[Any] = []
     monkeypatch.setattr(bench.android, "run", seen.append)
     argv = ["a.mvmoe", "--threads", "2", "--device", "android", "b.mvmoe", "--runner", "r"]
-    # of two separated runs of positional arguments argparse takes the first alone, whoever sorted them
+    # argparse takes only the first of two groups of positional arguments that an option separates
     for given in (["--device", "android", "a.mvmoe", "b.mvmoe", "--runner", "r"],
                   ["a.mvmoe", "b.mvmoe", "--runner", "r", "--device=android"],
                   ["measure", "a.mvmoe", "b.mvmoe", "--runner", "r", "--device", "android"],

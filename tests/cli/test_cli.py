@@ -273,14 +273,14 @@ def test_inspect_refuses(bundle_copy: Path, tmp_path: Path, capsys: pytest.Captu
     assert "not a bundle" in fails(capsys, inspect.main, tmp_path)
     (bundle_copy / "expert_01.bin").write_bytes(b"short")
     assert "expert_01.bin: has 5 bytes" in fails(capsys, inspect.main, bundle_copy, "--verify")
-    assert inspect.main([str(bundle_copy)]) == 0  # looking is free
+    assert inspect.main([str(bundle_copy)]) == 0  # without --verify, no file is checked
 
 
 @pytest.mark.parametrize("report", [{}, {"pieces": []}, {"anything": 1}, {"pieces": 3}])
 def test_inspect_shows_a_bundle_whose_report_is_another(
     bundle_copy: Path, report: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The report's form is free in the manifest: another release's may lack what this one prints."""
+    """The manifest does not fix the report's form: another release's report may lack what this release prints."""
     tiny.edit_manifest(bundle_copy, lambda manifest: manifest.update(verification=report))
     assert inspect.main([str(bundle_copy)]) == 0
     assert "expert_03" in capsys.readouterr().out
@@ -340,7 +340,7 @@ def test_commands_as_processes(bundle_path: Path, photo: Path) -> None:
 
 def test_a_reader_that_has_read_enough_is_no_error(bundle_path: Path) -> None:
     read, write = os.pipe()
-    os.close(read)  # as head does; at once, so that it is certain
+    os.close(read)  # closed at once, so that the write fails for certain, as it may with head
     argv = [sys.executable, "-m", "mvmoe_deploy.cli.inspect", str(bundle_path), "--json"]
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
@@ -348,7 +348,7 @@ def test_a_reader_that_has_read_enough_is_no_error(bundle_path: Path) -> None:
 
 
 def test_running_needs_no_toolchain(bundle_path: Path, photo: Path, tmp_path: Path) -> None:
-    """On a device: torch, onnx and the rest are not there."""
+    """On a device, torch, onnx and the other toolchains are not installed."""
     for name in ("torch", "onnx", "onnxscript", "executorch", "coremltools", "safetensors", "sklearn", "scipy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not on this device')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -360,7 +360,7 @@ def test_running_needs_no_toolchain(bundle_path: Path, photo: Path, tmp_path: Pa
 def test_export_to_all_targets_goes_on_after_one_failed(
     moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first target fails; the second is exported all the same, from the same split, and the exit code tells."""
+    """The first target fails. The second is still exported, from the same split; the exit code shows the failure."""
     splits: list[object] = []
     real = split.split_model
     monkeypatch.setattr(split, "split_model", lambda *args: splits.append(args) or real(*args))

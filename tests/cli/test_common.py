@@ -15,7 +15,7 @@ from mvmoe_deploy.errors import DataError
 
 
 class Recorded:
-    """A sub-command that notes what it was run with."""
+    """A sub-command that records the arguments it was run with."""
 
     EXAMPLES = ""
 
@@ -60,13 +60,13 @@ def test_the_first_argument_names_the_command_and_the_default_is_meant_otherwise
 ) -> None:
     assert main(argv) == 0
     assert parts[runs].seen == items
-    assert [name for name, part in parts.items() if part.declared] == [runs]  # no other part's imports are paid for
+    assert [name for name, part in parts.items() if part.declared] == [runs]  # no other imports are paid for
 
 
 def test_the_help_of_all_takes_any_text(
     parts: dict[str, Recorded], main: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """argparse takes a % in help for a format."""
+    """argparse treats a % in help as a format."""
     parts["report"].HELP = "reports the 95 % interval"
     with pytest.raises(SystemExit) as end:
         main(["--help"])

@@ -78,7 +78,7 @@ def test_a_wrong_value_is_named(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_config_far_larger_than_its_weights_is_refused_before_anything_is_built() -> None:
-    """Its fields are within bounds, but building it would take minutes and terabytes."""
+    """The config's fields are within bounds, but building the model would take minutes and terabytes."""
     checkpoint = tiny.checkpoint_of(tiny.lively_model(tiny.moe_config()))
     huge = {**checkpoint.header.model, "width": 65536, "depth": 65536, "experts": 65536}
     checkpoint.header.model = huge

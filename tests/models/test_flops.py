@@ -83,7 +83,7 @@ def test_active_parameters_equal_those_of_the_chosen_pieces() -> None:
 
 @pytest.mark.parametrize("router_input", ["class_token", "mean"])
 def test_pieces_add_up_to_the_model(router_input: str) -> None:
-    """One image's pieces cost the model's FLOPs, the router, and multiplying by the gate."""
+    """The pieces that one image runs through have the FLOPs of the model, the router, and multiplying by the gate."""
     config = tiny.moe_config(moe_layers=2, depth=3, router_input=router_input)
     gate = config.tokens * config.width
     total = sum(config.piece_flops(role) for role in ("trunk", "router", "tail"))
@@ -91,7 +91,7 @@ def test_pieces_add_up_to_the_model(router_input: str) -> None:
 
 
 def test_segments_add_up_to_the_model() -> None:
-    """As above for k > 1, where adding to the residual stream is the runtime's work and no piece's."""
+    """The same for k > 1, where the runtime, and no piece, adds to the residual stream."""
     config = tiny.moe_config(k=3, moe_layers=2, depth=3)
     gate = residual = config.tokens * config.width
     layer = config.piece_flops("attention") + config.k * config.piece_flops("expert_layer")
@@ -124,7 +124,7 @@ def _whole(forward):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(("capacity_factor", "mlps"), [(0.25, 0.5), (0.5, 1.0), (1.0, 2.0), (4.0, 2.0)])
 def test_capacity_bounds_what_a_token_routed_layer_costs(capacity_factor: float, mlps: float) -> None:
-    """k = 2: below 1 the places run out, above 1 there are no more choices than k per token."""
+    """With k = 2: below a factor of 1 the places run out, and above 1 each token has only its k choices."""
     config = tiny.vmoe_config(depth=4, placement="last-2", k=2, capacity_factor=capacity_factor)
     router = config.tokens * (2 * config.width * config.experts + 5 * config.experts)
     layer = router + (mlps - 1) * flops.mlp(config)

@@ -1,4 +1,4 @@
-"""An architecture from outside: one file, and every command takes it."""
+"""An architecture from outside this project: one file is enough for every command to accept it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Makes a folder what an installed package looks like to Python, to this process and to those it starts."""
+    """Makes a folder look like an installed package to this process and to those that it starts."""
     folder = tmp_path_factory.mktemp("site")
     info = folder / "toy_conv-1.dist-info"
     info.mkdir()

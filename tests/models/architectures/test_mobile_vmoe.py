@@ -34,7 +34,7 @@ def by_hand(model: MobileVMoE, image: Tensor) -> Tensor:
 @pytest.mark.parametrize("router_input", ["class_token", "mean"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_softmax_first_then_top_k_and_gates_as_they_are(k: int, router_input: str) -> None:
-    """Images grouped by expert give what each gives by hand, alone."""
+    """Images grouped by expert give the logits that each image gives alone, computed by hand."""
     model = routed_model(k=k, moe_layers=2, depth=3, router_input=router_input)
     images = tiny.inputs(8)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_gates_are_the_softmax_values_and_not_renormalised() -> None:
 
 
 def test_the_test_images_use_every_expert() -> None:
-    """Otherwise much of what follows would test nothing."""
+    """If all images went to one expert, many of the tests below would test nothing."""
     with torch.no_grad():
         assert set(routed_model().routed(tiny.inputs()).chosen.flatten().tolist()) == {0, 1, 2, 3}
 
@@ -134,7 +134,7 @@ def test_from_dense_refuses_another_shape(dense_model: models.ViT) -> None:
 
 
 def test_pieces_share_the_models_memory() -> None:
-    """So that what all tails share is recognised, and a model is never held twice."""
+    """Exporters can then recognise what all tails share, and a model is never held in memory twice."""
     model = routed_model()
     whole = {p.untyped_storage().data_ptr() for p in model.parameters()}
     modules = [model.trunk_module(), model.router_module(), model.tail_module(2), model.head_module()]

@@ -101,7 +101,7 @@ def test_batch_priority_routing_leaves_equals_as_they_stand() -> None:
 
 
 def slow_dispatch(gates: np.ndarray, chosen: np.ndarray, experts: int, places: int, order: str) -> np.ndarray:
-    """Word by word: first choices before second ones, tokens in order, until an expert is full."""
+    """Dispatch as the paper words it: first choices before second ones, tokens in order, until an expert is full."""
     tokens, k = chosen.shape
     line = list(range(tokens))
     if order == "bpr":
@@ -140,14 +140,14 @@ def test_routing_equals_a_slow_reference(group: tuple[Tensor, int, float, str]) 
     assert np.array_equal(routing.chosen.numpy(), ranked)
     assert np.array_equal(routing.gates.numpy(), gates)
     assert np.array_equal(routing.kept.numpy(), kept)
-    # and what follows whatever the order
+    # and what holds in any order
     used = np.bincount(ranked[kept], minlength=experts)
     wanted = np.bincount(ranked.flatten(), minlength=experts)
     assert np.array_equal(used, np.minimum(wanted, places))
 
 
 def test_capacity_for_all_keeps_all() -> None:
-    logits = torch.zeros(50, 5)  # everybody wants experts 0 and 1
+    logits = torch.zeros(50, 5)  # every token prefers experts 0 and 1
     assert route(logits, 2, 2.5, "vanilla", training=False).kept.all()
     assert route(logits, 2, 1e300, "bpr", training=False).kept.all()
     assert int(route(logits, 2, 1.0, "vanilla", training=False).kept.sum()) == 40
@@ -170,7 +170,7 @@ def test_noise_is_for_training_alone() -> None:
     assert torch.equal(calm.noisy_logits, logits)
     assert torch.equal(noisy.logits, logits)
     assert not torch.equal(noisy.noisy_logits, logits)
-    # what is routed by, and what multiplies the outputs, is the noisy softmax
+    # the noisy softmax decides the routes and multiplies the outputs
     assert torch.equal(noisy.gates[:, 0], noisy.noisy_logits.softmax(-1).amax(-1))
     assert torch.equal(noisy.chosen[:, 0], noisy.noisy_logits.argmax(-1))
     assert not torch.equal(noisy.chosen, calm.chosen)
@@ -220,7 +220,7 @@ def test_the_auxiliary_loss_is_half_of_each() -> None:
 
 
 def test_the_losses_gradient_is_finite_where_all_are_equal() -> None:
-    """The gradient of a std is not, there; and it is where fresh routers start."""
+    """The gradient of a std is not finite at 0, where fresh routers start."""
     logits = torch.zeros(8, 4, requires_grad=True)
     auxiliary_loss(logits, logits, 1).backward()
     assert logits.grad is not None

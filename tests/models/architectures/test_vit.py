@@ -19,7 +19,7 @@ WIDTH, DEPTH, PATCH, CLASSES, PATCHES = 32, 2, 8, 6, 16
 
 
 def timm_state_dict() -> dict[str, Tensor]:
-    """What ``timm.create_model("vit_…").state_dict()`` holds, written out."""
+    """The names and shapes that ``timm.create_model("vit_…").state_dict()`` holds, written out."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, WIDTH),
         "pos_embed": (1, PATCHES + 1, WIDTH),
@@ -157,7 +157,7 @@ def test_a_missing_weight_is_named(model: models.ViT) -> None:
 
 
 def test_an_unknown_weight_is_named(model: models.ViT) -> None:
-    weights = timm_state_dict() | {"head_dist.weight": torch.zeros(6, 32)}  # a distilled DeiT's
+    weights = timm_state_dict() | {"head_dist.weight": torch.zeros(6, 32)}  # a weight of a distilled DeiT
     with pytest.raises(ConfigError, match=r"head_dist\.weight"):
         models.load_timm_state_dict(model, weights)
 
@@ -176,7 +176,7 @@ def test_a_refused_state_dict_changes_nothing(model: models.ViT) -> None:
 
 
 def test_logits_equal_the_form_everyone_writes(dense_model: models.ViT) -> None:
-    """Skipping the last block's unread tokens changes nothing."""
+    """Skipping the tokens of the last block that are not read does not change the logits."""
     stock = StockViT(dense_model.config).eval()
     stock.load_state_dict(dense_model.state_dict())
     with torch.no_grad():

@@ -62,13 +62,13 @@ def by_hand(model: VMoE, images: Tensor, unlimited: bool = False) -> Tensor:
 def test_outputs_equal_the_per_token_definition(
     order: str, capacity_factor: float, k: int, depth: int, placement: str
 ) -> None:
-    """Also where the last block is a MoE layer, whose unread tokens take places although they are not computed."""
+    """This holds also if the last block is a MoE layer, whose unread tokens take places but are not computed."""
     model = token_model(order=order, capacity_factor=capacity_factor, k=k, depth=depth, placement=placement)
     images = tiny.inputs(5)
     with torch.no_grad():
         torch.testing.assert_close(model(images), by_hand(model, images), rtol=1e-4, atol=1e-5)
         overflow = [float((~layer.kept).float().mean()) for layer in model.routed(images).layers]
-        assert all(share > 0 for share in overflow)  # or nothing was tested
+        assert all(share > 0 for share in overflow)  # otherwise nothing would be tested
 
 
 @pytest.mark.parametrize("order", ["vanilla", "bpr"])
@@ -84,7 +84,7 @@ def test_ample_capacity_is_no_capacity(order: str, k: int) -> None:
 
 
 def test_one_expert_with_ample_capacity_is_the_dense_model(dense_model: models.ViT) -> None:
-    """Its gate is 1."""
+    """With one expert, the gate is 1."""
     model = models.from_dense(dense_model, tiny.vmoe_config(experts=1, placement="every-1")).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(tiny.inputs()), dense_model(tiny.inputs()), rtol=1e-5, atol=1e-5)
@@ -257,7 +257,7 @@ def routing(chosen: list[list[int]], kept: list[list[int]], run: list[list[int]]
 
 
 def test_experts_used_and_choices() -> None:
-    """Two images of three tokens, k = 2; what overflows touches nothing, and of the last layer one token is read."""
+    """Two images of three tokens, k = 2; overflow uses no expert, and in the last layer only one token is read."""
     first = routing([[0, 1], [0, 1], [1, 0], [0, 1], [2, 3], [2, 0]], [[1, 1], [1, 1], [1, 1], [1, 0], [1, 0], [1, 1]])
     last = routing(
         [[0, 1], [2, 3], [0, 1], [3, 2], [3, 2], [3, 2]],
@@ -281,11 +281,11 @@ def test_experts_touched_of_a_model() -> None:
         routed = model.routed(images)
         touched = routed.used(unread=True).sum(-1)
         for image in range(6):
-            alone = model.routed(images[image : image + 1])  # ample capacity: the same alone
+            alone = model.routed(images[image : image + 1])  # with ample capacity, an image alone routes the same
             expected = [len(set(layer.chosen.flatten().tolist())) for layer in alone.layers]
             assert touched[image].tolist() == expected
     assert (routed.used()[:, 1].sum(-1) == 2).all()
-    assert float(touched.float().mean()) > 2  # or there would be nothing to measure
+    assert float(touched.float().mean()) > 2  # otherwise there would be nothing to measure
 
 
 # configs and checkpoints

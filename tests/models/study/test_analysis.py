@@ -1,4 +1,4 @@
-"""Router analysis: every figure by hand, the same from checkpoint and bundle, and pictures of it."""
+"""Router analysis: every figure computed by hand, the same figures from checkpoint and bundle, and its pictures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_two_experts_per_image() -> None:
     a = analyse_images(predictions, NAMES, GROUPS)
     assert a.heat == [[0.5, 0.5]] * 3
     assert a.load == [0.5, 0.5]
-    assert a.router_accuracy == pytest.approx(0.8)  # the first choice's
+    assert a.router_accuracy == pytest.approx(0.8)  # the first choice counts
 
 
 def test_other_super_classes_than_experts_are_refused() -> None:
@@ -119,7 +119,7 @@ def test_pictures(kind: str, tmp_path: Path) -> None:
 
 
 def test_pictures_of_many_and_oddly_named_classes(tmp_path: Path) -> None:
-    """Beyond ten columns of names the rows become thinner; dollar signs and line ends are but characters."""
+    """Beyond ten columns of names, rows become thinner; dollar signs and line ends are ordinary characters."""
     classes, experts = 1010, 12
     labels = torch.arange(classes)
     probabilities = torch.eye(experts)[labels % experts]
@@ -169,7 +169,7 @@ def test_checkpoint_and_bundle_agree(
             assert of_bundle[key] == value, key
     assert of_checkpoint["images"] == 36
     assert of_checkpoint["accuracy_if_right"] is not None
-    assert max(of_checkpoint["load"]) < 1  # or little could differ
+    assert max(of_checkpoint["load"]) < 1  # otherwise little could differ
     few = analysed(capsys, str(bundle_path), "--data", str(data), "--count", "12")
     assert few["images"] == 12
     assert all(sum(row) == pytest.approx(1) for row in few["heat"])  # images of every class

@@ -1,4 +1,4 @@
-"""A V-MoE's accuracy against capacity."""
+"""A V-MoE's accuracy as a function of its capacity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_curve_is_that_of_evaluating_at_each_capacity() -> None:
     assert isinstance(model, models.VMoE)
     pixels = torch.from_numpy(tiny.images(60)).permute(0, 3, 1, 2)
     with torch.no_grad():
-        labels = model(tiny.inputs(60)).argmax(1)  # so that less capacity can only cost
+        labels = model(tiny.inputs(60)).argmax(1)  # so that less capacity can only lower accuracy
     images, preprocessing = ImageSet(pixels, labels, [], []), Preprocessing(size=32)
     curve = capacity_curve(model, images, preprocessing, [0.1, 0.4, 4.0], batch=30)
     assert (curve.images, curve.batch, curve.trained_factor, model.config.order) == (60, 30, 1.5, "vanilla")

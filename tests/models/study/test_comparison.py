@@ -31,7 +31,7 @@ from mvmoe_deploy.models.train.data import ImageSet
 
 
 def outcomes(both: int, gained: int, lost: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two models' (right, base) on shuffled images."""
+    """Which of the shuffled images two models get right: (right, base)."""
     right = torch.tensor([True] * both + [True] * gained + [False] * lost + [False] * neither)
     base = torch.tensor([True] * both + [False] * gained + [True] * lost + [False] * neither)
     order = torch.randperm(len(right), generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_needs_of_a_token_routed_model_are_measured() -> None:
 
 
 def test_predictions_come_back_in_the_images_order() -> None:
-    """A V-MoE's images are mixed before they are run."""
+    """A V-MoE's images are shuffled before they are run."""
     config = tiny.vmoe_config(depth=4, placement="last-2", capacity_factor=8.0)  # ample: images do not interact
     model, predictions = answers(config)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_predictions_come_back_in_the_images_order() -> None:
     assert isinstance(predictions.routing, TokenRoutes)
     assert torch.equal(predictions.routing.used, torch.cat([routed.used() for routed in alone]))
     assert torch.allclose(predictions.routing.choices, torch.cat([routed.choices() for routed in alone]))
-    assert len(set(map(str, predictions.routing.choices.tolist()))) > 6  # or the order could not be seen
+    assert len(set(map(str, predictions.routing.choices.tolist()))) > 6  # otherwise the test could not see the order
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_the_rows_of_figure_3e(five: tuple[Path, list[str]], capsys: pytest.Capt
     for form in ([], ["--markdown"]):
         assert train.main(["compare", *paths, "--data", str(root), *form]) == 0
         out = capsys.readouterr().out
-        assert "paper delta" not in out  # of ImageNet, and this has six classes
+        assert "paper delta" not in out  # the paper's deltas are for ImageNet; this data has six classes
         assert "samples" in out and " 200" in out and " 300" in out
         assert "recipes differ in epochs: model0 2, model1 2, model2 3, model3 2, model4 2" in out
         assert out.startswith("| model" if form else "model")

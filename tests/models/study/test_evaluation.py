@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(path: Path, routed: bool, bias: float | None) -> str:
-    """A checkpoint whose first class has this bias, or its own."""
+    """Writes a checkpoint in which all classes have this bias; None keeps their own."""
     checkpoint = tiny.checkpoint_of(tiny.lively_model(tiny.moe_config() if routed else tiny.dense_config()))
     if bias is not None:
         checkpoint.weights["head.bias"] = torch.full((tiny.CLASSES,), bias)

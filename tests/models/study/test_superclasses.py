@@ -88,7 +88,7 @@ def test_communities_are_found() -> None:
 
 @pytest.mark.parametrize(("groups", "slack"), [(2, 1.0), (3, 1.5), (5, 1.2), (7, 1.0)])
 def test_every_group_is_used_and_none_is_too_large(groups: int, slack: float) -> None:
-    """Also where nearly all classes are confused with each other: one expert must not get them all."""
+    """This holds even if nearly all classes are confused with each other: one expert must not get them all."""
     matrix = block_matrix([15, 3, 2])
     assigned = group(matrix, groups, slack)
     sizes = np.bincount(assigned, minlength=groups)

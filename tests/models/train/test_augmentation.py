@@ -1,4 +1,4 @@
-"""Augmentation: what changes is what was asked for, and no more."""
+"""Augmentation changes what the recipe asks for, and nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_mirroring_is_left_to_right() -> None:
 
 
 def test_resampled_crops_are_parts_of_the_image_of_the_least_area_or_more() -> None:
-    """Columns rise by 8 from left to right, so the rise of a crop tells its width, and its sign mirroring."""
+    """Pixels rise by 8 per column, so the rise across a crop gives its width, and the sign says if it is mirrored."""
     size, images = 32, torch.arange(0, 256, 8, dtype=torch.uint8).expand(400, 3, 32, 32)
     columns = augment(images, Recipe(min_crop=0.25, flip=True), generator())
     assert columns.shape == images.shape

@@ -1,4 +1,4 @@
-"""Data sets on disk: one rule for folders and zips, nothing dropped in silence, and tables from any editor."""
+"""Data sets on disk: one rule for folders and zips, nothing dropped silently, and tables from any editor."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write(tree: Tree, where: Path, zipped: bool, split: str = "train") -> Path:
 def read(
     tree: Tree, tmp_path: Path, zipped: bool, skip_unreadable: bool = False
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Per class the images' values, and what was left out, without the place where it lay."""
+    """The values of each class's images, and what was left out, without the path of the data set."""
     data = write(tree, tmp_path / ("zip" if zipped else "folder"), zipped)
     found = read_images(data, "train", SIZE, skip_unreadable=skip_unreadable)
     by_class: dict[str, list[int]] = {class_id: [] for class_id in found.class_ids}
@@ -161,7 +161,7 @@ def test_what_cannot_be_read_is_counted_when_it_may_be_left_out(zipped: bool, tm
 
 
 def test_a_random_tree_is_the_same_as_a_folder_and_as_a_zip(tmp_path: Path) -> None:
-    """Whatever lies where: both are read alike, or refused in the same words."""
+    """Whichever files lie where, a folder and a zip are read alike, or refused in the same words."""
     random = np.random.default_rng(0)
     parts = ["n1", "n2", "images", ".git", "train", "__MACOSX", "a b", "ü"]
     names = ["x.png", "y.JPEG", "z", "notes.txt", ".DS_Store", "val_annotations.txt", "x.heic"]

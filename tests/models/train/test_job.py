@@ -1,4 +1,4 @@
-"""A training run as a library call: from a set of images or an endless source, and what may be gone on from."""
+"""A training run as a library call, from a set of images or an endless source, and which runs can be resumed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_library_call_trains_and_returns_the_checkpoint(tmp_path: Path) -> Non
 
 
 def test_an_endless_source_shows_every_sample_once_and_the_model_learns(tmp_path: Path) -> None:
-    source = endless(100)  # six batches of 16; four samples fill none
+    source = endless(100)  # six batches of 16; the last four samples do not fill one
     checkpoint = train(job(tmp_path / "x.pt", source, r={"epochs": 12, "mixup": 0.0}))
     asked = source.samples.asked  # type: ignore[attr-defined]
     assert asked == [number for epoch in range(12) for number in range(100 * epoch, 100 * epoch + 96)]
@@ -125,7 +125,7 @@ def test_batches_are_of_the_recipe_and_their_numbers_alone() -> None:
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
     assert not torch.equal(first[0][0], second_epoch(Recipe(batch=16, mixup=0.3, jitter=0.2, seed=1))[0][0])
     assert all(torch.allclose(target.sum(1), torch.ones(16)) for _, target in first)
-    assert any((target > 0.05).sum(1).max() == 2 for _, target in first)  # mixed with another of its batch
+    assert any((target > 0.05).sum(1).max() == 2 for _, target in first)  # mixed with another image of the batch
     teacher = Teacher(models.build(models.config_from_name("vit_2x16", image_size=SIZE, patch_size=4, classes=CLASSES)))
     taught = second_epoch(Recipe(batch=16, mixup=0.3, jitter=0.2, teacher_weight=1.0), teacher)
     assert torch.equal(taught[0][0], first[0][0])

@@ -47,7 +47,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def trained(tmp_path: Path, **fields: Any) -> torch.Tensor:
-    """All weights after two epochs from the same start."""
+    """All weights of a model after two epochs, always from the same initial weights."""
     recipe = Recipe(**{**BASE, **fields})
     config = tiny.moe_config(image_size=8, patch_size=4)
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_no_field_is_ignored(field: str, tmp_path: Path) -> None:
 
 
 def test_label_smoothing_is_the_share_spread_over_all_classes() -> None:
-    """The loss is linear in the target: 1 - s of the label's and s of the mean over all classes."""
+    """The loss is linear in the target: 1 - s times the label's loss plus s times the mean loss over all classes."""
     logits = torch.tensor([[2.0, 0.0, -1.0]])
     target = torch.tensor([[1.0, 0.0, 0.0]])
     negative = -logits.log_softmax(-1)[0]

@@ -1,4 +1,4 @@
-"""The convolutional teacher: it learns, what it says is learnt, and it is asked once."""
+"""The convolutional teacher: it learns, students learn its answers, and it is asked once."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_each_stage_halves_the_resolution_and_doubles_the_channels() -> None:
 
 
 class Killed(BaseException):
-    """Not one that the command line catches."""
+    """An error that the command line does not catch."""
 
 
 def kill_after(epoch: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_run_is_not_resumed_with_another_teacher(
 
 
 def test_the_target_is_label_and_answer_in_the_asked_shares_and_the_router_s_is_its_sum(tmp_path: Path) -> None:
-    """The loss is linear in the target, so that of a mixture is the mixture of the losses."""
+    """The loss is linear in the target, so the loss of a mixture is the mixture of the losses."""
     config = tiny.moe_config()
     model, header = tiny.lively_model(config).train(), tiny.header_for(config)
     labels = torch.arange(24) % tiny.CLASSES

@@ -1,4 +1,4 @@
-"""Training: it learns, it goes on after a kill as if nothing had happened, and it refuses what cannot be trained on."""
+"""Training: models learn, a killed run resumes as if undisturbed, and data that cannot be trained on is refused."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_resuming_with_another_configuration_is_refused_and_names_it(
 def test_resuming_on_other_images_or_from_another_checkpoint_is_refused(
     data: Path, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As many images and the same options; one pixel, or the checkpoint, is another."""
+    """The number of images and the options are the same, but one pixel, or the checkpoint, differs."""
     changed = tmp_path / "changed"
     shutil.copytree(data, changed)
     file = changed / "train" / "n0001" / "000.png"
@@ -297,7 +297,7 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_checkpoint(
 def test_an_update_that_spoils_the_weights_is_not_saved(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The very last step of an epoch: its loss is finite, and nothing looks at a loss after it."""
+    """The weights become NaN in the last step of an epoch. Its loss is finite, and no loss is checked after it."""
     real = Trainer._learning_rate
     last = 2 * (CLASSES * 12 // 32) - 1
     monkeypatch.setattr(Trainer, "_learning_rate", lambda self, step: math.inf if step == last else real(self, step))
@@ -326,7 +326,7 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None
     reference = torch.optim.Muon(
         [m for stack in matrices.values() for m in stack], 0.01, recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    for step in range(3):  # so that momentum counts
+    for step in range(3):  # several steps, so that momentum matters
         torch.manual_seed(step)
         for name in updated:
             updated[name].grad = torch.randn_like(updated[name])
@@ -369,7 +369,7 @@ def test_experts_learn_each_for_itself_as_fast_as_asked(data: Path, tmp_path: Pa
         assert moved["blocks.0.mlp.fc1.weight"].abs().mean() > 1e-4
         experts = moved["blocks.1.mlp.fc1.weight"]
         apart[rate], together[rate] = float((experts - experts.mean(0)).norm()), float(experts.mean(0).norm())
-    # AdamW's weight decay goes with its rate; Muon's takes as much of what experts began with, whatever theirs is
+    # AdamW's weight decay scales with the experts' rate; Muon decays experts alike, whatever their rate is
     assert apart["0"] < apart["0.1"] / (2 if optimizer == "muon" else 1e6)
     assert apart["0.1"] < apart["1"] / 5
     assert together["0"] > together["1"] / 2 if optimizer == "muon" else together["0"] == 0
@@ -382,7 +382,7 @@ def test_what_muon_does_not_leave_to_each_expert_is_learnt_in_common() -> None:
 
     def step(gradient: torch.Tensor, own: float) -> torch.Tensor:
         experts, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(6, 3))
-        experts.grad, other.grad = gradient.clone(), torch.ones(6, 3)  # of one shape, orthogonalised together
+        experts.grad, other.grad = gradient.clone(), torch.ones(6, 3)  # same shape: orthogonalised together
         Muon([experts, other], 0.1, 0.0, own=own).step()
         return experts.detach() - start
 
@@ -830,7 +830,7 @@ def test_super_classes_and_an_end_to_end_router_exclude_each_other(
 
 
 class Asked(torch.nn.Module):
-    """A teacher that remembers what it was asked about."""
+    """A teacher that records the inputs that it is asked about."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -845,7 +845,7 @@ class Asked(torch.nn.Module):
 def test_mixup_mixes_images_and_labels_alike_and_a_teacher_sees_the_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: bool
 ) -> None:
-    """Images are of one value, 40 times their label, so that a mixture's value tells its target's mean."""
+    """All pixels of an image are 40 times its label, so that a mixture's value gives the mean of its target."""
     config = tiny.dense_config(image_size=8, patch_size=4)
     labels = torch.arange(24) % tiny.CLASSES
     pixels = (40 * labels).to(torch.uint8)[:, None, None, None].expand(24, 3, 8, 8).contiguous()
@@ -873,7 +873,7 @@ def test_mixup_mixes_images_and_labels_alike_and_a_teacher_sees_the_mixture(
     values = (x[:, 0, 0, 0] - float(scale.bias[0])) / float(scale.scale[0])
     if teacher:
         target = (target - weight / tiny.CLASSES) / (1 - weight)
-        assert len(torch.cat(asked.seen)) == 24  # one view, asked about once
+        assert len(torch.cat(asked.seen)) == 24  # the teacher is asked about one view, once
         assert torch.equal(torch.cat(asked.seen).flatten(1).sort(0).values, x.flatten(1).sort(0).values)
     assert torch.allclose(target.sum(1), torch.ones(24), atol=1e-3)
     assert torch.allclose(values, 40 * (target * torch.arange(tiny.CLASSES)).sum(1), atol=0.1)
