@@ -16,6 +16,7 @@ from mvmoe_deploy.models import ViT
 
 # Child processes must not find the checkout's folder mvmoe_deploy, which lacks the packages that lie beside it.
 os.environ["PYTHONSAFEPATH"] = "1"
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are, whatever terminal the tests run in
 
 torch.set_num_threads(1)  # the models are too small for more, and sums come out the same everywhere
 

@@ -144,7 +144,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr("mvmoe_deploy.files._sync", no_space)
     with kept_traces(tiny.moe_config()):
         error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path / "x.mvmoe")
-    assert error == "error: No space left on device\n"
+    assert error == f"error: {tmp_path / 'x.mvmoe'}: No space left on device\n"
 
 
 # mvmoe-run

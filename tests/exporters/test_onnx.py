@@ -350,7 +350,7 @@ def test_a_foreign_model_exports(foreign: Exported) -> None:
     assert manifest.routing is not None
     assert [piece.name for piece in manifest.pieces] == ["trunk", "expert_00", "expert_01", "expert_02"]
     assert manifest.model == {"architecture": "conv", "stride": 4}
-    assert [piece.flops for piece in manifest.pieces] == [0] * 4
+    assert [piece.flops for piece in manifest.pieces] == [None] * 4  # not known
     same_as_pytorch(foreign.path, foreign.model)
 
 

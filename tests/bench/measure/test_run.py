@@ -51,9 +51,7 @@ def test_a_bundle_is_described(bundle_path: Path, moe: Configuration) -> None:
     config = tiny.moe_config()
     assert (moe.kind, moe.backend, moe.layout, moe.experts, moe.k) == ("mobile-vmoe", "onnxruntime", "separate", 4, 1)
     assert (moe.flops, moe.parameters) == (config.flops(), config.parameters())
-    sizes = {
-        file.name: file.stat().st_size for file in bundle_path.iterdir() if not file.name.startswith("manifest.json")
-    }
+    sizes = {file.name: file.stat().st_size for file in bundle_path.iterdir() if file.stem != "manifest"}
     expert = [sizes[f"expert_0{e}.onnx"] + sizes[f"expert_0{e}.bin"] for e in range(4)]
     assert moe.bytes_per_expert == expert
     assert moe.bytes_on_disk == sum(sizes.values())

@@ -65,7 +65,7 @@ def test_a_bar_is_met_up_to_it(value: float, met: bool) -> None:
 def test_all_figures_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what takes processes and minutes replaced; memory is told apart by configuration."""
     sizes = {"moe": 30_000_000, "dense": 40_000_000, "all-experts": 60_000_000}
-    monkeypatch.setattr(bars, "export_time", lambda config, folder: Figure("export", 1.0, 2.5, ""))
+    monkeypatch.setattr(bars, "export_time", lambda folder: Figure("export", 1.0, 2.5, ""))
     monkeypatch.setattr(bars, "cold_start", lambda routed, whole, folder: [Figure("cold start", 0.5, 0.8, whole.name)])
     monkeypatch.setattr(bars, "_memory", lambda c: next(size for name, size in sizes.items() if c.name.endswith(name)))
     monkeypatch.setattr(bars, "_in_fresh_process", lambda name, *_: Figure(name, 0.5, 1.0, ""))
