@@ -1,0 +1,1 @@
+"""Trained checkpoints, their cards, and the data sets that are programs."""

@@ -1,0 +1,214 @@
+"""``python -m mvmoe_deploy.models.zoo.scripts``: renders the glyphs, writes images to evaluate on, lists licences."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mvmoe_deploy.errors import MvmoeError
+from mvmoe_deploy.models.zoo.scripts import cache, tables
+from mvmoe_deploy.models.zoo.scripts.faces import copyright_text
+from mvmoe_deploy.models.zoo.scripts.licences import licence_of
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 2, with a line of explanation, where something is missing."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except MvmoeError as error:
+        print(f"scripts: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mvmoe_deploy.models.zoo.scripts", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--fonts",
+            type=Path,
+            metavar="DIR",
+            help="unpacked packages, DIR/PACKAGE/usr/… (default: the installed ones)",
+        )
+        return sub
+
+    def cached(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--cache", type=Path, default=cache.default_folder(), metavar="DIR", help="rendered glyphs (%(default)s)"
+        )
+
+    command("packages", _packages, "lists the font packages that the data set is made of")
+    command("licences", _licences, "reads each package's licences from its copyright file, as a table")
+    render = command("render", _render, "renders every glyph once")
+    cached(render)
+    render.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    images = command("images", _images, "writes a data folder for mvmoe-train evaluate, compare and analyse")
+    cached(images)
+    images.add_argument("--split", choices=tables.SPLITS, default="test", help="whose faces (%(default)s)")
+    images.add_argument("--per-class", type=int, default=4, metavar="N", help="images of each class (%(default)s)")
+    images.add_argument("--seed", type=int, default=993, metavar="N", help="of the samples (%(default)s)")
+    images.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets val/ and classes.tsv")
+    groups = command("superclasses", _superclasses, "groups classes by what a dense model confuses")
+    cached(groups)
+    groups.add_argument("checkpoint", type=Path, metavar="CKPT", help="dense, of these classes")
+    groups.add_argument("--experts", type=int, default=10, metavar="E", help="super-classes (%(default)s)")
+    groups.add_argument("--samples", type=int, default=150_000, metavar="N", help="to ask it about (%(default)s)")
+    groups.add_argument("--out", type=Path, required=True, metavar="FILE.tsv", help="a picture goes beside it")
+    train = command("train", _train, "trains a model on endless samples, with the recipe of the zoo's models")
+    cached(train)
+    train.add_argument("--model", default="mvmoe_12x32", metavar="NAME", help="such as vit_12x32 (%(default)s)")
+    train.add_argument("--moe-layers", type=int, default=2, metavar="L", help="of a routed model (%(default)s)")
+    train.add_argument("--superclasses", type=Path, metavar="TSV", help="for its router (default: the zoo's)")
+    train.add_argument("--gates", action="store_true", help="multiply experts by their gates in training too")
+    train.add_argument("--epochs", type=int, default=22, metavar="N", help="of 102,400 samples (%(default)s)")
+    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make samples (%(default)s)")
+    train.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (%(default)s)")
+    train.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
+    train.add_argument("--force", action="store_true", help="overwrite")
+    train.add_argument("--out", type=Path, required=True, metavar="CKPT")
+    survey = command("survey", _survey, "makes the tables of fonts and classes anew from packages (for maintainers)")
+    survey.add_argument("packages", nargs="+", metavar="PACKAGE")
+    survey.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets fonts.tsv and classes.tsv")
+    survey.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    return parser
+
+
+def _packages(_: argparse.Namespace) -> None:
+    print(" ".join(sorted({row.face.package for row in tables.read_fonts()})))
+
+
+def _licences(options: argparse.Namespace) -> None:
+    fonts = tables.read_fonts()
+    cache.locate(fonts, options.fonts)
+    files: defaultdict[str, set[str]] = defaultdict(set)
+    splits: defaultdict[str, set[str]] = defaultdict(set)
+    for row in fonts:
+        files[row.face.package].add(row.face.file)
+        splits[row.face.package].add(row.split)
+    print("| package | faces of | fonts used | licence |\n| --- | --- | --- | --- |")
+    for package in sorted(files):
+        text = copyright_text(package, options.fonts)
+        found = Counter(licence_of(text, file) for file in files[package])
+        used = ", ".join(split for split in tables.SPLITS if split in splits[package])
+        print(f"| {package} | {used} | {len(files[package])} | {', '.join(sorted(found))} |")
+
+
+def _render(options: argparse.Namespace) -> None:
+    glyphs = cache.build(
+        options.cache, tables.read_fonts(), tables.read_classes(), options.fonts, options.workers, _progress("faces")
+    )
+    counts = ", ".join(
+        f"{int(count):,} {split}" for split, count in zip(tables.SPLITS, glyphs.count.sum(1), strict=True)
+    )
+    print(f"{options.cache}: glyphs of {len(glyphs.classes):,} classes: {counts}; sha256 {glyphs.sha256}")
+
+
+def _images(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models.zoo.scripts import folder
+    from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+
+    glyphs = cache.load(options.cache, tables.read_fonts(), tables.read_classes())
+    samples = Characters(glyphs, options.split, options.seed)
+    written = folder.write(samples, options.per_class, options.out / "val", _progress("batches"))
+    folder.write_class_names(samples, options.out / "classes.tsv")
+    print(f"{options.out}: {written:,} images of {len(samples.present):,} classes, {options.split} faces")
+
+
+def _superclasses(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models import load_checkpoint
+    from mvmoe_deploy.models.zoo.scripts import groups, picture
+    from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+
+    fonts = tables.read_fonts()
+    glyphs = cache.load(options.cache, fonts, tables.read_classes())
+    model, _ = load_checkpoint(options.checkpoint)
+    matrix = groups.confusions(model, Characters(glyphs, "train", 77), options.samples)
+    found = groups.group(matrix, options.experts)
+    superclasses = groups.named(matrix, found, [chr(each.first) for each in glyphs.classes])
+    names = [superclasses.names[index] for index in superclasses.of_class]
+    lines = [f"{each.id}\t{name}\t{each.name}\n" for each, name in zip(glyphs.classes, names, strict=True)]
+    options.out.write_text("".join(lines), encoding="utf-8")
+    picture.draw(glyphs, fonts, picture.typical(matrix, found, 24)).save(options.out.with_suffix(".png"))
+    print(f"{options.out}: {groups.inside(matrix, found):.1%} of the confusions stay within their group")
+    for index, name in enumerate(superclasses.names):
+        print(f"{index:3} {names.count(name):6,} classes: {name}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    import torch
+
+    from mvmoe_deploy.models.registry import config_from_name
+    from mvmoe_deploy.models.train.folders import read_superclasses
+    from mvmoe_deploy.models.zoo.scripts import train
+    from mvmoe_deploy.models.zoo.scripts.distort import SIZE
+
+    torch.set_num_threads(options.threads)
+    glyphs = cache.load(options.cache, tables.read_fonts(), tables.read_classes())
+    ids = [each.id for each in glyphs.classes]
+    shape: dict[str, Any] = {"image_size": SIZE, "patch_size": 8, "classes": len(ids)}
+    superclasses = None
+    if options.model.startswith("mvmoe"):
+        superclasses = read_superclasses(options.superclasses or tables.HERE / "superclasses.tsv", ids)
+        shape |= {"experts": len(superclasses.names), "moe_layers": options.moe_layers, "router_input": "mean"}
+    config = config_from_name(options.model, **shape)
+    how = train.recipe(options.epochs, options.seed)
+    train.train(
+        glyphs,
+        config,
+        how,
+        options.out,
+        superclasses,
+        options.gates,
+        options.resume,
+        options.force,
+        options.workers,
+        lambda items, length, title: _progress(title)(items, length),
+        lambda line: print(_line(line), flush=True),
+    )
+
+
+def _line(line: dict[str, Any]) -> str:
+    router = "" if line["router_accuracy"] is None else f", router {line['router_accuracy']:.1%}"
+    return (
+        f"epoch {line['epoch']}: loss {line['loss']:.3f}, validation faces {line['val_accuracy']:.1%}{router}, "
+        f"{line['images_per_second']:,.0f} images/s"
+    )
+
+
+def _survey(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models.zoo.scripts.survey import survey
+
+    rows, classes, licences = survey(options.packages, options.fonts, options.workers, _progress("faces"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    tables.write_fonts(rows, options.out / "fonts.tsv")
+    tables.write_classes(classes, options.out / "classes.tsv")
+    print(f"{options.out}: {len(rows)} faces, {len(classes):,} classes")
+    used = {row.face.package for row in rows}
+    for package, found in licences.items():
+        if package not in used:
+            print(f"not used: {package} ({', '.join(f'{name}: {count}' for name, count in found.items())})")
+
+
+def _progress(unit: str) -> Any:
+    from tqdm import tqdm
+
+    def wrap(iterator: Iterator[Any], length: int) -> Iterator[Any]:
+        return iter(tqdm(iterator, total=length, unit=unit, disable=None))
+
+    return wrap
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Training on characters without an end, as the zoo's models were: one recipe, dense or routed."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.checkpoint import Checkpoint, Superclasses
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models import Model, ModelConfig, build
+from mvmoe_deploy.models.architectures.mobile_vmoe import Experts, MobileVMoE
+from mvmoe_deploy.models.train.batches import Endless, Progress
+from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.job import check_out
+from mvmoe_deploy.models.train.recipe import Recipe
+from mvmoe_deploy.models.train.trainer import Trainer
+from mvmoe_deploy.models.zoo.scripts import folder
+from mvmoe_deploy.models.zoo.scripts.cache import Glyphs
+from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+from mvmoe_deploy.models.zoo.scripts.distort import SIZE
+
+PREPROCESSING = Preprocessing(size=SIZE, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
+
+SAMPLES_PER_EPOCH = 102_400
+"""400 steps of 256: how often a run is saved and looked at."""
+
+SHARPENED = 1.5
+"""What the router's logits are multiplied with after training without gates; its choices stay.
+
+The more, the nearer gates are to one; but rounding errors grow alike, and exports are checked for them.
+"""
+
+
+WITHOUT_GATES = "one in training"
+
+
+def recipe(epochs: int, seed: int = 0) -> Recipe:
+    """The recipe of the zoo's models; 22 epochs are 2.25 million samples."""
+    return Recipe(
+        epochs=epochs,
+        batch=256,
+        optimizer="muon",
+        learning_rate=0.005,
+        weight_decay=0.02,
+        warmup_epochs=min(0.75, epochs / 20),
+        label_smoothing=0.0,
+        crop_padding=0,
+        flip=False,
+        router_weight=1.0,
+        expert_rate=0.5,
+        seed=seed,
+    )
+
+
+def source(glyphs: Glyphs, seed: int, workers: int = 0) -> Endless:
+    """Training samples for :class:`mvmoe_deploy.models.train.trainer.Trainer`."""
+    samples = Characters(glyphs, "train", seed)
+    return Endless(samples, [each.id for each in glyphs.classes], samples.identity, SAMPLES_PER_EPOCH, workers)
+
+
+def fixed(samples: Characters, per_class: int) -> ImageSet:
+    """The first samples of every class as images to evaluate on."""
+    images, labels = folder.as_tensors(samples, per_class)
+    return ImageSet(images, labels, [each.id for each in samples.classes], [])
+
+
+def train(
+    glyphs: Glyphs,
+    config: ModelConfig,
+    how: Recipe,
+    out: Path,
+    superclasses: Superclasses | None = None,
+    gates: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    workers: int = 0,
+    progress: Progress | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> Checkpoint:
+    """Trains a model and returns its checkpoint, which is also in ``out``.
+
+    Args:
+        glyphs: rendered glyphs.
+        config: shape of the model.
+        how: such as :func:`recipe` gives.
+        out: checkpoint to write.
+        superclasses: what the router of a routed model learns.
+        gates: multiply an expert's output by its gate while training, as the architecture does. Without, experts learn
+            as if the router were sure; afterwards its logits are sharpened, so that gates are nearer to one.
+        resume: go on after the last whole epoch, if there was one.
+        force: start again although ``out`` exists.
+        workers: processes that make samples.
+        progress: wraps the iterator over an epoch's steps.
+        report: called with each epoch's line of the log.
+
+    Raises:
+        MvmoeError: something does not fit together, or exists already.
+    """
+    finished = check_out(out, how.epochs, resume, force)
+    if finished is not None:
+        return _sharpened_once(finished, out)
+    torch.manual_seed(how.seed)
+    model = build(config)
+    sharpen = not gates and isinstance(model, MobileVMoE)
+    if sharpen:
+        _without_gates(model)
+    images = source(glyphs, how.seed, workers)
+    notes = {"data": images.identity, "endless": True, "gates": WITHOUT_GATES if sharpen else "in training too"}
+    names = [each.name for each in glyphs.classes]
+    header = checkpoints.new_header(
+        config.to_dict(), images.class_ids, names, PREPROCESSING, superclasses if config.routes else None, notes
+    )
+    trainer = Trainer(model, header, images, fixed(Characters(glyphs, "val"), 1), how, out)
+    if force and not resume:
+        trainer.state_path.unlink(missing_ok=True)
+    if resume:
+        trainer.resume()
+    return _sharpened_once(trainer.run(progress, report), out)
+
+
+def _sharpened_once(checkpoint: Checkpoint, out: Path) -> Checkpoint:
+    """A finished checkpoint whose router is as it is to be used; also where a run was killed just before this."""
+    training = checkpoint.header.training
+    if training.get("gates") != WITHOUT_GATES or "router_sharpened" in training:
+        return checkpoint
+    training["router_sharpened"] = SHARPENED
+    checkpoint = Checkpoint(checkpoint.header, sharpened(checkpoint.weights))
+    checkpoints.save(out, checkpoint)
+    return checkpoint
+
+
+def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the router's logits multiplied by :data:`SHARPENED`: equal choices, gates nearer to one."""
+    return {name: w * SHARPENED if name.startswith("router.linear.") else w for name, w in weights.items()}
+
+
+def _without_gates(model: Model) -> None:
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.forward = types.MethodType(_ungated, module)  # type: ignore[method-assign]
+
+
+def _ungated(self: Experts, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+    return Experts.forward(self, x, torch.ones_like(gates), chosen)
