@@ -13,8 +13,13 @@ from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import Cell, markdown_table, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mvmoe_deploy.checkpoint import Header
     from mvmoe_deploy.images import Preprocessing
+    from mvmoe_deploy.models import Model
     from mvmoe_deploy.models.study.comparison import Row
+    from mvmoe_deploy.models.study.evaluation import Predictions
     from mvmoe_deploy.models.train.data import ImageSet
 
 HELP = "compare trained models on the same images: their accuracy, and what each needs on a device"
@@ -80,8 +85,14 @@ def run(args: argparse.Namespace) -> None:
     rows = compare(candidates)
     images = len(candidates[0][3].labels)
     differing = recipe_differences(rows)
+    said = _verdicts(candidates, rows, read)
     if args.json:
-        result = {"images": images, "rows": [dataclasses.asdict(row) for row in rows], "recipes_differ_in": differing}
+        result = {
+            "images": images,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "recipes_differ_in": differing,
+            "verdicts": said,
+        }
         print(json.dumps(result, indent=1))
         return
     like_paper = len(class_ids) >= LEAST_CLASSES
@@ -92,6 +103,49 @@ def run(args: argparse.Namespace) -> None:
         print(f"recipes differ in {field}: {', '.join(f'{name} {value}' for name, value in values.items())}")
     if unknown := [row.name for row in rows if not row.recipe]:
         print(f"no recipe is recorded in {', '.join(unknown)}")
+    for name, sentences in said.items():
+        print(f"\n{name}: {' '.join(sentences)}")
+
+
+def _verdicts(
+    candidates: list[tuple[str, Header, Model, Predictions]], rows: Sequence[Row], images: dict[Preprocessing, ImageSet]
+) -> dict[str, list[str]]:
+    """What can be said of each model that routes images to super-classes' experts, where the first model is dense."""
+    import torch
+
+    from mvmoe_deploy.models.model import ImageRoutes
+    from mvmoe_deploy.models.study.evaluation import predict
+    from mvmoe_deploy.models.study.verdict import times_seen, traces, verdict
+
+    _, _, first, dense = candidates[0]
+    said: dict[str, list[str]] = {}
+    for (name, header, model, predictions), row in zip(candidates, rows, strict=True):
+        routing, superclasses, d = predictions.routing, header.superclasses, row.difference
+        if first.config.routes or superclasses is None or d is None or not isinstance(routing, ImageRoutes):
+            continue
+        groups = torch.tensor(superclasses.of_class)
+        forced = None
+        if routing.chosen.shape[1] == 1:
+            experts = groups[predictions.labels][:, None]
+            title = f"{name}, all sent right"
+            forced = predict(
+                model,
+                images[header.preprocessing],
+                header.preprocessing,
+                progress=lambda items, total, title=title: progress_bar(items, total, title),  # type: ignore[misc]
+                experts=experts,
+            ).top[:, 0]
+        found = traces(
+            predictions.labels,
+            predictions.top[:, 0],
+            dense.top[:, 0],
+            routing.chosen[:, 0],
+            groups,
+            (d.low, d.high),
+            forced,
+        )
+        said[name] = verdict(found, times_seen(header.training))
+    return said
 
 
 NOTE = """\

@@ -160,11 +160,13 @@ def test_the_rows_of_figure_3e(five: tuple[Path, list[str]], capsys: pytest.Capt
     assert rows[3]["router_accuracy"] is None
     assert result["recipes_differ_in"]["epochs"] == {f"model{i}": 3 if i == 2 else 2 for i in range(5)}
     assert list(result["recipes_differ_in"]) == ["epochs", "router"]
+    assert list(result["verdicts"]) == ["model1", "model2"]  # those with super-classes
     for form in ([], ["--markdown"]):
         assert train.main(["compare", *paths, "--data", str(root), *form]) == 0
         out = capsys.readouterr().out
         assert "paper delta" not in out  # the paper's deltas are for ImageNet; this data has six classes
         assert "samples" in out and " 200" in out and " 300" in out
+        assert "\nmodel1: " in out and result["verdicts"]["model1"][0] in out
         assert "recipes differ in epochs: model0 2, model1 2, model2 3, model3 2, model4 2" in out
         assert out.startswith("| model" if form else "model")
 
