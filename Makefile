@@ -15,7 +15,7 @@ demo: .venv/run
 	$(BIN)/mvmoe-bench .demo/dense.mvmoe .demo/moe.mvmoe --device cpu --images docs/photos --plot .demo/bench.png
 
 test: .venv/dev
-	$(BIN)/pytest -n auto --dist loadfile  # not python -m pytest, which would find the checkout first
+	$(BIN)/pytest -n auto --dist loadgroup  # not python -m pytest, which would find the checkout first
 
 # Thousands of damaged and hostile files, of which none may crash, hang or be answered wrongly; some minutes.
 fuzz: .venv/dev

@@ -80,3 +80,12 @@ def dense_model() -> ViT:
 def bundle_copy(bundle_path: Path, tmp_path: Path) -> Path:
     """A routed bundle that the test may damage."""
     return tiny.copy_of(bundle_path, tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps a file's tests in one process, and all that share ExecuTorch's bundles: lowering one takes seconds."""
+    groups: dict[Path, str] = {}
+    for item in items:
+        if item.path not in groups:
+            groups[item.path] = "executorch" if "executorch_bundles" in item.path.read_text() else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
