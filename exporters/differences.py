@@ -1,10 +1,10 @@
-"""How far two outputs are apart, in units of what decides: no class, channel or offset can hide another's error.
+"""How far apart two outputs are, in units of what decides: no class, channel or offset can hide another's error.
 
-Logits decide by their order and through softmax, and neither sees what all classes have in common. They are compared
-after taking each image's mean away, in *spreads*, the standard deviation over the classes. A class that no image can
-reach, because a large negative bias masks it, decides nothing: it counts neither for the mean nor for the spread.
-Tokens and the like are read by layers that weigh each channel by itself, so each channel is compared in units of its
-own scale. ``docs/verification.md`` has the reasons.
+Logits decide by their order and through softmax, and neither depends on an offset that all classes share. So logits
+are compared after subtracting each image's mean, in *spreads*: the standard deviation over the classes. A class that
+no image can reach, because a large negative bias masks it, decides nothing, so it is left out of the mean and the
+spread. Tokens and features are read by layers that weigh each channel separately, so each channel is compared in units
+of its own scale. ``docs/verification.md`` has the reasons.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ UNDECIDED = 0.1
 """A router whose probabilities differ by less than this share of 1/E is judged as if they differed by it."""
 
 LAST_BIT = float(np.finfo(np.float32).eps)
-"""Of a number, relative to it, where it is float32."""
+"""The last bit of a float32 number, relative to the number."""
 
 SUM_ERROR = 1e-2
-"""Of probabilities that were rounded to half precision, E of them."""
+"""Largest error of the sum of E probabilities that were rounded to half precision."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What logits are measured by.
+    """The scale by which errors of logits are measured.
 
     Attributes:
         reachable: classes that some image can reach, boolean ``[C]``.
-        limit: how far below an image's best class, in nats, a class that can be reached may lie.
-        spread: standard deviation over these classes, ``[B, 1]``: the image's own, or the median image's where that
-            is larger.
+        limit: how far below an image's best class, in nats, a reachable class may lie.
+        spread: standard deviation over the reachable classes, ``[B, 1]``: the image's own, or the median image's if
+            that is larger.
     """
 
     reachable: NDArray[np.bool_]
@@ -56,15 +56,15 @@ class Scale:
 
 
 def check_comparable(actual: Array, expected: Array, where: str) -> None:
-    """Refuses what cannot be compared.
+    """Refuses outputs that cannot be compared.
 
     Args:
-        actual: of the bundle.
-        expected: of PyTorch.
-        where: bundle, piece and output, for errors.
+        actual: the bundle's output.
+        expected: PyTorch's output.
+        where: bundle, piece and output, as named in errors.
 
     Raises:
-        VerificationError: another shape, or values that are not finite; the message says on which side.
+        VerificationError: the shapes differ, or values are not finite; the message says on which side.
     """
     if actual.shape != expected.shape:
         raise VerificationError(f"{where}: has shape {list(actual.shape)}, PyTorch's has {list(expected.shape)}")
@@ -75,15 +75,15 @@ def check_comparable(actual: Array, expected: Array, where: str) -> None:
 
 
 def logit_scale(expected: Array) -> Scale:
-    """What an output of logits ``[B, C]`` is measured by.
+    """The scale of logits ``[B, C]``.
 
     A class counts as reachable if in some image it comes within 20 nats or 10 spreads of the best class, whichever is
-    more; the spread is that over the reachable classes. If that leaves fewer than two, all classes count.
+    more. The spread is taken over the reachable classes. If fewer than two are reachable, all classes count.
     """
     logits = expected.astype(np.float64)
     nearest = (logits.max(axis=1, keepdims=True) - logits).min(axis=0)
     limit = UNREACHABLE_NATS
-    while True:  # from the best classes downwards: a wider limit takes in more, which may widen it again
+    while True:  # from the best classes downwards: a wider limit admits more classes, which may widen it again
         inside = nearest <= limit
         wider = max(limit, UNREACHABLE_SPREADS * float(np.sqrt(logits[:, inside].var(axis=1).mean())))
         if wider == limit:
@@ -97,9 +97,9 @@ def logit_scale(expected: Array) -> Scale:
 
 
 def logit_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
-    """Errors of the reachable classes ``[B, reachable]``, in spreads, each image's mean taken away.
+    """Errors of the reachable classes ``[B, reachable]``, in spreads, after subtracting each image's mean.
 
-    What float32 cannot hold is no error: the last bit of the largest logit.
+    Differences below float32's resolution, the last bit of the largest logit, do not count.
     """
     right = expected.astype(np.float64)[:, scale.reachable]
     error = actual[:, scale.reachable] - right
@@ -109,10 +109,10 @@ def logit_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
 
 
 def check_masks(actual: Array, scale: Scale, where: str) -> None:
-    """Compares which classes can be reached with the reference's.
+    """Checks that the same classes can be reached as in the reference.
 
     Raises:
-        VerificationError: a class is masked on one side only; it is named.
+        VerificationError: a class is masked on one side only; the message names it.
     """
     nearest = (actual.max(axis=1, keepdims=True).astype(np.float64) - actual).min(axis=0)
     for wrong, what in (
@@ -130,7 +130,7 @@ def softmax(logits: Array) -> Doubles:
 
 
 def class_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
-    """Errors of the classes' probabilities ``[B, C]``, but for what the last bit of the largest logit does to them."""
+    """Errors of the classes' probabilities ``[B, C]``, minus what the last bit of the largest logit can cause."""
     right = softmax(expected)
     bit = LAST_BIT * np.abs(expected.astype(np.float64)[:, scale.reachable]).max(axis=1, keepdims=True)
     result: NDArray[np.float64] = np.maximum(np.abs(softmax(actual) - right) - bit * right, 0)
@@ -140,16 +140,17 @@ def class_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
 def channel_errors(actual: Array, expected: Array) -> Doubles:
     """Errors of tokens ``[B, N, D]``, features ``[B, D]`` or feature maps ``[B, D, H, W]``, each channel in its scale.
 
-    The scale is the channel's standard deviation, but at least a tenth of the median channel's root mean square (what
-    all channels have in common taken away): images may be so alike that hardly any channel varies. What float32 cannot
-    hold is no error: the last bits of a value that is large beside what its channel varies by.
+    The scale is the channel's standard deviation, but at least a tenth of the median channel's root mean square (after
+    subtracting what all channels share), because images may be so alike that hardly any channel varies. Differences
+    below float32's resolution do not count: the last bits of a value that is large compared with its channel's
+    variation.
     """
     channel = 1 if expected.ndim == 4 else expected.ndim - 1
     others = tuple(axis for axis in range(expected.ndim) if axis != channel)
     values = expected.astype(np.float64)
     common = np.median(values.mean(axis=others))
     size = np.sqrt(((values - common) ** 2).mean(axis=others))
-    used = size[size > 0]  # channels of zeros, as ReLU leaves them, say nothing of the others' scale
+    used = size[size > 0]  # channels of zeros, as ReLU leaves them, say nothing about the other channels' scale
     least = LEAST_CHANNEL * float(np.median(used)) if used.size else 1e-30
     error = np.maximum(np.abs(actual - values) - 4 * LAST_BIT * np.abs(values), 0)
     result: NDArray[np.float64] = error / np.maximum(values.std(axis=others, keepdims=True), least)
@@ -159,9 +160,9 @@ def channel_errors(actual: Array, expected: Array) -> Doubles:
 def router_errors(actual: Array, expected: Array) -> Doubles:
     """Errors of a router's probabilities ``[B, E]`` in units of what tells experts apart.
 
-    That is the expert's root mean square over the images or the image's standard deviation over the experts, whichever
-    is less, so that neither a sure router nor a popular expert hides another's error. A router that hardly decides is
-    judged by a tenth of 1/E.
+    The unit is the expert's root mean square over the images or the image's standard deviation over the experts,
+    whichever is less, so that neither a confident router nor a popular expert hides another expert's error. It is at
+    least a tenth of 1/E, for a router that hardly decides.
     """
     values = expected.astype(np.float64)
     usual = np.sqrt((values**2).mean(axis=0, keepdims=True))
@@ -174,7 +175,7 @@ def check_probabilities(values: Array, where: str, side: str) -> None:
     """Refuses a router's output that is not probabilities.
 
     Raises:
-        VerificationError: a value is negative, or an image's do not sum to 1; ``side`` says whose they are.
+        VerificationError: a value is negative, or an image's values do not sum to 1; the message names the ``side``.
     """
     sums = values.astype(np.float64).sum(axis=1)
     worst = int(np.abs(sums - 1).argmax())

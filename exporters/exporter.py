@@ -1,4 +1,4 @@
-"""What a target's exporter consists of. Imports no PyTorch and no toolchain, so that ``--help`` stays fast."""
+"""What a target's exporter consists of. It imports no PyTorch and no toolchain, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert: what all targets have in common. A target that offers more has a subclass of its own.
+    """The conversion options that all targets share. A target with more options has a subclass of its own.
 
     Attributes:
-        precision: one of the target's; empty for its default.
-        layout: likewise.
-        separate_router: make the router a piece of its own.
+        precision: name of one of the target's precisions; empty for the default.
+        layout: name of one of the target's layouts; empty for the default.
+        separate_router: whether the router becomes a piece of its own.
     """
 
     precision: str = ""
@@ -35,27 +35,28 @@ class Options:
 
 
 COMMON = frozenset(field.name for field in dataclasses.fields(Options))
-"""Names of the options that every target has."""
+"""Names of the options that all targets share."""
 
 
 def no_arguments(group: argparse._ArgumentGroup) -> None:
-    """For a target whose options are the common ones."""
+    """Adds nothing: for a target that has only the shared options."""
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """What a target adds to exporting.
+    """How a target exports.
 
     Attributes:
-        converts: ``module:function``, the function ``convert(job: Job) -> Converted``. It is imported at its first use,
-            and may import the toolchain.
-        precisions: what the target exports in, the default first.
-        layouts: how it can lay out pieces in files, the default first.
+        converts: ``module:function`` of the function ``convert(job: Job) -> Converted``. It is imported at its first
+            use and may import the toolchain.
+        precisions: the precisions that the target exports in, the default first.
+        layouts: the ways in which it can lay out pieces in files, the default first.
         options: the type of its options, :class:`Options` or a frozen subclass of it.
-        add_arguments: adds the command line options of the subclass, named as its fields, with the same defaults.
-        stored_weights: ``module:function``, the function ``stored_weights(piece, written, bundle) -> StoredWeights``,
-            which reads a piece's weights back from a bundle; empty where the target has none. Without it, experts whose
-            outputs are too alike cannot be verified.
+        add_arguments: function that adds the command line options of the subclass, with the names and defaults of its
+            fields.
+        stored_weights: ``module:function`` of the function ``stored_weights(piece, written, bundle) ->
+            StoredWeights``, which reads a piece's weights back from a bundle; empty if the target has none. Without it,
+            experts whose outputs are too similar cannot be verified.
     """
 
     converts: str
@@ -67,14 +68,14 @@ class Exporter:
 
     @property
     def own_options(self) -> frozenset[str]:
-        """Names of the options that other targets need not have."""
+        """Names of the options that the target adds to the shared ones."""
         return frozenset(field.name for field in dataclasses.fields(self.options)) - COMMON
 
     def precision(self, name: str) -> Precision:
         """A precision by name.
 
         Raises:
-            KeyError: the target has none of that name.
+            KeyError: the target has no precision of that name.
         """
         return {precision.name: precision for precision in self.precisions}[name]
 
@@ -84,7 +85,7 @@ def exporter_of(target: str) -> Exporter:
 
     Raises:
         ConfigError: there is no such target.
-        ExportError: the package that has its exporter is not installed.
+        ExportError: the package that contains its exporter is not installed.
     """
     record = targets.get(target)
     exporter = targets.resolve(record.exporter, f"target {target}", record.requirement, ExportError)
@@ -93,7 +94,7 @@ def exporter_of(target: str) -> Exporter:
 
 
 def converter_of(target: str) -> Callable[[Job[Any]], Converted]:
-    """A target's ``convert``; imports its toolchain.
+    """Imports a target's ``convert`` function, and with it the toolchain.
 
     Raises:
         ConfigError: there is no such target.
@@ -106,7 +107,7 @@ def converter_of(target: str) -> Callable[[Job[Any]], Converted]:
 
 
 def weights_reader_of(target: str) -> Callable[[PieceModule, Piece, Bundle], StoredWeights] | None:
-    """A target's ``stored_weights``, or None where it has none.
+    """Imports a target's ``stored_weights`` function; None if it has none.
 
     Raises:
         ConfigError: there is no such target.
@@ -121,15 +122,15 @@ def weights_reader_of(target: str) -> Callable[[PieceModule, Piece, Bundle], Sto
 
 
 def complete_options(given: Options | None, target: str) -> Options:
-    """The options of an export, of the target's own type, with the target's precision and layout where none is given.
+    """Completes export options: the result has the target's own type, with the default precision and layout filled in.
 
     Args:
-        given: of the target's type, or the common ones alone; None for all defaults.
-        target: its name.
+        given: options of the target's type or only the shared ones; None for all defaults.
+        target: the target's name.
 
     Raises:
         ConfigError: there is no such target.
-        ExportError: the options are another target's, or the target has no such precision or layout.
+        ExportError: the options belong to another target, or the target has no such precision or layout.
     """
     exporter = exporter_of(target)
     given = given or exporter.options()
@@ -137,7 +138,7 @@ def complete_options(given: Options | None, target: str) -> Options:
         given = exporter.options(**vars(given))
     if type(given) is not exporter.options:
         raise ExportError(
-            f"target {target} takes {exporter.options.__name__}, it was given {type(given).__name__} of another target"
+            f"target {target} takes {exporter.options.__name__}, but was given another target's {type(given).__name__}"
         )
     precisions = tuple(precision.name for precision in exporter.precisions)
     given = dataclasses.replace(

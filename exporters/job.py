@@ -1,4 +1,4 @@
-"""What passes between the pipeline and a target's ``convert``."""
+"""The data that the pipeline and a target's ``convert`` exchange."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 
 Progress = Callable[[str], None]
-"""Called with what is about to be done, such as ``trunk: tracing``."""
+"""Function that is called with the step about to begin, such as ``trunk: tracing``."""
 
 
 OptionsType = TypeVar("OptionsType", bound=Options)
@@ -22,17 +22,17 @@ OptionsType = TypeVar("OptionsType", bound=Options)
 
 @dataclass
 class Job(Generic[OptionsType]):
-    """What a target's ``convert`` is given.
+    """The input of a target's ``convert``.
 
     Attributes:
         split: the pieces as torch modules.
         directory: an empty directory to write into.
-        options: how to convert, of the target's own type, with its precision and layout filled in.
-        manifest: everything known before conversion (no files, pieces or verification): preprocessing, class names,
-            what each expert is for, source.
+        options: options of the target's own type, with precision and layout filled in.
+        manifest: everything that is known before conversion (preprocessing, class names, what each expert is for,
+            source), without files, pieces and verification.
         images: preprocessed images ``[n, 3, S, S]`` float32, for calibration.
-        piece_flops: FLOPs of a piece by its role; None where they are not known.
-        progress: to be told about each step.
+        piece_flops: function that returns the FLOPs of a piece by its role; None if they are not known.
+        progress: function to call before each step.
     """
 
     split: SplitModel
@@ -46,13 +46,13 @@ class Job(Generic[OptionsType]):
 
 @dataclass
 class Converted:
-    """What a target's ``convert`` gives back; the files it wrote are found through ``pieces``.
+    """The result of a target's ``convert``; ``pieces`` names the files that it wrote.
 
     Attributes:
-        pieces: one manifest entry per piece of the split, in its order.
+        pieces: one manifest entry per piece of the split, in the split's order.
         tools: versions of the toolchain's packages.
-        notes: anything worth keeping in the manifest's ``options``, such as which operators were not delegated.
-        backends: the backends to verify with; None is the target's usual one.
+        notes: anything worth keeping in the manifest's ``options``, such as the operators that were not delegated.
+        backends: the backends to verify with; None stands for the target's usual one.
     """
 
     pieces: list[Piece]
@@ -70,15 +70,15 @@ def describe_piece(
     function: str | None = None,
     bytes_per_weight: float = 4,
 ) -> Piece:
-    """The manifest entry of a converted piece, its shapes and parameters taken from the torch module.
+    """The manifest entry of a converted piece; shapes and parameters are taken from the torch module.
 
     Args:
-        piece: as it was converted.
+        piece: the piece as it was converted.
         graph: the file or package to open, relative to the bundle.
-        files: every file that loading it reads, ``graph`` or what is in it included.
-        flops: of one image.
-        function: the method or function in ``graph``, where that holds several.
-        bytes_per_weight: what a weight takes once it is loaded.
+        files: every file that loading the piece reads, including ``graph`` or the files in it.
+        flops: FLOPs for one image.
+        function: the method or function in ``graph``, if that holds several.
+        bytes_per_weight: size of a weight once it is loaded.
     """
     outputs = piece(*piece.inputs.values())
     parameters = count_parameters(piece.module)
@@ -98,7 +98,7 @@ def describe_piece(
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of weights of a module, each tensor once."""
+    """Number of weights of a module, counting each tensor once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Split → convert → verify → write: a checkpoint becomes a bundle, or nothing is written."""
+"""Split → convert → verify → write: turns a checkpoint into a bundle, or writes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.models import config_from_dict, load_checkpoint
 
 MAX_IMAGES = 1000
-"""Images taken from a folder for verification; more say nothing new."""
+"""Largest number of images that are taken from a folder for verification; more would add nothing."""
 
 SYNTHETIC_IMAGES = 16
 
@@ -47,18 +47,18 @@ def export_checkpoint(
     """Exports a checkpoint file.
 
     Args:
-        checkpoint: ``.pt`` or ``.safetensors``.
+        checkpoint: path of a ``.pt`` or ``.safetensors`` file.
         target: one of :func:`mvmoe_deploy.targets.known`, such as ``onnx``.
         out: the bundle's directory; by default ``CHECKPOINT-TARGET.mvmoe`` in the working directory.
-        options: how to convert, of the target's own type (such as ``CoreMLOptions``) or the common ones alone.
-        images: folder of real images to verify (and calibrate) with; without it, synthetic ones.
+        options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
+        images: folder of real images to verify (and calibrate) with; None for synthetic images.
         force: replace an existing bundle.
         progress: called with each step.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ConfigError: there is no such target.
-        ExportError: it cannot be converted, or ``out`` exists.
+        ExportError: the model cannot be converted, or ``out`` exists.
         VerificationError: the written pieces do not agree with PyTorch; no bundle is written.
     """
     model, header, source = read_checkpoint(checkpoint)
@@ -76,10 +76,10 @@ def export_checkpoint(
 
 
 def read_checkpoint(path: str | Path) -> tuple[nn.Module, Header, Source]:
-    """A checkpoint's model, its header, and what names it in a manifest.
+    """Reads a checkpoint's model and header, and the source entry that names it in a manifest.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the checkpoint cannot be read.
     """
     model, header = load_checkpoint(path)
     return model, header, Source(Path(path).name, bundles.sha256(Path(path)))
@@ -100,20 +100,20 @@ def export_model(
     """Exports a model in memory: any :class:`~mvmoe_deploy.exporters.split.PerImageRouted`, or a dense one.
 
     Args:
-        model: the model, whose own forward is the reference; or what :func:`split_model` made of it, to export that
-            several times (its router is then fused or separate as it was split).
-        header: class names, preprocessing, super-classes. ``header.model`` is free form for foreign models.
+        model: the model, whose own forward is the reference. To export a model several times, pass the result of
+            :func:`split_model`, which also decides whether the router is fused or separate.
+        header: class names, preprocessing, super-classes. ``header.model`` is free-form for foreign models.
         target: one of :func:`mvmoe_deploy.targets.known`, such as ``onnx``.
         out: the bundle's directory.
         source: where the weights came from.
-        options: how to convert, of the target's own type (such as ``CoreMLOptions``) or the common ones alone.
-        images: folder of real images, or images preprocessed already, ``[n, 3, S, S]`` float32.
+        options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
+        images: folder of real images, or preprocessed images ``[n, 3, S, S]`` float32; None for synthetic images.
         force: replace an existing bundle.
         progress: called with each step.
 
     Raises:
         ConfigError: there is no such target.
-        ExportError: it cannot be converted, or ``out`` exists.
+        ExportError: the model cannot be converted, or ``out`` exists.
         VerificationError: the written pieces do not agree with PyTorch; no bundle is written.
     """
     options = complete_options(options, target)
@@ -161,14 +161,15 @@ def export_model(
 
 
 def verification_images(preprocessing: Preprocessing, images: str | Path | Tensor | None) -> tuple[Tensor, str]:
-    """Preprocessed images ``[n, 3, S, S]`` float32 and what to call them.
+    """Preprocessed images ``[n, 3, S, S]`` float32 and a description of their source.
 
     Args:
-        preprocessing: the checkpoint's.
-        images: a folder that is searched for images, sub-folders included; images; or None for synthetic ones.
+        preprocessing: the checkpoint's preprocessing.
+        images: a folder that is searched for images, sub-folders included; preprocessed images; or None for synthetic
+            ones.
 
     Raises:
-        ImageError: no such folder, no image in it, or one that cannot be read.
+        ImageError: the folder does not exist or holds no image, or an image cannot be read.
     """
     if isinstance(images, Tensor):
         return images, "given"
@@ -179,7 +180,7 @@ def verification_images(preprocessing: Preprocessing, images: str | Path | Tenso
     files = image_files(folder)
     if not files:
         raise ImageError(f"{folder}: holds no images")
-    # evenly spaced, since class folders follow each other
+    # evenly spaced, since the files are sorted by class folder
     files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
     return torch.from_numpy(np.stack([preprocess(file, preprocessing) for file in files])), str(folder.name)
 
@@ -187,7 +188,7 @@ def verification_images(preprocessing: Preprocessing, images: str | Path | Tenso
 def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:
     """Smooth random colour fields ``[count, size, size, 3]``, whose spectrum falls like that of photos.
 
-    White noise would be unlike anything a model was trained on and route every image alike.
+    White noise would be unlike anything that a model was trained on, and would route every image alike.
     """
     generator = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
@@ -241,5 +242,5 @@ def _manifest(
 def _flops_of(model: dict[str, Any]) -> Callable[[str], int | None]:
     try:
         return config_from_dict(model).piece_flops
-    except ConfigError:  # a foreign model, which has no closed form
+    except ConfigError:  # the FLOPs of a foreign model are not known
         return lambda role: None

@@ -1,4 +1,4 @@
-"""Splitting a model into the pieces of a bundle, as torch modules."""
+"""Splits a model into the pieces of a bundle, as torch modules."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mvmoe_deploy.errors import ExportError
 
 
 class PerImageRouted(Protocol):
-    """What a model offers to be exported; :class:`mvmoe_deploy.models.MobileVMoE` is one.
+    """The protocol of a routed model that can be exported, such as :class:`mvmoe_deploy.models.MobileVMoE`.
 
-    It is also callable: images ``[B, 3, H, W]`` → logits ``[B, C]``, the reference that an export is checked
-    against. Modules may share parameters with the model and with each other; weights that all tails share are
-    recognised by being the same memory, and stored once.
+    The model is also callable: images ``[B, 3, H, W]`` → logits ``[B, C]``, the reference that an export is checked
+    against. Modules may share parameters with the model and with each other. Weights that all tails hold in the same
+    memory are recognised as shared and stored once.
 
     Attributes:
         experts: number of experts E.
@@ -39,24 +39,24 @@ class PerImageRouted(Protocol):
         ...
 
     def tail_module(self, expert: int) -> nn.Module:
-        """Tokens ``[B, N, D]`` and gate ``[B]`` → logits ``[B, C]``; needed for k = 1 only."""
+        """Tokens ``[B, N, D]`` and gate ``[B]`` → logits ``[B, C]``; needed only for k = 1."""
         ...
 
     def attention_module(self, layer: int) -> nn.Module:
-        """Tokens → (residual stream, the experts' input); needed for k > 1 only, as are the next two."""
+        """Tokens → (residual stream, the experts' input); needed only for k > 1."""
         ...
 
     def expert_module(self, expert: int, layer: int) -> nn.Module:
-        """The experts' input and gate ``[B]`` → what to add to the residual stream."""
+        """The experts' input and gate ``[B]`` → what to add to the residual stream; needed only for k > 1."""
         ...
 
     def head_module(self) -> nn.Module:
-        """Tokens → logits ``[B, C]``."""
+        """Tokens → logits ``[B, C]``; needed only for k > 1."""
         ...
 
 
 def is_routed(model: nn.Module) -> TypeGuard[PerImageRouted]:
-    """Whether a model offers the protocol; not an isinstance check, since k = 1 and k > 1 need different methods."""
+    """Whether a model implements the protocol; not an isinstance check: k = 1 and k > 1 need different methods."""
     return hasattr(model, "trunk_module") and hasattr(model, "router_module")
 
 
@@ -65,12 +65,12 @@ class PieceModule:
     """One piece before conversion.
 
     Attributes:
-        role: as in the manifest.
-        module: takes the inputs in order, returns the outputs in order.
-        inputs: an example of each input by name, batch 2; the first dimension varies.
+        role: the piece's role in the manifest.
+        module: torch module that takes the inputs in order and returns the outputs in order.
+        inputs: an example of each input by name, with a batch of 2; the first dimension is dynamic.
         outputs: names of the outputs.
-        expert: for a tail or an expert layer.
-        layer: for an attention segment or an expert layer.
+        expert: index of the expert, for a tail or an expert layer.
+        layer: index of the MoE layer, for an attention segment or an expert layer.
     """
 
     role: Role
@@ -82,12 +82,12 @@ class PieceModule:
 
     @property
     def name(self) -> str:
-        """As in the manifest."""
+        """The piece's name in the manifest."""
         return piece_name(self.role, self.expert, self.layer)
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
-        """Runs the module; always a list of outputs."""
+        """Runs the module and returns a list of outputs, even of one."""
         result = self.module(*inputs)
         return list(result) if isinstance(result, tuple) else [result]
 
@@ -109,9 +109,9 @@ class SplitModel:
     """All pieces of a model, in the order of :func:`mvmoe_deploy.bundle.expected_pieces`.
 
     Attributes:
-        model: the whole model, the reference.
-        routing: None for a dense model.
-        pieces: what is to be converted.
+        model: the whole model, which is the reference.
+        routing: the model's routing; None for a dense model.
+        pieces: the pieces to convert.
     """
 
     model: nn.Module
@@ -123,7 +123,7 @@ class SplitModel:
         return [piece for piece in self.pieces if piece.role == role]
 
     def families(self) -> Iterator[list[PieceModule]]:
-        """Groups of pieces that are the same graph with other weights: the tails, or one layer's experts."""
+        """Yields groups of pieces that share a graph and differ in weights: the tails, or one layer's experts."""
         groups: dict[tuple[str, int | None], list[PieceModule]] = {}
         for piece in self.pieces:
             groups.setdefault((piece.role, piece.layer), []).append(piece)
@@ -131,7 +131,7 @@ class SplitModel:
 
 
 def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
-    """Names of the weights that all modules of a family hold in the same memory; all names of a single module."""
+    """Names of the weights that all modules of a family hold in the same memory; for a single module, all names."""
     first, *others = (module.state_dict() for module in modules)
     return {
         name for name, tensor in first.items() if all(other[name].data_ptr() == tensor.data_ptr() for other in others)
@@ -139,7 +139,7 @@ def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
 
 
 def split_model(model: nn.Module, image_size: int, separate_router: bool = False) -> SplitModel:
-    """Splits a model into pieces: a dense one is a single piece.
+    """Splits a model into pieces; a dense model is a single piece.
 
     Args:
         model: a :class:`PerImageRouted` model, or any other module, which is then exported whole.
@@ -147,8 +147,8 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
         separate_router: make the router a piece of its own instead of the trunk's second output.
 
     Raises:
-        ExportError: a model that says why it cannot be (``cannot_split``), such as a V-MoE: it has no tails, and
-            exported whole, an image's logits would depend on its batch.
+        ExportError: the model gives a reason why it cannot be split (``cannot_split``). A V-MoE does: it has no tails,
+            and if it were exported whole, an image's logits would depend on its batch.
     """
     if reason := getattr(model, "cannot_split", ""):
         raise ExportError(reason)

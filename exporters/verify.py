@@ -1,6 +1,6 @@
-"""Verification: the pieces that were written, run by a backend, against the PyTorch model they came from.
+"""Verification: compares the written pieces, run by a backend, with the PyTorch model that they came from.
 
-What is compared, in which units and what cannot be seen: ``docs/verification.md``.
+``docs/verification.md`` says what is compared, in which units, and what cannot be seen.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ RANKING_ERROR = 1e-5
 """Largest error of a probability that a graph computes from its own logits, both in fp32."""
 
 IMAGES_PER_EXPERT = 8
-"""Images that every expert is run on; end to end, all images are."""
+"""Number of images that every expert is run on; the end-to-end check runs all images."""
 
 BATCH = 32
 
 GATES = (0.3, 0.9)
-"""Gates that tails are run with, evenly spaced: far from 1, where leaving the gate out would not show, and from 0,
-where the expert itself would not."""
+"""Range of the evenly spaced gates that tails are run with. It stays away from 1, where a missing gate would not show,
+and from 0, where the expert itself would not show."""
 
 SEEN = 2.0
-"""Experts count as told apart if their outputs differ by this many tolerances. A bundle may be one tolerance off
-already, so that a wrong expert is then off by another."""
+"""Experts count as told apart if their outputs differ by at least this many tolerances. A correct bundle may already be
+off by one tolerance, so a wrong expert is then still off by another."""
 
 LEAST_PROBABILITY = 1e-30
-"""Probabilities of 0, as underflow gives, have no logarithm."""
+"""Lower bound for probabilities, because an underflow to 0 has no logarithm."""
 
 
 class PieceResult(msgspec.Struct):
     """Worst errors of one piece over all its outputs.
 
     Attributes:
-        piece: its name.
-        max_abs_error: largest difference of any value.
-        max_error: largest difference in the units that the output is judged in.
-        tolerances: the same as a share of what is allowed, the worst over all that is judged; 1 would still pass.
+        piece: the piece's name.
+        max_abs_error: largest absolute difference of any value.
+        max_error: largest difference in the units in which the output is judged.
+        tolerances: largest difference as a share of what is allowed, over everything that is judged; 1 still passes.
     """
 
     piece: str
@@ -65,14 +65,14 @@ class PieceResult(msgspec.Struct):
 
 
 class Change(msgspec.Struct):
-    """An image that the bundle routes otherwise, or gives another top-1 class.
+    """An image for which the bundle and PyTorch differ in the route or in the top-1 class.
 
     Attributes:
-        image: its index.
-        reference: PyTorch's experts, or its class.
-        bundle: the bundle's.
-        margin: by how many spreads PyTorch preferred its own.
-        tie: whether the margin is small enough for either to be right.
+        image: the image's index.
+        reference: PyTorch's experts or class.
+        bundle: the bundle's experts or class.
+        margin: by how many spreads PyTorch preferred its own choice.
+        tie: whether the margin is so small that either choice is right.
     """
 
     image: int
@@ -86,11 +86,11 @@ class Eyesight(msgspec.Struct):
     """Whether verification could have noticed that two experts are swapped.
 
     Attributes:
-        tolerances: how far apart the outputs of the two most similar experts are in PyTorch.
-        experts: these two.
-        told_apart_by: ``outputs``; ``weights`` where outputs are too similar, and the weights in the bundle were
-            compared with the checkpoint's instead; ``nothing`` where neither could be done.
-        copies: pairs of experts with equal weights, which nothing can tell apart.
+        tolerances: how many tolerances apart the outputs of the two most similar experts are in PyTorch.
+        experts: these two experts.
+        told_apart_by: ``outputs``; ``weights`` if outputs are too similar and the weights in the bundle were compared
+            with the checkpoint's instead; ``nothing`` if neither was possible.
+        copies: number of pairs of experts with equal weights, which nothing can tell apart.
     """
 
     tolerances: float
@@ -100,24 +100,25 @@ class Eyesight(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What verification saw; goes into the manifest.
+    """The results of verification, as they go into the manifest.
 
     Attributes:
         images: number of images.
-        image_source: where they came from.
-        backend: what ran the pieces.
-        pieces: errors per piece, each fed the reference's inputs.
-        logits_max_abs_error: end to end; an image that was routed otherwise is run again with PyTorch's route.
-        logits_max_error: the same in spreads, the mean over the classes taken away.
-        probability_max_error: largest error of a class's probability, likewise.
+        image_source: where the images came from.
+        backend: the backend that ran the pieces.
+        pieces: errors per piece; each piece was given the reference's inputs.
+        logits_max_abs_error: largest absolute error of a logit end to end; an image that the bundle routed differently
+            is run again with PyTorch's route.
+        logits_max_error: largest error of a logit end to end, in spreads, after subtracting the mean over the classes.
+        probability_max_error: largest error of a class's probability end to end.
         top1_agreement: share of images with the same top-1 class end to end.
         routing_agreement: share of images sent to the same experts; None for a dense model.
-        route_flips: images routed otherwise.
+        route_flips: images that were routed differently.
         class_changes: images with PyTorch's route but another top-1 class.
-        gates_apart: how many tolerances the logits would be off, on these images, if gates were renormalised (for
+        gates_apart: by how many tolerances the logits of these images would be off if gates were renormalised (for
             k = 1: left out); None for a dense model.
-        eyesight: whether swapped experts would have been noticed; None where there is only one.
-        tolerance: what was allowed.
+        eyesight: whether swapped experts would have been noticed; None if there is only one expert.
+        tolerance: the tolerance that was applied.
     """
 
     images: int
@@ -141,9 +142,9 @@ class Measure:
     """One way in which two outputs differ.
 
     Attributes:
-        what: in words, with its unit.
-        error: how much.
-        allowed: how much may be.
+        what: what differs, in words and with its unit.
+        error: the difference.
+        allowed: the largest difference that is allowed.
     """
 
     what: str
@@ -164,18 +165,18 @@ def verify(
     image_source: str,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Runs every piece, every expert by forced routing, and the whole, against PyTorch.
+    """Compares every piece, every expert (by forced routing) and the whole bundle with PyTorch.
 
     Args:
         split: the pieces as torch modules.
-        bundle: as written.
+        bundle: the bundle as written.
         backend: runs the bundle's pieces.
-        images: preprocessed, ``[n, 3, S, S]`` float32; n ≥ 1.
-        image_source: what to call them in the report.
+        images: preprocessed images ``[n, 3, S, S]`` float32; n ≥ 1.
+        image_source: where the images came from, for the report.
         progress: called with each step.
 
     Raises:
-        VerificationError: a piece or the whole is out of tolerance; the message says which and by how much.
+        VerificationError: a piece or the whole bundle is out of tolerance; the message says which and by how much.
     """
     tolerance = exporter_of(bundle.manifest.target).precision(bundle.manifest.precision).tolerance
     results = []
@@ -201,11 +202,11 @@ def check_piece(
     backend: Backend,
     tolerance: Tolerance,
 ) -> PieceResult:
-    """Compares one piece with what its torch module gives for the same inputs.
+    """Compares one piece with its torch module's outputs for the same inputs.
 
     Raises:
-        VerificationError: it cannot be loaded or run, gives another shape or values that are not finite, or is out
-            of tolerance.
+        VerificationError: the piece cannot be loaded or run, returns another shape or values that are not finite, or
+            is out of tolerance.
     """
     where = f"{bundle.path.name}: {piece.name}"
     written = bundle.piece(piece.role, piece.expert, piece.layer)
@@ -231,11 +232,11 @@ def check_piece(
 
 
 def check_output(name: str, actual: Array, expected: Array, where: str) -> None:
-    """Refuses an output that is wrong whatever the tolerance.
+    """Refuses an output that is wrong at any tolerance.
 
     Raises:
-        VerificationError: another shape, values that are not finite on either side, probabilities that are none, or a
-            class that is masked on one side only.
+        VerificationError: the shapes differ, values on either side are not finite, probabilities are impossible, or a
+            class is masked on one side only.
     """
     differences.check_comparable(actual, expected, where)
     if name == "probabilities":
@@ -246,7 +247,7 @@ def check_output(name: str, actual: Array, expected: Array, where: str) -> None:
 
 
 def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> list[Measure]:
-    """By how much an output of a piece differs, in the units that such an output is judged in."""
+    """Measures how much an output of a piece differs, in the units in which such an output is judged."""
     if name == LOGITS:
         scale = differences.logit_scale(expected)
         errors = differences.logit_errors(actual, expected, scale)
@@ -263,10 +264,10 @@ def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> 
 
 
 def check_measures(measures: list[Measure], where: str, bundle: Bundle) -> None:
-    """Refuses what is out of tolerance.
+    """Refuses measures that are out of tolerance.
 
     Raises:
-        VerificationError: the worst one is; the message has its unit.
+        VerificationError: the worst measure is out of tolerance; the message has its unit.
     """
     worst = max(measures, key=lambda each: each.tolerances)
     if not worst.tolerances <= 1:
@@ -282,18 +283,19 @@ def check_ranking(
     classes: NDArray[np.integer[Any]],
     where: str,
 ) -> None:
-    """Compares the classes that a piece ranks itself with the logits it returns beside them.
+    """Compares the classes that a piece ranks itself with the logits that it returns beside them.
 
-    With its own, not PyTorch's: classes that are equally probable but for the last bits may come in either order.
+    The piece's own logits are used, not PyTorch's, because classes whose probabilities differ only in the last bits may
+    come in either order.
 
     Args:
-        logits: ``[B, C]``.
-        probabilities: of the ranked classes, ``[B, n]``.
-        classes: their indices ``[B, n]``.
-        where: for errors.
+        logits: the piece's logits, ``[B, C]``.
+        probabilities: probabilities of the ranked classes, ``[B, n]``.
+        classes: indices of the ranked classes, ``[B, n]``.
+        where: what to call the piece in errors.
 
     Raises:
-        VerificationError: other probabilities than softmax gives these classes, or others are more probable.
+        VerificationError: the probabilities are not those of softmax, or other classes are more probable.
     """
     expected = differences.softmax(logits)
     if classes.shape != probabilities.shape or not ((classes >= 0) & (classes < logits.shape[1])).all():
@@ -311,7 +313,7 @@ def _max_abs(actual: Array, expected: Array) -> float:
 
 
 def _reference_inputs(split: SplitModel, images: Tensor) -> list[tuple[PieceModule, list[Tensor]]]:
-    """Each piece with inputs that the reference gives it: all images, or a few for the E copies of one graph."""
+    """Each piece with the inputs that the reference gives it: all images, or a few for the E experts of one graph."""
     if split.routing is None:
         return [(split.pieces[0], [images])]
     (trunk,) = split.of("trunk")
@@ -320,8 +322,8 @@ def _reference_inputs(split: SplitModel, images: Tensor) -> list[tuple[PieceModu
     for router in split.of("router"):
         pairs.append((router, [tokens]))
     few = tokens[:IMAGES_PER_EXPERT]
-    # Not the router's own gates: a trained router gives the experts it does not choose next to nothing, and a wrong
-    # expert multiplied by 1e-6 agrees with any other.
+    # The router's own gates are not used: a trained router gives experts that it does not choose a probability near 0,
+    # and a wrong expert multiplied by 1e-6 agrees with any other.
     gate = torch.linspace(*GATES, len(few))
     for tail in split.of("tail"):
         pairs.append((tail, [few, gate]))
@@ -350,7 +352,7 @@ def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Ten
         wanted = top_k(probabilities, split.routing.k)
         flips = route_flips(probabilities, wanted, routed.experts, tolerance)
         rows = np.array([flip.image for flip in flips], int)
-        if len(rows):  # their logits have to be right as well, which PyTorch can only tell for its own route
+        if len(rows):  # their logits must be right as well, and PyTorch's are known only for its own route
             ours[rows] = _run(runtime, images.numpy()[rows], wanted[rows])[0]
     check_output(LOGITS, ours, theirs, f"{where}: logits")
     measures = measure(LOGITS, ours, theirs, tolerance)
@@ -388,13 +390,14 @@ def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Ten
 
 
 def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance: Tolerance) -> float:
-    """Runs images whose gates are far from 1, and tells how well they show what is done with the gates.
+    """Runs images whose gates are far from 1, and measures how well they show whether gates are applied correctly.
 
-    Every image of a sure router has a gate of about 1, and then it makes no difference whether gates are multiplied
-    with or renormalised. Between two images that are routed otherwise lies one on whose route they are even.
+    With a confident router, every image has a gate of about 1, and then multiplying by the gate and renormalising it
+    give the same result. Blends of two images that are routed differently include one at which both routes are equally
+    probable.
 
     Returns:
-        By how many tolerances the logits would differ if gates were renormalised.
+        The number of tolerances by which the logits would differ if gates were renormalised.
 
     Raises:
         VerificationError: logits are out of tolerance.
@@ -406,7 +409,7 @@ def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance:
     if len(between):
         right = split.model(between).detach().numpy()
         wanted = top_k(_reference_probabilities(split, between), split.routing.k)
-        found, _ = _run(runtime, between.numpy(), wanted)  # the route itself is a tie
+        found, _ = _run(runtime, between.numpy(), wanted)  # the route is forced, because here it is a tie
         where = f"{bundle.path.name}: end to end, images between two experts"
         check_output(LOGITS, found, right, f"{where}: logits")
         check_measures(measure(LOGITS, found, right, tolerance), where, bundle)
@@ -421,9 +424,9 @@ def images_between_experts(split: SplitModel, images: Tensor, count: int = 4, ha
 
     Args:
         split: the reference.
-        images: ``[n, 3, S, S]``.
-        count: of blends.
-        halvings: how near: to 2^-halvings of the way from one image to the other.
+        images: preprocessed images, ``[n, 3, S, S]``.
+        count: number of blends.
+        halvings: how near to that point: within 2^-halvings of the way from one image to the other.
     """
     assert split.routing is not None
     k = split.routing.k
@@ -443,7 +446,7 @@ def images_between_experts(split: SplitModel, images: Tensor, count: int = 4, ha
 
 
 def _with_renormalised_gates(split: SplitModel, image: Tensor) -> Tensor:
-    """What the model's logits would be if an image's gates were made to sum to 1."""
+    """The model's logits as they would be if an image's gates were renormalised to sum to 1."""
     assert split.routing is not None
     probabilities = _reference_probabilities(split, image)
     chosen = top_k(probabilities, split.routing.k)[0].tolist()
@@ -483,13 +486,13 @@ def _run(
 def route_flips(
     probabilities: Array, wanted: NDArray[np.int64], found: NDArray[np.int64], tolerance: Tolerance
 ) -> list[Change]:
-    """Images that the bundle sends to other experts than PyTorch does; the order of an image's experts is the same.
+    """Images that the bundle sends to other experts than PyTorch does; the order of an image's experts does not count.
 
     Args:
-        probabilities: PyTorch's router's, ``[B, E]``.
-        wanted: experts it chooses, ``[B, k]``.
-        found: experts the bundle chose, ``[B, k]``.
-        tolerance: what margin is a tie.
+        probabilities: the probabilities of PyTorch's router, ``[B, E]``.
+        wanted: experts that PyTorch chose, ``[B, k]``.
+        found: experts that the bundle chose, ``[B, k]``.
+        tolerance: its margin says what is a tie.
     """
     scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
     # a router that hardly decides is judged as if its scores differed by a tenth
@@ -507,12 +510,12 @@ def route_flips(
 
 
 def class_changes(logits: Array, found: NDArray[np.int64], tolerance: Tolerance) -> list[Change]:
-    """Images whose top-1 class is another in the bundle.
+    """Images whose top-1 class differs in the bundle.
 
     Args:
-        logits: PyTorch's, ``[B, C]``.
+        logits: PyTorch's logits, ``[B, C]``.
         found: the bundle's top-1 classes, ``[B]``.
-        tolerance: what margin is a tie.
+        tolerance: its margin says what is a tie.
     """
     spread = differences.logit_scale(logits).spread[:, 0]
     changes = []
@@ -528,8 +531,8 @@ def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, t
 
     Args:
         families: the experts of each layer, in order, with their outputs.
-        bundle: as written.
-        tolerance: what outputs may differ by.
+        bundle: the bundle as written.
+        tolerance: the differences that outputs may show.
 
     Raises:
         VerificationError: a piece holds another expert's weights.
@@ -551,7 +554,12 @@ def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, t
 
 
 def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) -> tuple[str, int]:
-    """``weights`` or, where some cannot be read, ``nothing``; and how many pairs of experts have equal weights."""
+    """Tells similar experts apart by their stored weights.
+
+    Returns:
+        ``weights``, or ``nothing`` if some weights cannot be read, and the number of pairs of experts with equal
+        weights.
+    """
     read = weights_reader_of(bundle.manifest.target)
     if read is None:
         return "nothing", 0
@@ -581,7 +589,7 @@ def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) ->
 
 
 def distance(name: str, a: Array, b: Array, tolerance: Tolerance) -> float:
-    """How many tolerances apart two experts' outputs are, whichever is taken for the other."""
+    """How many tolerances apart two experts' outputs are; the result is the same with the two exchanged."""
     return min(max(each.tolerances for each in measure(name, x, y, tolerance)) for x, y in ((a, b), (b, a)))
 
 

@@ -1,4 +1,4 @@
-"""Whose weights a written piece holds: what verifies experts whose outputs are too alike to tell them apart."""
+"""Whose weights a written piece holds: the check for experts whose outputs are too similar to tell apart."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating[Any]]
 
 FOUND = 0.3
-"""A weight is in a bundle if something there differs from it by less than this share of its size. Sixteen values per
-tensor come within 0.1, another random weight of that size differs by 1.4; a converter may have folded it into others.
+"""A weight counts as found in a bundle if a stored tensor differs from it by less than this share of its size. With 16
+values per tensor the difference is below 0.1; another random weight of that size differs by 1.4. A weight that is not
+found may have been folded into others by the converter.
 """
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights of one piece; a target's exporter reads them.
+    """The weights of one piece, as a target's exporter reads them back.
 
     Attributes:
-        expected: what the target stores of the checkpoint's weights, by name, before it rounds them.
+        expected: the checkpoint's weights in the form that the target stores, by name, before rounding.
         found: every weight in the written piece, in any order and layout, widened to float32.
     """
 
@@ -33,15 +34,15 @@ class StoredWeights:
 def whose(a: StoredWeights, b: StoredWeights) -> Literal["own", "other", "equal", "unknown"]:
     """Whether a piece holds its own expert's weights or another's.
 
-    The two are compared over the weights in which they differ, by their distance from what was stored.
+    Only weights that differ between the two experts are compared, by their distance from the stored weights.
 
     Args:
-        a: of the piece in question.
-        b: of the other expert's piece.
+        a: weights of the piece in question.
+        b: weights of the other expert's piece.
 
     Returns:
-        ``equal`` where both experts have the same weights and the piece holds them; ``unknown`` where these weights
-        are not stored as they are.
+        ``own`` or ``other``; ``equal`` if both experts have the same weights and the piece holds them; ``unknown`` if
+        these weights are not stored in a recognisable form.
     """
     differing = _differing(a, b)
     mine = theirs = 0.0
@@ -71,7 +72,7 @@ def _differing(a: StoredWeights, b: StoredWeights) -> list[str]:
 
 
 def distance(weight: Array, found: list[Array]) -> float:
-    """Root mean square difference to the most similar of the stored weights, whatever the order of its axes."""
+    """Root mean square difference from the most similar stored weight, whatever the order of its axes."""
     closest = np.inf
     for stored in found:
         if stored.size != weight.size:
@@ -87,5 +88,5 @@ def distance(weight: Array, found: list[Array]) -> float:
 
 
 def rms(values: Array) -> float:
-    """Root mean square; 0 of nothing."""
+    """Root mean square; 0 for an empty array."""
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else 0.0

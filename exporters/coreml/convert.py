@@ -1,8 +1,8 @@
-"""The Core ML target: ML Program packages for iOS 16 and later, by way of torch.export.
+"""The Core ML target: ML Program packages for iOS 16 and later, converted through torch.export.
 
-Every package takes one image at a time: on a device images come one by one, and a fixed shape is what the Neural
-Engine runs. ``separate`` packages can be shipped and downloaded one expert at a time; ``packed`` is one multifunction
-package (iOS 18) in which the weights that tails share are stored once.
+Every package takes one image at a time: on a device images come one by one, and the Neural Engine runs fixed shapes.
+Layout ``separate`` writes packages that can be shipped and downloaded one expert at a time. Layout ``packed`` writes
+one multifunction package (iOS 18) in which the weights that tails share are stored once.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ with quiet():
 PACKED = "model.mlpackage"
 
 CLASS_LABEL, CLASS_PROBABILITIES = "classLabel", "classLabel_probs"
-"""What a classifier returns beside the logits; coremltools' names."""
+"""The outputs that a classifier has beside the logits, as coremltools names them."""
 
 SOFTMAX = "class_probabilities"
-"""The tensor these are made from."""
+"""The tensor that both outputs are made from."""
 
 PALETTE_THRESHOLD = 10_000
-"""Weights of fewer elements keep half precision: coremltools clusters those with scikit-learn, which need not be
-installed, and larger ones with its own exact one-dimensional k-means."""
+"""Weights of fewer elements keep half precision. coremltools would cluster them with scikit-learn, which need not be
+installed; it clusters larger weights with its own exact one-dimensional k-means."""
 
 DATE = "com.github.apple.coremltools.conversion_date"
 
@@ -69,9 +69,9 @@ class PackageDraft:
         return cls(read.model, read.weights.tobytes())
 
     def write(self, path: Path) -> list[Path]:
-        """Writes the package, the same bytes every time, and returns its files.
+        """Writes the package and returns its files; the bytes are the same every time.
 
-        coremltools would give it random identifiers and a mapping for ExecuTorch's debugger.
+        coremltools itself would add random identifiers and a mapping for ExecuTorch's debugger.
         """
         model_id, weights_id = (str(uuid.uuid5(uuid.NAMESPACE_URL, file)) for file in (MODEL_FILE, WEIGHTS_FILE))
         data = Path("Data")
@@ -104,7 +104,7 @@ class PackageDraft:
 
 
 class PixelInput(nn.Module):
-    """A trunk that takes pixels: the preprocessing's scale and bias per channel, then the trunk.
+    """A trunk that takes pixels: it applies the preprocessing's scale and bias per channel, then the trunk.
 
     ``ct.ImageType`` has one scale for all channels, so it cannot hold a standard deviation per channel.
     """
@@ -118,13 +118,14 @@ class PixelInput(nn.Module):
         self.register_buffer("offset", torch.from_numpy(-preprocessing.bias)[:, None, None])
 
     def forward(self, pixels: Tensor) -> Any:
-        # Scaled before it is shifted: 0…255 is exact in half precision, 255 times the mean is not. Not written as
-        # mul and add, which coremltools would make a batch_norm with an epsilon of 1e-5, that is scale by 1 - 5e-6.
+        # The scale comes before the shift: 0…255 is exact in half precision, 255 times the mean is not. This is not
+        # written as mul and add: coremltools would turn these into a batch_norm with an epsilon of 1e-5, which scales
+        # by 1 - 5e-6.
         return self.module(pixels * self.scale - self.offset)
 
 
 class WithProbabilities(nn.Module):
-    """What returns logits, returning (logits, probabilities)."""
+    """Wraps a module that returns logits so that it returns (logits, probabilities)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
     """Converts every piece of a split and writes the packages into ``job.directory``.
 
     Raises:
-        ExportError: options that do not go together, or a piece that coremltools cannot convert.
+        ExportError: options contradict each other, or coremltools cannot convert a piece.
     """
     options = job.options
     _check(options, job.manifest)
@@ -155,7 +156,7 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
         if options.layout == "packed":
             job.progress("packing all pieces into one package")
             packed = _pack(packages, pieces[0].name, Path(scratch))
-            # Not before: coremltools reads programs to pack them, and does not know their op for classes.
+            # This comes after packing: coremltools reads the programs to pack them, and does not know the class op.
             for piece in (piece for piece in pieces if _classifies(piece, options)):
                 _add_classifier(packed.model, class_labels(job.manifest), piece.name)
     graphs: dict[str, tuple[str, list[Path], str | None]] = {}
@@ -183,7 +184,7 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
 
 
 def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads a piece's weights back: the program's constants, decompressed."""
+    """Reads a piece's weights back from the program's constants, decompressed."""
     constants = read_package(bundle.path / written.graph).program(written.function).constants.values()
     found = [value for value in constants if isinstance(value, np.ndarray) and value.dtype == np.float32]
     return StoredWeights({name: weight.numpy() for name, weight in piece.module.state_dict().items()}, found)
@@ -200,21 +201,21 @@ def _check(options: CoreMLOptions, manifest: Manifest) -> None:
 
 
 def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[PackageDraft]:
-    """Converts pieces that are the same graph with other weights.
+    """Converts pieces that share one graph and differ in their weights.
 
-    One of them is traced with random numbers in place of the weights that are its own. These numbers are then found
-    in the converted ``weight.bin`` and overwritten by each piece's weights. Where one is not found exactly, because
-    the converter changed it, each piece is converted by itself.
+    One piece is traced with random numbers in place of its own (unshared) weights. These numbers are then located in
+    the converted ``weight.bin`` and overwritten with each piece's weights. If a number is not found exactly, because
+    the converter changed it, each piece is converted separately.
     """
     shared = shared_weights([piece.module for piece in family])
     own = [name for name in family[0].module.state_dict() if name not in shared]
     if own:
-        job.progress(f"{family[0].name} and {len(family) - 1} more like it: converting")
+        job.progress(f"{family[0].name} and {len(family) - 1} more of the same graph: converting")
         module = copy.deepcopy(family[0].module)
         generator = torch.Generator().manual_seed(0)
         state = module.state_dict()
         for name in own:
-            # positive, as a variance must be
+            # positive, because a variance must be
             state[name].copy_(0.5 + torch.rand(state[name].shape, generator=generator))
         template = _convert_module(family[0], module, job)
         placed = [_put_weights(template, module, piece.module, own, job.options) for piece in family]
@@ -230,13 +231,13 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
 def _put_weights(
     template: PackageDraft, traced: nn.Module, module: nn.Module, own: list[str], options: CoreMLOptions
 ) -> PackageDraft | None:
-    """The template with ``module``'s weights in place of ``traced``'s; None where they cannot be found exactly."""
+    """The template with ``module``'s weights in place of ``traced``'s; None if these cannot be found exactly."""
     places = {template.weights[start : start + size]: start for start, size in _blobs(template)}
     weights = bytearray(template.weights)
     for name in own:
         old = _stored(traced.state_dict()[name], options)
         new = _stored(module.state_dict()[name], options)
-        # A weight beyond half precision would stay float32 if the piece were converted by itself
+        # converted separately, a piece would keep a weight beyond half precision's range as float32
         if old.tobytes() not in places or not np.isfinite(new).all():
             return None
         start = places[old.tobytes()]
@@ -251,7 +252,7 @@ def _stored(weight: Tensor, options: CoreMLOptions) -> NDArray[Any]:
 
 
 def _blobs(package: PackageDraft) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the data of every constant in ``weight.bin``."""
+    """Yields (offset, bytes) of the data of every constant in ``weight.bin``."""
     weights = np.frombuffer(package.weights, np.uint8)
     for function in package.model.mlProgram.functions.values():
         for block in function.block_specializations.values():
@@ -286,14 +287,14 @@ def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOption
             )
             converted.save(f"{scratch}/piece.mlpackage")
             return PackageDraft.read(Path(scratch) / "piece.mlpackage")
-    except Exception as error:  # the toolchain raises whatever it meets
+    except Exception as error:  # the toolchain can raise anything
         raise ExportError(
             f"{piece.name}: coremltools {ct.__version__} cannot convert it ({first_line(error)})"
         ) from error
 
 
 def _export(module: nn.Module, example: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Traces with torch.export: torch.jit.trace breaks with numpy 2.4.
+    """Traces with torch.export, because torch.jit.trace breaks with numpy 2.4.
 
     https://github.com/apple/coremltools/issues/2633
     """
@@ -307,10 +308,10 @@ def _export(module: nn.Module, example: tuple[Tensor, ...]) -> torch.export.Expo
 
 
 def class_labels(manifest: Manifest) -> list[str]:
-    """A label per class, in the order of the logits; a name that several classes have is followed by the class's id.
+    """One label per class, in the order of the logits; if several classes share a name, the class's id follows it.
 
-    Core ML returns probabilities in a dictionary by label, so two classes of one name (ImageNet's two cranes) would
-    become one.
+    Core ML returns probabilities in a dictionary by label, so two classes with the same name (ImageNet's two cranes)
+    would be merged.
     """
     count = Counter(manifest.class_names)
     return [
@@ -326,8 +327,8 @@ def _classifies(piece: PieceModule, options: CoreMLOptions) -> bool:
 def _add_classifier(model: Model_pb2.Model, labels: list[str], function: str | None = None) -> None:
     """Replaces the output :data:`SOFTMAX` by the most probable label and a dictionary of probabilities.
 
-    In a model of one function, or in the one that is named.
-    ``ct.convert(classifier_config=...)`` does the same, but fails where the model has another output, here the logits.
+    This changes the named function, or the only one. ``ct.convert(classifier_config=...)`` does the same, but fails if
+    the model has another output, which here is the logits.
     """
     string = MIL_pb2.ValueType(tensorType=MIL_pb2.TensorType(dataType=MIL_pb2.STRING))
     double = MIL_pb2.ValueType(tensorType=MIL_pb2.TensorType(dataType=MIL_pb2.FLOAT64))
@@ -373,7 +374,7 @@ def _add_classifier(model: Model_pb2.Model, labels: list[str], function: str | N
 
 
 def _compress(package: PackageDraft, precision: str, scratch: Path) -> PackageDraft:
-    """Quantises weights to 8 bits, symmetrically per output channel, or clusters them into 2^6 or 2^4 values."""
+    """Quantises weights to 8 bits (symmetrically, per output channel) or clusters them into 2^6 or 2^4 values."""
     before, after = scratch / "before.mlpackage", scratch / "after.mlpackage"
     package.write(before)
     with quiet():
@@ -394,7 +395,7 @@ def _compress(package: PackageDraft, precision: str, scratch: Path) -> PackageDr
 
 
 def _pack(packages: dict[str, PackageDraft], default: str, scratch: Path) -> PackageDraft:
-    """One multifunction package with a function per piece; equal weights are stored once."""
+    """Packs pieces into one multifunction package, a function per piece; equal weights are stored once."""
     descriptor = ct.utils.MultiFunctionDescriptor()
     for name, package in packages.items():
         path = scratch / f"{name}.mlpackage"
@@ -412,7 +413,7 @@ def _describe(package: PackageDraft, piece: PieceModule | None, job: Job[CoreMLO
     texts = {
         IMAGES: f"normalised image, {manifest.preprocessing.size} × {manifest.preprocessing.size}",
         TOKENS: "tokens of the image, class token first",
-        PROBABILITIES: "router's probability of each expert; the largest chooses the tail and is its gate",
+        PROBABILITIES: "router's probability of each expert; the largest one chooses the tail and is its gate",
         GATE: "router's probability of this expert",
         LOGITS: "score of each class, before softmax",
         "residual": "tokens after attention; add the gated experts' outputs to it",
@@ -449,7 +450,7 @@ def _describe(package: PackageDraft, piece: PieceModule | None, job: Job[CoreMLO
 
 
 def _purpose(piece: PieceModule, manifest: Manifest) -> str:
-    """What a piece does, and for an expert which classes it is for."""
+    """What a piece does and, for an expert, which classes it is for."""
     does = {
         "model": "image to logits",
         "trunk": "image to tokens" + (" and router probabilities" if PROBABILITIES in piece.outputs else ""),
@@ -471,7 +472,7 @@ def _purpose(piece: PieceModule, manifest: Manifest) -> str:
 def _manifest_piece(
     piece: PieceModule, graph: str, files: list[Path], function: str | None, job: Job[CoreMLOptions]
 ) -> Piece:
-    """The manifest entry: batch 1, and the bytes its weights really take."""
+    """The manifest entry of a piece: its batch is 1, and its bytes are those that its weights take in the package."""
     described = describe_piece(
         piece,
         graph,

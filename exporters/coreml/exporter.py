@@ -1,4 +1,4 @@
-"""What the Core ML target offers."""
+"""The Core ML target's exporter: its options, precisions and layouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mvmoe_deploy.exporters.precision import FP16, FP32, INT8, Precision, Tolera
 
 DEPLOYMENT_TARGETS = ("iOS16", "iOS17", "iOS18")
 DEPLOYMENT_TARGET = "iOS17"
-"""Unless asked otherwise."""
+"""The default deployment target."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class CoreMLOptions(Options):
     Attributes:
         minimum_deployment_target: the oldest system that the packages run on.
         image_input: the trunk takes an image and normalises it itself, instead of a normalised tensor.
-        classifier: what returns logits also returns the class label and the probabilities.
-        author: metadata that Xcode shows.
-        licence: likewise.
+        classifier: pieces that return logits also return the class label and the probabilities.
+        author: the author that Xcode shows.
+        licence: the licence that Xcode shows.
 
     Raises:
-        ExportError: no such system.
+        ExportError: the deployment target is unknown.
     """
 
     minimum_deployment_target: str = DEPLOYMENT_TARGET
@@ -44,31 +44,31 @@ class CoreMLOptions(Options):
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds the fields of :class:`CoreMLOptions`."""
+    """Adds an argument for each field of :class:`CoreMLOptions`."""
     group.add_argument(
         "--minimum-deployment-target", default=DEPLOYMENT_TARGET, metavar="OS", help=", ".join(DEPLOYMENT_TARGETS)
     )
-    group.add_argument("--image-input", action="store_true", help="the trunk takes an image, preprocessing folded in")
-    group.add_argument("--classifier", action="store_true", help="tails return class labels with probabilities")
-    group.add_argument("--author", default="", help="metadata that Xcode shows")
-    group.add_argument("--licence", default="", help="metadata that Xcode shows")
+    group.add_argument("--image-input", action="store_true", help="the trunk takes an image and normalises it itself")
+    group.add_argument("--classifier", action="store_true", help="tails also return the class label and probabilities")
+    group.add_argument("--author", default="", help="author that Xcode shows")
+    group.add_argument("--licence", default="", help="licence that Xcode shows")
 
 
 PALETTE6 = Precision(
     "palette6",
     0.75,
     Tolerance(logits=0.6, probabilities=0.3, channels=1.5, margin=0.2, agreement=0.97),
-    "64 values per tensor, placed by k-means. Seen: logits 0.24, probabilities 0.11, channels 0.6, another class where "
-    "PyTorch prefers its own by 0.09.",
+    "Each weight tensor has 64 values, placed by k-means. Largest errors seen: logits 0.24, probabilities 0.11, "
+    "channels 0.6; the class differed where PyTorch prefers its own by 0.09.",
     "64 values per weight tensor",
 )
 PALETTE4 = Precision(
     "palette4",
     0.5,
     Tolerance(logits=1.5, probabilities=0.7, channels=5.0, margin=0.3, agreement=0.75),
-    "16 values per tensor: known to cost accuracy, exported for those who measure what it costs. Seen: logits 0.8, "
-    "probabilities 0.4, channels 2.8; of 64 images 16 got another class, 6 of them where PyTorch prefers its own by "
-    "more than the margin.",
+    "Each weight tensor has 16 values. This is known to cost accuracy and exists for measuring how much. Largest "
+    "errors seen: logits 0.8, probabilities 0.4, channels 2.8; 16 of 64 images got another class, 6 of them where "
+    "PyTorch prefers its own by more than the margin.",
     "16 values per weight tensor",
 )
 EXPORTER = Exporter(

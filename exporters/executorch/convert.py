@@ -1,4 +1,4 @@
-"""The ExecuTorch target: pieces lowered to XNNPACK, one .pte each or all in one."""
+"""The ExecuTorch target: pieces lowered to XNNPACK, as one .pte file each or all in one file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ with quiet():
 
 PACKED = "model.pte"
 METHOD = "forward"
-"""The method of a separate file; what Swift's and Kotlin's ``Module`` call by default."""
+"""The method in a separate file; Swift's and Kotlin's ``Module`` call this one by default."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Delegation:
 
     Attributes:
         delegates: number of delegated subgraphs.
-        delegated: number of operators in them.
-        undelegated: operators left to ExecuTorch's portable kernels, by name, and how often.
+        delegated: number of operators in these subgraphs.
+        undelegated: number of operators that are left to ExecuTorch's portable kernels, by name.
     """
 
     delegates: int
@@ -62,12 +62,12 @@ class Delegation:
 
 @dataclass(frozen=True)
 class Lowered:
-    """One piece, lowered.
+    """One lowered piece.
 
     Attributes:
-        data: its .pte file.
+        data: content of its .pte file.
         tensors: the weights it was lowered with, by name.
-        code: its graph before lowering, as text; pieces of equal code differ in weights alone.
+        code: its graph before lowering, as text; pieces with equal code differ only in their weights.
         delegation: how much of it XNNPACK runs.
     """
 
@@ -80,10 +80,10 @@ class Lowered:
 def convert(job: Job[ExecuTorchOptions]) -> Converted:
     """Writes ``trunk.pte``, ``expert_00.pte`` … (layout ``separate``) or ``model.pte`` (``packed``).
 
-    Each family of pieces (the tails, say) is lowered once, and the others' weights are put into the result.
+    One piece of each family (the tails, say) is lowered, and the other pieces' weights are put into the result.
 
     Raises:
-        ExportError: a piece cannot be lowered, or its rewrite does not compute the same.
+        ExportError: a piece cannot be lowered, or the rewritten piece does not compute the same outputs.
     """
     lowered: dict[str, Lowered] = {}
     for family in job.split.families():
@@ -94,7 +94,7 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
             try:
                 exported = export(module, piece, job.options.precision, job.options.max_batch)
                 lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
-            except Exception as error:  # torch and executorch raise whatever a layer they do not know leads to
+            except Exception as error:  # for an unknown layer, torch and executorch can raise anything
                 raise ExportError(f"{piece.name}: executorch cannot lower it ({first_line(error)})") from error
             first = first or lowered[piece.name]
     if job.options.layout == "packed":
@@ -115,10 +115,10 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
 
 
 def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads a piece's weights back: those that the delegates of its method name, by their sha256.
+    """Reads back the weights that the delegates of a piece's method name by their sha256.
 
-    A file does not say which of its weights are int8, nor which scales belong to which, so each is read in every way
-    that its size allows; :func:`mvmoe_deploy.exporters.weights.whose` takes the most similar.
+    A file does not say which of its weights are int8, nor which scales belong to which weight. So each weight is read
+    in every way that its size allows, and :func:`mvmoe_deploy.exporters.weights.whose` takes the most similar one.
     """
     file = deserialize_pte_binary((bundle.path / written.graph).read_bytes())
     (plan,) = (plan for plan in file.program.execution_plan if plan.name == written.function)
@@ -150,11 +150,11 @@ def export(
 ) -> ExportedProgram:
     """Traces a piece's (rewritten) module for any batch up to ``max_batch``.
 
-    ``int8`` quantizes every nn.Linear but the router: weights per output channel, activations per tensor as they come,
-    so that nothing needs calibrating. (With static ranges, for which XNNPACK wants outputs in int8 as well, calibrated
-    on 512 images, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions,
-    norms, attention scores and the router stay fp32; the router is a few kB, and its rounding would send images to
-    other experts.
+    ``int8`` quantizes every nn.Linear except the router: weights per output channel, activations dynamically per
+    tensor, so that nothing needs calibrating. (With static ranges calibrated on 512 images, for which XNNPACK needs
+    int8 outputs as well, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.)
+    Convolutions, norms, attention scores and the router stay fp32. The router takes only a few kB, and rounding it
+    would send images to other experts.
     """
     inputs, shapes = examples(piece, max_batch)
     with quiet(), torch.no_grad():
@@ -171,35 +171,36 @@ def export(
 
 def examples(piece: PieceModule, max_batch: int) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...] | None]:
     """Inputs to trace a piece with, and their dynamic shapes for any batch up to ``max_batch``."""
-    # the examples are of two images; a batch that cannot vary is traced with the one image that it is for
+    # the examples hold two images; a piece with a fixed batch is traced with one image
     inputs = tuple(example[:max_batch] for example in piece.inputs.values())
     return inputs, None if max_batch == 1 else tuple({0: Dim("batch", min=1, max=max_batch)} for _ in inputs)
 
 
 def lower(program: ExportedProgram) -> Lowered:
     """Lowers a traced piece to XNNPACK; takes seconds to a minute."""
-    # Graph text first: lowering changes the program in place.
+    # The graph's text is taken first, because lowering changes the program in place.
     tensors, code = _tensors(program), _code(program)
-    # With gradients on, constants are marked as needing them, and the bytes would depend on the caller.
+    # With gradients on, constants are marked as requiring them, and the bytes would depend on the caller's setting.
     with quiet(), torch.no_grad():
         edge = to_edge_transform_and_lower({METHOD: program}, partitioner=[WholePartitioner()])
         delegated = delegation(edge)
-        # Inputs are not planned: the runtime then reads the caller's memory instead of copying it into its own.
+        # Memory for inputs is not planned: the runtime then reads the caller's memory instead of copying it.
         planning = MemoryPlanningPass(alloc_graph_input=False)
         data = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer
     return Lowered(bytes(data), tensors, code, delegated)
 
 
 class WholePartitioner(XnnpackPartitioner):
-    """XNNPACK's partitioner, its partitions merged wherever nothing has to run between them.
+    """XNNPACK's partitioner, which also merges partitions if nothing has to run between them.
 
-    Its own merging cuts a graph behind every quantized input that several layers read, as q, k and v do.
+    XNNPACK's own merging cuts a graph after every quantized input that several layers read, as q, k and v do.
     """
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         partitions = super().generate_partitions(ep)
         delegated = {node: number for number, partition in enumerate(partitions) for node in partition.nodes}
-        # How often a value has left the delegates and come back; partitions of one count cannot wait for each other.
+        # The count says how often a value has left the delegates and come back; partitions with the same count do not
+        # depend on each other.
         counts: dict[int | torch.fx.Node, int] = {}
         before: dict[int | torch.fx.Node, int] | None = None
         while counts != before:
@@ -219,18 +220,19 @@ class WholePartitioner(XnnpackPartitioner):
 
 
 def with_weights(lowered: Lowered, program: ExportedProgram) -> Lowered | None:
-    """What lowering ``program`` would give, byte for byte, from ``lowered``, which differs in weights alone.
+    """Builds what lowering ``program`` would give, byte for byte, from a ``lowered`` piece with other weights.
 
-    XNNPACK's weights are stored beside its graph under the sha256 of their bytes, so both are exchanged in place.
+    XNNPACK's weights are stored beside its graph under the sha256 of their bytes, so both weights and names are
+    replaced in place.
 
     Returns:
-        None where that cannot be done: another graph, a weight that is not stored as it is, or weights that are equal
-        in one piece and not in the other.
+        The lowered piece, or None if that is impossible: the graphs differ, a weight is not stored unchanged, or two
+        weights are equal in one piece and not in the other.
     """
     tensors = _tensors(program)
     if _code(program) != lowered.code or tensors.keys() != lowered.tensors.keys():
         return None
-    contents: dict[str, bytes] = {}  # by the sha256 of what they replace
+    contents: dict[str, bytes] = {}  # new contents by the sha256 of the old ones
     for name, old in lowered.tensors.items():
         content = _bytes(tensors[name])
         if contents.setdefault(_sha256(_bytes(old)), content) != content:
@@ -257,13 +259,13 @@ def with_weights(lowered: Lowered, program: ExportedProgram) -> Lowered | None:
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
-    """One file of many methods from files of one method each.
+    """Packs files of one method each into one file of many methods.
 
-    Lowering all methods together gives the same, in minutes instead of a second. Weights are stored under their
-    sha256, so those that several methods use are stored once.
+    Lowering all methods together gives the same result, but takes minutes instead of a second. Weights are stored
+    under their sha256, so weights that several methods use are stored once.
 
     Args:
-        files: .pte file by the name its method is to have.
+        files: content of each .pte file, by the name that its method gets.
     """
     packed: Program | None = None
     store = NamedDataStore()
@@ -277,7 +279,7 @@ def pack(files: Mapping[str, bytes]) -> bytes:
         if packed is None:
             packed = program
             continue
-        # A method refers to delegates and to constants by their place in its file. Constant 0 stands for "none".
+        # A method refers to delegates and constants by their index in its file. Constant 0 stands for "none".
         for delegate in plan.delegates:
             delegate.processed.index += len(packed.backend_delegate_data)
         for value in plan.values:
@@ -294,7 +296,7 @@ _SHA256 = re.compile(rb"[0-9a-f]{64}")
 
 
 def _outside_router(node: torch.fx.Node) -> bool:
-    """Whether a traced operator is not part of a :class:`RoutedTrunk`'s router."""
+    """Whether a traced operator lies outside a :class:`RoutedTrunk`'s router."""
     modules = node.meta.get("nn_module_stack", {}).values()
     return not any(name.split(".")[0] == "router" for name, _ in modules)
 
@@ -304,9 +306,10 @@ def _serialize(file: PTEFile) -> bytes:
 
 
 def _simplify(program: ExportedProgram) -> None:
-    """Removes what would cut a delegate in two, in place.
+    """Removes, in place, operators that would cut a delegate in two.
 
-    ``x[:, :None]`` leaves a copy that XNNPACK does not take, and a reshape only goes in if its batch is written -1.
+    ``x[:, :None]`` leaves a copy that XNNPACK does not accept, and XNNPACK accepts a reshape only if its batch is
+    written as -1.
     """
     graph, aten = program.graph_module.graph, torch.ops.aten
     outputs = set(graph.output_node().all_input_nodes)  # the program's signature has their names
@@ -344,7 +347,7 @@ def delegation(edge: EdgeProgramManager) -> Delegation:
 
 
 def _tensors(program: ExportedProgram) -> dict[str, Tensor]:
-    """The weights that a program uses; quantizing leaves the original ones in it, unused."""
+    """The weights that a program uses, without the original weights that quantizing leaves in it unused."""
     signature = program.graph_signature
     names = {
         **signature.inputs_to_parameters,
@@ -365,14 +368,14 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _sha256(content: bytes) -> str:
-    """What XNNPACK's lowering names a weight after."""
+    """The name that XNNPACK's lowering gives a weight."""
     return hashlib.sha256(content).hexdigest()
 
 
 def _describe(piece: PieceModule, lowered: Lowered, job: Job[ExecuTorchOptions]) -> Piece:
     packed = job.options.layout == "packed"
     graph = PACKED if packed else f"{piece.name}.pte"
-    # Weights as stored, which in int8 means some of them; the rest of the file is a few kB.
+    # The size of the weights as stored; with int8, only some of them are quantized. The rest of the file is a few kB.
     per_weight = len(lowered.data) / max(1, count_parameters(piece.module))
     flops = job.piece_flops(piece.role)
     function = piece.name if packed else METHOD

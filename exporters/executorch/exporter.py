@@ -1,4 +1,4 @@
-"""What the ExecuTorch target offers."""
+"""The ExecuTorch target's exporter: its options, precisions and layouts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mvmoe_deploy.exporters.exporter import Exporter, Options
 from mvmoe_deploy.exporters.precision import FP32, INT8
 
 MAX_BATCH = 16
-"""Upper bound of the batch dimension, unless asked otherwise. Tensors that pass between delegates are planned for it
-(0.1 MB an image in the trunk of mvmoe_12x192), so it costs memory. A dynamic batch costs no time at batch 1; larger
-batches gain a tenth."""
+"""Default upper bound of the batch dimension. It costs memory, because tensors that pass between delegates are planned
+for it (0.1 MB per image in the trunk of mvmoe_12x192). A dynamic batch costs no time at batch 1; larger batches are a
+tenth faster per image."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class ExecuTorchOptions(Options):
         max_batch: the largest batch that a piece takes at once.
 
     Raises:
-        ExportError: it is below 1.
+        ExportError: ``max_batch`` is below 1.
     """
 
     max_batch: int = MAX_BATCH
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
-            raise ExportError(f"--max-batch is {self.max_batch}, it must be at least 1")
+            raise ExportError(f"--max-batch is {self.max_batch}; it must be at least 1")
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds the fields of :class:`ExecuTorchOptions`."""
+    """Adds an argument for each field of :class:`ExecuTorchOptions`."""
     group.add_argument(
         "--max-batch", type=int, default=MAX_BATCH, metavar="N",
-        help="largest batch a piece takes at once; 1 for ExecuTorch's executor_runner, which always runs the largest",
+        help="largest batch a piece accepts; use 1 for ExecuTorch's executor_runner, which always runs the largest",
     )  # fmt: skip
 
 

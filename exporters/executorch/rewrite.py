@@ -1,10 +1,11 @@
-"""Modules rewritten into what XNNPACK takes whole, with the same outputs.
+"""Rewrites modules so that XNNPACK can run them in one delegate, with the same outputs.
 
 XNNPACK's delegate has no LayerNorm, and scaled_dot_product_attention lowers to 4-D matmuls and a safe softmax whose
-comparisons it leaves outside. Either cuts a transformer into dozens of delegates, with a copy at every seam and
-everything between on unoptimised kernels (the naive trunk of mvmoe_12x192 takes 103 delegates and two fifths as long
-again). Of the naive trunk's time, matrix products alone are three fifths, which no rewrite saves; the rest is passes
-over a tensor, each as long as a copy of it, so the rewrite is about having fewer of them.
+comparisons the delegate leaves out. Either cuts a transformer into dozens of delegates, with a copy at every boundary
+and unoptimised kernels in between: the naive trunk of mvmoe_12x192 has 103 delegates and takes 1.4 times as long as
+the rewritten one.
+Matrix products are three fifths of the naive trunk's time, which no rewrite can save. The rest is passes over a
+tensor, each of which takes as long as copying the tensor, so the rewrite aims for fewer passes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from mvmoe_deploy.models.architectures.vit import Attention, Stream
 
 TOLERANCE = 1e-5
 """Largest difference between a rewritten piece and the original, as a share of the output's largest magnitude (or of
-1 where that is smaller): some hundred roundings of float32; a wrong rewrite is off by 1e-2 and more."""
+1 if that is smaller). It allows about a hundred float32 roundings; a wrong rewrite is off by 1e-2 or more."""
 
 
 class FoldedAttention(nn.Module):
-    """:class:`Attention` with three projections, the scale folded into q's, and heads folded into the batch."""
+    """:class:`Attention` with three projections, the scale folded into the query's, and heads folded into the batch."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -50,9 +51,9 @@ class FoldedAttention(nn.Module):
         return result
 
     def _fold(self, x: Tensor, order: tuple[int, int, int, int]) -> Tensor:
-        """``[B, N, D]`` → ``[B·h, N, D/h]``, or its transpose, which keys are multiplied as, in the same single pass.
+        """``[B, N, D]`` → ``[B·h, N, D/h]`` or, for keys, its transpose, in one pass.
 
-        A reshape with one -1 is the only one XNNPACK takes at any batch.
+        XNNPACK accepts a reshape at any batch only if it has exactly one -1.
         """
         _, tokens, width = x.shape
         x = x.view(-1, tokens, self.heads, width // self.heads).permute(order).contiguous()
@@ -60,9 +61,9 @@ class FoldedAttention(nn.Module):
 
 
 class LinearNorm(nn.Module):
-    """LayerNorm over the last dimension, its means written as a linear layer of weights 1/D.
+    """LayerNorm over the last dimension, with its means written as a linear layer of weights 1/D.
 
-    Epsilon is that layer's bias: an operator fewer, of which each takes as long as its tensor takes to be copied.
+    Epsilon is that layer's bias, which saves an operator; each operator takes as long as copying its tensor.
     """
 
     mean: Tensor
@@ -71,7 +72,7 @@ class LinearNorm(nn.Module):
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
         width = norm.normalized_shape[0]
-        # A buffer and F.linear, not nn.Linear: int8 covers nn.Linear, and a mean must not be rounded to it.
+        # This is a buffer with F.linear, not an nn.Linear: int8 quantizes nn.Linear, and a mean must not be rounded.
         self.register_buffer("mean", torch.full((1, width), 1 / width))
         self.register_buffer("eps", torch.full((1,), norm.eps))
         self.weight, self.bias = norm.weight, norm.bias
@@ -82,11 +83,11 @@ class LinearNorm(nn.Module):
 
 
 class Reflection(nn.Module):
-    """Tokens in an orthonormal basis whose first axis is the direction of their mean, and back: ``[B, N, D]``.
+    """Maps tokens ``[B, N, D]`` to an orthonormal basis whose first axis is the direction of their mean, and back.
 
-    It is Householder's reflection that exchanges that direction and the first axis. A transformer's residual stream
-    can be kept in this basis at no cost, since the layers that write and read it take the reflection into their
-    weights; LayerNorm's centring then means to leave the first coordinate out (:class:`ReflectedNorm`).
+    The map is the Householder reflection that exchanges that direction and the first axis. A transformer's residual
+    stream can be kept in this basis at no cost, because the layers that write and read it absorb the reflection into
+    their weights. LayerNorm's centring then amounts to dropping the first coordinate (:class:`ReflectedNorm`).
     """
 
     row: Tensor
@@ -96,8 +97,8 @@ class Reflection(nn.Module):
         super().__init__()
         axis = torch.full((width,), width**-0.5, dtype=torch.float64)
         axis[0] -= 1
-        scaled = -2 * axis / (axis @ axis).clamp(min=1e-9)  # of width 1 the mean is the first axis already
-        self.matrix = torch.eye(width, dtype=torch.float64) + torch.outer(axis, scaled)  # its own inverse
+        scaled = -2 * axis / (axis @ axis).clamp(min=1e-9)  # at width 1 the mean already is the first axis
+        self.matrix = torch.eye(width, dtype=torch.float64) + torch.outer(axis, scaled)  # the matrix is its own inverse
         self.register_buffer("row", scaled.float()[None])
         self.register_buffer("column", axis.float())
 
@@ -105,13 +106,16 @@ class Reflection(nn.Module):
         return x + F.linear(x, self.row) * self.column
 
     def write(self, layer: nn.Linear | nn.Conv2d) -> None:
-        """Makes a layer that adds to the residual stream add to the reflected one."""
+        """Changes a layer that adds to the residual stream so that it adds to the reflected stream."""
         _set(layer, self.matrix @ layer.weight.double().flatten(1), self.matrix @ _double(layer.bias))
 
     def read(self, norm: nn.LayerNorm, layer: nn.Linear) -> ReflectedNorm:
-        """Makes a layer that reads a norm of the stream read that of the reflected one, which is returned.
+        """Changes a layer that reads a norm of the stream so that it reads the reflected stream's norm.
 
-        It takes in the norm's weight and bias as well.
+        The layer also absorbs the norm's weight and bias.
+
+        Returns:
+            The norm of the reflected stream.
         """
         weight = layer.weight.double()
         reflected = (weight * norm.weight.double()) @ self.matrix
@@ -121,7 +125,7 @@ class Reflection(nn.Module):
 
 
 class ReflectedNorm(nn.Module):
-    """LayerNorm of reflected tokens, but for its weight and bias and for the first coordinate, which nobody reads."""
+    """LayerNorm of reflected tokens without weight and bias; the first coordinate is wrong, but nothing reads it."""
 
     mean: Tensor
     eps: Tensor
@@ -129,7 +133,7 @@ class ReflectedNorm(nn.Module):
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
         (width,) = norm.normalized_shape
-        # buffers and F.linear, as in LinearNorm
+        # buffers with F.linear, as in LinearNorm
         mean = torch.full((1, width), 1 / width)
         mean[0, 0] = 0
         self.register_buffer("mean", mean)
@@ -154,16 +158,16 @@ class ReflectedTail(nn.Module):
 def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:
     """The piece's module with every Attention and LayerNorm replaced; any other layer stays as it is.
 
-    The original is left alone; parameters that are not changed are shared with it.
+    The original is not changed; the rewritten module shares the unchanged parameters with it.
 
     Args:
-        piece: what is to be rewritten.
-        reflect: whether norms may go into the layers that read them (:class:`Reflection`). It makes a trunk of
-            mvmoe_12x192 a twentieth faster, and its layers harder to quantize: in int8 the first zoo's dense model
-            then gave 31 of 1,000 images another class instead of 21.
+        piece: the piece to rewrite.
+        reflect: whether norms may be folded into the layers that read them (:class:`Reflection`). This makes the
+            trunk of mvmoe_12x192 a twentieth faster, but its layers harder to quantize: in int8, the first zoo's dense
+            model then gave 31 of 1,000 images another class instead of 21.
 
     Raises:
-        ExportError: the rewritten module does not compute the same (see :data:`TOLERANCE`).
+        ExportError: the rewritten module's outputs differ from the original's by more than :data:`TOLERANCE`.
     """
     shared = {id(tensor): tensor for tensor in [*piece.module.parameters(), *piece.module.buffers()]}
     module = copy.deepcopy(piece.module, shared)
@@ -180,15 +184,15 @@ def _compare(piece: PieceModule, rewritten: PieceModule) -> None:
     for name, expected, found in zip(piece.outputs, piece(*inputs), rewritten(*inputs), strict=True):
         error = (found - expected).abs().max().item()
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-        if not error <= allowed:  # also where it is not a number
+        if not error <= allowed:  # true for NaN as well
             raise ExportError(
                 f"{piece.name}: rewritten for XNNPACK, its output {name} differs by {error:.2e} (allowed "
-                f"{allowed:.0e}); please report this model, its layers are not what the rewrite takes them for"
+                f"{allowed:.0e}); the rewrite does not fit this model's layers, please report the model"
             )
 
 
 def _replaced(module: nn.Module, by: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """The module with every layer, itself included, that ``by`` has a replacement for replaced."""
+    """The module with every layer (itself included) replaced for which ``by`` returns a replacement."""
     replacement = by(module)
     if replacement is not None:
         return replacement
@@ -206,11 +210,11 @@ def _supported(layer: nn.Module) -> nn.Module | None:
 
 
 def _reflected(module: nn.Module) -> nn.Module | None:
-    """The same with the residual stream reflected; layers change in place, their old parameters do not."""
+    """The module with its residual stream reflected; its layers get new parameters, the old ones stay unchanged."""
     stream: Stream | None = getattr(module, "stream", None)
     if stream is None:
         return None
-    part: Any = module  # whose layers have the names that Stream says
+    part: Any = module  # its layers have the names that Stream gives
     first: nn.LayerNorm = part.blocks[0].norm1
     reflection = Reflection(first.normalized_shape[0])
     if stream.takes == "images":

@@ -1,4 +1,4 @@
-"""The ONNX target: each kind of piece is traced once; weights lie in files that several graphs share."""
+"""The ONNX target: each kind of piece is traced once, and several graphs share the weight files."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.models.architectures.vit import Attention
 
 OPSET = 23
-"""The first with Attention as one operator."""
+"""The first ONNX version that has Attention as one operator."""
 
 INLINE_BYTES = 1024
-"""Smaller weights stand in the graph itself: an external one costs more to open than it saves."""
+"""Smaller weights are stored in the graph itself: opening an external weight costs more than it saves."""
 
 RANKED = 5
-"""Classes that a graph ranks itself, best first, with their probabilities.
+"""Number of classes that a graph ranks itself, best first, with their probabilities.
 
-After a model has run, nothing but its own code is in the processor's cache: softmax and ranking of 1000 classes take
-130 µs in numpy, 30 µs as two more nodes.
+After a model's run, the processor's cache holds only the model's own code. Softmax and ranking of 1000 classes then
+take 130 µs in numpy, but 30 µs as two more nodes.
 """
 
 OPTIMISED_OPERATORS = {
     *("Add", "Attention", "Gather", "Gelu", "Gemm", "LayerNormalization"),
     *("MatMul", "Mul", "Slice", "Softmax", "TopK", "Unsqueeze"),
 }
-"""A graph of nothing else runs as fast without onnxruntime's optimiser, which takes a third of the time to load it."""
+"""A graph of only these operators runs as fast without onnxruntime's optimiser, which takes a third of loading."""
 
 
 class SplitAttention(nn.Module):
     """Attention for ONNX: separate projections and the Attention operator on 3-D inputs.
 
     It needs none of the Reshape, Transpose and Split nodes of the stock form, which cost a fifth of the time on
-    onnxruntime's CPU provider. Nor does it need two of the biases: k's adds the same to a query's scores of all
-    tokens, which softmax takes out again; and since attention is a mean, v's passes through it and can be part of the
-    projection's.
+    onnxruntime's CPU provider. It also drops two of the biases. The key's bias adds the same to all of a query's
+    scores, and softmax removes that again. The value's bias passes through attention unchanged, because attention is a
+    weighted mean, so it becomes part of the output projection's bias.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -73,8 +73,8 @@ class SplitAttention(nn.Module):
 class MatMulLinear(nn.Module):
     """A linear layer whose weight is stored as the MatMul operator reads it, ``[in, out]``.
 
-    The exporter would otherwise fold the transposition into a new constant and lose the weight's name, by which
-    another expert's weights are put in.
+    Otherwise the exporter would fold the transposition into a new constant and lose the weight's name, which is needed
+    to put another expert's weights in.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -90,11 +90,11 @@ class MatMulLinear(nn.Module):
 
 
 def rewrite(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """An equivalent module for tracing; its weights are views of the original's, or computed from them.
+    """Builds an equivalent module for tracing; its weights are views of the original's or computed from them.
 
     Args:
         module: the original.
-        done: what was rewritten before, so that a module which several pieces share stays shared.
+        done: modules that were rewritten before, so that a module shared by several pieces stays shared.
     """
     if module not in done:
         if isinstance(module, Attention):
@@ -103,21 +103,21 @@ def rewrite(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
             done[module] = MatMulLinear(module.weight, module.bias)
         else:
             done[module] = copy.copy(module)
-            # copy.copy shares the dict of children with the original
+            # after copy.copy, the copy still shares its dict of children with the original
             done[module]._modules = {n: child and rewrite(child, done) for n, child in module._modules.items()}
     return done[module]
 
 
 def convert(job: Job[Options]) -> Converted:
-    """Writes one ``.onnx`` per piece and the files of weights they refer to.
+    """Writes one ``.onnx`` file per piece and the weight files that these refer to.
 
     Raises:
-        ExportError: a module that cannot be traced.
+        ExportError: a module cannot be traced, or the layout does not fit the model or precision.
     """
     pieces: list[Piece] = []
     half, swappable = job.options.precision == "fp16", job.options.layout == "swappable"
     if swappable and half:
-        raise ExportError("the swappable layout reads float32 weights as they lie in their file: use --precision fp32")
+        raise ExportError("the swappable layout maps float32 weights directly from their file: use --precision fp32")
     if swappable and job.split.routing is None:
         raise ExportError("the swappable layout is for experts, and a dense model has none: use --layout separate")
     for family in job.split.families():
@@ -139,9 +139,9 @@ def convert(job: Job[Options]) -> Converted:
         for piece, module, state in zip(family, modules, states, strict=True):
             common = shared
             if not by_name:
-                # The exporter folded weights into constants (a BatchNorm into its convolution, say), so that another
-                # expert's cannot be put in their place: trace each piece with its own. A folded weight may keep the
-                # name of the one it came from, so what counts is what the graph holds.
+                # The exporter folded weights into constants (a BatchNorm into its convolution, say), so another
+                # expert's weights cannot replace them, and each piece is traced with its own. A folded weight may keep
+                # its old name, so the values in the graph decide.
                 job.progress(f"{piece.name}: tracing")
                 graph = trace(piece, module)
                 held = {n: _constant(value) for n, value in graph.graph.initializers.items() if n in state}
@@ -157,7 +157,7 @@ def convert(job: Job[Options]) -> Converted:
 
 
 def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads a piece's weights back: from its graph, and those that the graph takes as inputs from their files."""
+    """Reads a piece's weights back from its graph and, for weights that the graph takes as inputs, from their files."""
     graph = onnx.load(bundle.path / written.graph).graph
     found = [onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer]
     for weight in written.weights:
@@ -171,7 +171,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
     """Traces a module with a dynamic batch.
 
     Raises:
-        ExportError: it cannot be traced.
+        ExportError: the module cannot be traced.
     """
     batch = torch.export.Dim("batch", min=1)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -192,7 +192,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
         raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({first_line(error)})") from error
     assert program is not None
     model: ir.Model = program.model
-    # Stack traces of the exporting machine: ten times the size of the graph, and paths that are nobody's business.
+    # Stack traces of the exporting machine take ten times the graph's size and reveal private paths.
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -225,21 +225,21 @@ def _rank(graph: ir.Graph) -> None:
 
 
 def _ranking_specs(classes: int) -> list[TensorSpec]:
-    """The outputs that :func:`_rank` adds; of equals, the class with the lower index comes first."""
+    """The outputs that :func:`_rank` adds; in a tie, the class with the lower index comes first."""
     shape: list[int | str] = ["batch", min(RANKED, classes)]
     return [TensorSpec("top_probabilities", shape, "float32"), TensorSpec("top_classes", shape, "int64")]
 
 
 @dataclass
 class _WeightFile:
-    """A file of weights that grows as graphs come to need them; it exists once something is in it."""
+    """A file of weights, each appended when a graph first needs it; the file exists once it holds a weight."""
 
     directory: Path
     name: str
     places: dict[str, int] = field(default_factory=dict)
 
     def place(self, name: str, value: np.ndarray) -> int:
-        """Offset of a weight, which is written at its first use."""
+        """Returns the offset of a weight, which is written at its first use."""
         if name not in self.places:
             with open(self.directory / self.name, "ab") as file:
                 file.write(bytes(-file.tell() % WEIGHT_ALIGNMENT))
@@ -256,7 +256,7 @@ def _write_swappable(
     store: _WeightFile,
     job: Job[Options],
 ) -> list[Piece]:
-    """Saves one graph for a whole family, which takes as inputs what differs between its pieces."""
+    """Saves one graph for a whole family; the weights that differ between its pieces are inputs of the graph."""
     model = graph.clone()
     own = [name for name in model.graph.initializers if name in states[0] and name not in shared]
     for name in own:
@@ -294,13 +294,13 @@ def _describe(piece: PieceModule, graph: ir.Model, name: str, files: list[str], 
 def _write_graph(
     model: ir.Model, path: Path, state: dict[str, Tensor], stores: dict[str, _WeightFile], half: bool
 ) -> list[str]:
-    """Saves ``model`` with these weights put in; returns the files of weights it refers to."""
+    """Saves ``model`` with the weights of ``state``; returns the weight files that it refers to."""
     used: dict[str, None] = {}
     for name, value in list(model.graph.initializers.items()):
         weight = state[name] if name in state else _constant(value)
         array = weight.detach().cpu().contiguous().numpy()
         narrow = half and name in state and array.dtype == np.float32
-        with np.errstate(over="ignore"):  # what overflows is refused below, by name
+        with np.errstate(over="ignore"):  # a weight that overflows is refused below, by name
             stored = array.astype(np.float16 if narrow else array.dtype)
         if narrow and not np.isfinite(stored).all():
             raise ExportError(f"{path.stem}: weight {name!r} is too large for fp16; use --precision fp32")
@@ -329,18 +329,18 @@ def _write_graph(
                 model.graph.inputs.append(factor)
     for node in model.graph:
         for value in node.outputs:
-            if not value.is_graph_output():  # shapes between nodes, which whoever loads the graph infers again
+            if not value.is_graph_output():  # shapes between nodes, which every engine infers again
                 value.type = value.shape = None
     ir.save(model, path)
     return list(used)
 
 
 def _better_unpacked(rows: ir.Value, weight: ir.Value) -> bool:
-    """Whether a large weight is multiplied with one row per image, as where only the class token is computed.
+    """Whether a large weight is multiplied by one row per image, for example if only the class token is computed.
 
-    onnxruntime copies the weights of matrix products into an order of its own when it loads a graph, half of the
-    time that takes. That pays where a weight is used for many rows, not for one. It leaves alone what may be replaced
-    at run time, in ONNX an initialiser that is an input as well.
+    When onnxruntime loads a graph, it copies the weights of matrix products into an order of its own, which takes half
+    of the load time. That pays off for a weight that is used for many rows, but not for one row. onnxruntime does not
+    copy weights that may be replaced at run time; in ONNX, these are initialisers that are inputs as well.
     """
     if rows.shape is None or not weight.is_initializer() or weight.const_value is None:
         return False
@@ -348,10 +348,10 @@ def _better_unpacked(rows: ir.Value, weight: ir.Value) -> bool:
 
 
 def _widen(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> None:
-    """Makes an initialiser fp16 with a Cast to fp32 behind it: half the bytes, and arithmetic as before.
+    """Stores an initialiser as fp16, followed by a Cast to fp32: half the bytes, with the arithmetic unchanged.
 
-    onnxruntime does the Cast once, when the session is created. Its CPU provider has few fp16 kernels, so a graph
-    of fp16 arithmetic would cast back and forth around most operators, at every run.
+    onnxruntime runs the Cast once, when the session is created. Its CPU provider has few fp16 kernels, so a graph with
+    fp16 arithmetic would cast back and forth around most operators in every run.
     """
     value = model.graph.initializers.pop(name)
     narrow = ir.Value(name=name, shape=ir.Shape(list(tensor.shape.numpy())), type=ir.TensorType(ir.DataType.FLOAT16))
@@ -366,13 +366,13 @@ def _widen(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> None:
 
 
 def _constant(value: ir.Value) -> Tensor:
-    """An initialiser's value as traced."""
+    """An initialiser's traced value."""
     assert value.const_value is not None
     return torch.from_numpy(np.array(value.const_value.numpy()))
 
 
 def _with_distinct_weights(module: nn.Module) -> nn.Module:
-    """A copy with random weights: the exporter merges equal ones (all biases that are zero), whatever their names."""
+    """A copy with random weights; otherwise the exporter would merge equal weights (such as all zero biases)."""
     module = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -14,14 +14,14 @@ from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError
 
 LoadedPiece = Callable[..., list[NDArray[Any]]]
-"""Takes the piece's inputs in the manifest's order, returns its outputs likewise; dropping it frees it."""
+"""Takes the piece's inputs and returns its outputs, both in the manifest's order; dropping it frees the piece."""
 
 
 class Backend(Protocol):
     """What every backend offers.
 
     Attributes:
-        name: as in the target's record, see :class:`mvmoe_deploy.targets.Engine`.
+        name: the backend's name in the target's record, see :class:`mvmoe_deploy.targets.Engine`.
         unloads: whether dropping a loaded piece gives its memory back.
     """
 
@@ -31,23 +31,24 @@ class Backend(Protocol):
     def load(self, piece: Piece) -> LoadedPiece:
         """Makes a piece ready to run.
 
-        The caller has compared the piece's files with the manifest.
+        The caller has already compared the piece's files with the manifest.
 
         Raises:
-            BackendError: the engine cannot read it.
+            BackendError: the engine cannot read the piece.
         """
         ...
 
 
 MAX_THREADS_PER_CPU = 4
-"""More only wait for each other: 256 threads on two CPUs take a thousand times as long as one."""
+"""Largest number of threads per CPU. More threads only wait for each other: 256 on two CPUs take a thousand times as
+long as one."""
 
 
 def check_threads(threads: int) -> None:
     """Refuses a number of threads that would only wait for each other.
 
     Raises:
-        BackendError: less than 1, or more than :data:`MAX_THREADS_PER_CPU` for each CPU.
+        BackendError: the number is below 1, or above :data:`MAX_THREADS_PER_CPU` for each CPU.
     """
     if threads < 1:
         raise BackendError(f"threads={threads}: must be at least 1")
@@ -63,10 +64,10 @@ def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 
     Args:
         bundle: the bundle whose pieces it will load.
         name: one of the target's backends; by default its first.
-        threads: threads a piece may use; None for as many as the engine uses in this process already, or else one.
+        threads: threads a piece may use; None for the number that the engine already uses in this process, or else one.
 
     Raises:
-        BackendError: the target has no such backend, or it is not installed or does not run here.
+        BackendError: the target has no such backend, or the backend is not installed or does not run here.
     """
     target = targets.get(bundle.manifest.target)
     try:
@@ -79,7 +80,7 @@ def open_backend(bundle: Bundle, name: str | None = None, threads: int | None = 
 
 
 class OutputCheck:
-    """Compares what a piece returns with what the manifest says it returns, in a microsecond."""
+    """Compares a piece's outputs with the manifest in about a microsecond."""
 
     def __init__(self, piece: Piece, path: object) -> None:
         self._piece, self._path = piece, path
@@ -90,14 +91,14 @@ class OutputCheck:
         return [((batch, *shape), dtype) for shape, dtype in self._specs]
 
     def __call__(self, outputs: list[NDArray[Any]], batch: int) -> None:
-        """Looks at the outputs of so many images.
+        """Checks the outputs of ``batch`` images.
 
         Raises:
-            BackendError: another number of outputs, another shape or type.
+            BackendError: the number of outputs, a shape or a type differs from the manifest.
         """
         try:
             found = [(output.shape, output.dtype) for output in outputs]
-        except AttributeError:  # no array
+        except AttributeError:  # an output is not an array
             found = []
         if found != (self._of_one if batch == 1 else self._of(batch)):
             self._fail(found, batch)

@@ -16,7 +16,7 @@ from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.images import denormalise
 
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Inputs by name, of one image → outputs by name."""
+"""Maps the inputs of one image by name to the outputs by name."""
 
 
 class CoreMLBackend:
@@ -55,7 +55,7 @@ class CoreMLBackend:
 
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> CoreMLBackend:
-    """See :func:`mvmoe_deploy.backends.open_backend`; Core ML decides about threads by itself."""
+    """See :func:`mvmoe_deploy.backends.open_backend`; Core ML chooses the number of threads itself."""
     if sys.platform != "darwin":
         raise BackendError(
             f"{bundle.path}: Core ML runs on Apple devices only; use --backend reference (the interpreter)"
@@ -66,15 +66,15 @@ def open_backend(bundle: Bundle, threads: int | None = 1) -> CoreMLBackend:
 def one_image_at_a_time(
     predict: Predict, piece: Piece, images: frozenset[str], bundle: Bundle, where: str
 ) -> LoadedPiece:
-    """What runs a batch on a package, which takes one image: on a device, images come one at a time.
+    """Wraps a package, which takes one image at a time, as a piece that runs a batch.
 
     Args:
         predict: runs the package.
-        piece: its manifest entry.
+        piece: the package's manifest entry.
         images: inputs that the package takes as pixels 0…255, normalising them itself. The caller passes
             normalised images to every piece, so these are turned back into pixels.
-        bundle: gives the preprocessing.
-        where: for errors.
+        bundle: the bundle, which has the preprocessing.
+        where: what to call the package in errors.
     """
     names, check = [spec.name for spec in piece.inputs], OutputCheck(piece, where)
 
@@ -95,7 +95,7 @@ def one_image_at_a_time(
                 np.concatenate([np.asarray(result[spec.name], np.float32) for result in results])
                 for spec in piece.outputs
             ]
-        except (ValueError, TypeError) as error:  # something else than arrays of one shape
+        except (ValueError, TypeError) as error:  # the results are not arrays of one shape
             raise BackendError(f"{where}: returned no tensors of numbers ({first_line(error)}); export again") from None
         check(outputs, len(given[0]))
         return outputs
@@ -104,11 +104,11 @@ def one_image_at_a_time(
 
 
 def _input_features(spec: Any, function: str | None) -> dict[str, Any]:
-    """The described inputs of a package, or of one of its functions."""
+    """The inputs that a package's description lists for it, or for one of its functions."""
     described = [each for each in spec.description.functions if each.name == function]
     return {feature.name: feature for feature in (described[0] if described else spec.description).input}
 
 
 def _to_image(pixels: NDArray[np.float32]) -> Image.Image:
-    """``[1, 3, S, S]`` of 0…255 → an RGB image."""
+    """Converts values 0…255 of shape ``[1, 3, S, S]`` to an RGB image."""
     return Image.fromarray(pixels[0].transpose(1, 2, 0).astype(np.uint8))

@@ -1,7 +1,7 @@
 """The ExecuTorch backend: one program per piece, run by executorch's Python runtime.
 
-Importing this module imports neither executorch nor torch (which executorch's Python runtime needs); opening the
-backend does, in some seconds.
+Importing this module imports neither executorch nor torch (which executorch's Python runtime needs). Opening the
+backend imports both, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.quiet import quiet
 
 FLOAT = 6
-"""executorch's number for float32."""
+"""The number that executorch uses for float32."""
 
 SEGMENT = 1
-"""executorch's number for data outside the program's flatbuffer."""
+"""The number that executorch uses for data outside the program's flatbuffer."""
 
 XNNPACK = "XnnpackBackend"
 """executorch's name for the delegate that exports are lowered to, the only one whose graphs can be checked here."""
 
 MAX_PROGRAM_BYTES = 64 << 20
-"""Of a program without its weights, which takes some times its size once it is parsed."""
+"""Largest program, weights not included; once parsed, a program takes a multiple of its size."""
 
 MAX_PLANNED_BYTES = 1 << 30
 """Largest activation memory a method may ask for; a trunk asks for a few MB."""
 
 ITEM_BYTES = {"BYTE": 1, "CHAR": 1, "BOOL": 1, "INT": 4, "LONG": 8, "FLOAT": 4, "DOUBLE": 8}
-"""Of an element, by executorch's name of its type."""
+"""Size of an element in bytes, by executorch's name for its type."""
 
 _lock = threading.Lock()
-_pool_threads: int | None = None  # of the process-wide pool, once it has been set
+_pool_threads: int | None = None  # size of the process-wide thread pool, once it has been set
 
 
 class ExecuTorchBackend:
     """Runs ``executorch`` bundles on the CPU.
 
-    Every loaded piece has a program of its own, in the packed layout too, so that dropping it frees all it took: its
-    packed weights and activations. The file is mapped, and weights that XNNPACK has packed are not kept twice.
+    Every loaded piece has a program of its own, in the packed layout too, so dropping the piece frees its packed
+    weights and activations. The file is mapped, and weights that XNNPACK has packed are not kept twice.
     """
 
     name = "executorch"
@@ -67,7 +67,7 @@ class ExecuTorchBackend:
             check_program(path)
             self._sound.add(piece.graph)
         try:
-            # By path, which maps the file; a program from bytes reads them after Python has freed them.
+            # Loading by path maps the file; a program loaded from bytes would read them after Python has freed them.
             program = self._runtime.load_program(path)
             if method not in program.method_names:
                 raise BackendError(f"{path}: has no method {method!r}, which manifest.json names; export again")
@@ -84,13 +84,13 @@ class _LoadedPiece:
         self._piece, self._path, self._program, self._method = piece, path, program, method
         shapes = [method.metadata.input_tensor_meta(i).sizes() for i in range(len(piece.inputs))]
         self._max_batch = min(shape[0] for shape in shapes)
-        self._expected = [tuple(spec.shape[1:]) for spec in piece.inputs]  # of one image
+        self._expected = [tuple(spec.shape[1:]) for spec in piece.inputs]  # shapes for one image
         self._check = OutputCheck(piece, path)
         self._tensor = torch.from_numpy
 
     def __del__(self) -> None:
-        # Dropping program and method frees them, but glibc keeps freed memory for the process unless told otherwise:
-        # eight dropped trunks of 18 MB each gave back nothing before this, all of it after.
+        # Dropping program and method frees them, but glibc keeps freed memory for the process unless told otherwise.
+        # Without this call, eight dropped trunks of 18 MB each gave back nothing; with it, all of their memory.
         vars(self).clear()
         with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
@@ -107,11 +107,11 @@ class _LoadedPiece:
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     def _checked(self, inputs: tuple[NDArray[Any], ...]) -> list[NDArray[np.float32]]:
-        """The inputs as contiguous float32: executorch reads a transposed array as if it were not."""
+        """The inputs as contiguous float32; executorch would read a transposed array as if it were contiguous."""
         specs = self._piece.inputs
         if len(inputs) != len(specs):
             raise BackendError(f"{self._where}: takes {len(specs)} inputs, was given {len(inputs)}")
-        # np.require takes 15 µs after a model's run, whose data has taken the cache from its code
+        # np.require takes 15 µs after a model's run, because the model's data has displaced its code from the cache
         arrays = [array if _usable(array) else np.require(array, np.float32, ["C", "W"]) for array in inputs]
         for spec, expected, array in zip(specs, self._expected, arrays, strict=True):
             if not array.ndim or array.shape[1:] != expected or not len(array):
@@ -142,15 +142,15 @@ def open_backend(bundle: Bundle, threads: int | None = 1) -> ExecuTorchBackend:
 
 
 def check_program(path: Path) -> None:
-    """Reads a .pte file's program in Python and checks every size and index in it, before native code follows them.
+    """Reads a .pte file's program in Python and checks every size and index in it before native code uses them.
 
-    executorch verifies the flatbuffer and that segments lie in the file, but then trusts indices and shapes: of 400
-    files with random bits of the program flipped, 6 ended the process, and of 500 with bits of XNNPACK's graphs
-    flipped, 14 (manifest.json's hashes altered to match). With this check none of 2,500 and none of 3,000 did. That
-    is no proof: a bundle from a stranger is best run in a process of its own.
+    executorch verifies the flatbuffer and that segments lie in the file, but then trusts indices and shapes. Without
+    this check, 6 of 400 files with random bits of the program flipped ended the process, as did 14 of 500 with bits of
+    XNNPACK's graphs flipped (with manifest.json's hashes altered to match). With this check, none of 2,500 and none of
+    3,000 did. That is no proof: it is best to run an untrusted bundle in a process of its own.
 
     Raises:
-        BackendError: not a .pte file, or one that is damaged or unsafe; the message says what is wrong.
+        BackendError: the file is not a .pte file, or is damaged or unsafe; the message says what is wrong.
     """
     with quiet():
         from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
@@ -169,7 +169,7 @@ def check_program(path: Path) -> None:
             problem = None if others else _problem(program, header.segment_base_offset, data)
     except OSError as error:
         raise BackendError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # the flatbuffer reader raises whatever its bytes lead to
+    except Exception as error:  # damaged bytes can make the flatbuffer reader raise anything
         raise BackendError(f"{path}: not a .pte file, or damaged ({first_line(error)}); export again") from None
     if others:
         raise BackendError(
@@ -180,21 +180,21 @@ def check_program(path: Path) -> None:
 
 
 def _problem(program: Any, base: int, data: mmap.mmap) -> str | None:
-    """What is wrong with a program that its flatbuffer cannot rule out; None where all is well.
+    """What is wrong with a program that is a valid flatbuffer; None if it is fine.
 
     Args:
-        program: as read.
-        base: where its segments start in the file.
-        data: the file.
+        program: the program as read.
+        base: position in the file at which its segments start.
+        data: the file's bytes.
     """
     if any(base + segment.offset + segment.size > len(data) for segment in program.segments):
         return "a segment reaches beyond the end of the file"
     segments = [slice(base + segment.offset, base + segment.offset + segment.size) for segment in program.segments]
     for weight in program.named_data or []:
-        # XNNPACK's lowering names weights after their sha256, and reads as many bytes as its graph says under a name.
+        # XNNPACK's lowering names a weight after its sha256, and then reads as many bytes of it as the graph says.
         digest = weight.key.removeprefix("scale_")
         if weight.segment_index >= len(segments) or sha256(data[segments[weight.segment_index]]).hexdigest() != digest:
-            return f"weight {weight.key} is not the one its name says"
+            return f"weight {weight.key} does not match its name, which is its sha256"
     weights = {weight.key: program.segments[weight.segment_index].size for weight in program.named_data or []}
     if program.mutable_data_segments or program.constant_buffer:
         return "it has state or inline constants, which no export of this project has"
@@ -266,7 +266,7 @@ def _tensor_problem(tensor: Any, is_input: bool, constants: list[int], planned: 
 
 
 def _fits(operator: Any, given: list[str]) -> bool:
-    """Whether values of these kinds may be given to an operator, by torch's schema of it."""
+    """Whether an operator accepts values of these kinds, according to its torch schema."""
     import torch
 
     schema = torch._C._get_schema(operator.name, operator.overload)
@@ -303,12 +303,12 @@ def _check_signature(found: Any, piece: Piece, path: Path) -> None:
 
 
 def _usable(array: Any) -> bool:
-    """Whether executorch can read an array where it lies."""
+    """Whether executorch can read an array in place."""
     return (
         type(array) is np.ndarray
         and array.dtype == np.float32
         and array.flags.c_contiguous
-        and array.flags.writeable  # or torch warns
+        and array.flags.writeable  # else torch warns
     )
 
 
@@ -320,7 +320,7 @@ def _agrees(spec: TensorSpec, tensor: Any) -> bool:
 
 
 def _runtime(threads: int | None) -> Any:
-    """executorch's runtime, its thread pool set to ``threads``.
+    """Returns executorch's runtime with its thread pool set to ``threads``.
 
     Raises:
         BackendError: executorch or torch is not installed, or the process already uses another number of threads.
@@ -337,7 +337,7 @@ def _runtime(threads: int | None) -> Any:
     with _lock:
         threads = threads or _pool_threads or 1
         if _pool_threads is None:
-            # Only before the first method is loaded: methods keep the pool they were loaded with.
+            # The pool can be set only before the first method is loaded: methods keep the pool they were loaded with.
             with quiet():
                 portable_lib._unsafe_reset_threadpool(threads)
             _pool_threads = threads

@@ -1,9 +1,9 @@
-"""Interprets Core ML packages on any operating system: the program as written, from its own ``weight.bin``.
+"""Interprets Core ML packages on any operating system, using the program and ``weight.bin`` exactly as written.
 
 Core ML itself runs on Apple devices only. This interpreter reads a package's ``model.mlmodel`` and ``weight.bin`` and
 executes the MIL program op by op with numpy, computing in float32 and rounding to the declared type after each op. It
-is what verifies an export, and the backend ``reference`` that runs Core ML bundles elsewhere. An op it does not know
-is an error, never a pass. Packages come from strangers: every offset, size and shape is checked before it is used.
+verifies exports, and as the backend ``reference`` it runs Core ML bundles on other systems. An unknown op is an error
+and never passes verification. Packages are untrusted: every offset, size and shape is checked before it is used.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ with quiet():
 MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS_FILE = "Data/com.apple.CoreML/weights/weight.bin"
 WEIGHTS_NAME = "@model_path/weights/weight.bin"
-"""What a program calls its weights file."""
+"""Name of the weights file inside a program."""
 
 BLOB_SENTINEL = 0xDEADBEEF
 BLOB_METADATA = struct.Struct("<IIQQQ")  # sentinel, type, bytes, offset of the data, padding bits
 MAX_MODEL_BYTES = 64 << 20
-"""Of the program, which takes some times its size once it is parsed; weights lie beside it. A trunk's has 0.1 MB."""
+"""Largest program, weights not included; once parsed, a program takes a multiple of its size. A trunk's has 0.1 MB."""
 
 MAX_ELEMENTS = 1 << 28
 """Largest tensor a program may declare (1 GiB as float32)."""
 
 # MIL type → (blob type in weight.bin, bits per element, numpy type it is held in). The blob types are those of
-# coremltools' mlmodel/src/MILBlob/Blob/BlobDataType.hpp. Half precision is held as float32 that was rounded to it.
+# coremltools' mlmodel/src/MILBlob/Blob/BlobDataType.hpp. Half-precision values are held as float32, already rounded.
 _TYPES: dict[int, tuple[int | None, int, Any]] = {
     MIL_pb2.BOOL: (None, 8, np.bool_),
     MIL_pb2.STRING: (None, 0, np.object_),
@@ -69,13 +69,13 @@ class Tensor:
 
     @property
     def dtype(self) -> Any:
-        """The numpy type its values are held in."""
+        """The numpy type that holds its values."""
         return _TYPES[self.type][2]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One op: its arguments by parameter, each a value, the name of one, or a list of these (``values`` of concat)."""
+    """One op, its arguments by parameter: a value, a :class:`Name`, or a list of these (``values`` of concat)."""
 
     op: str
     arguments: dict[str, Any]
@@ -91,16 +91,16 @@ class Name:
 
 @dataclass(frozen=True)
 class Program:
-    """One function of a package, its constants decoded.
+    """One function of a package, with its constants decoded.
 
     Attributes:
-        where: package and function, for errors.
+        where: package and function, as named in errors.
         inputs: declared inputs by name.
         outputs: names of the outputs.
         images: inputs that Core ML takes as images, values 0…255.
-        constants: values known before it runs.
-        steps: the ops that remain.
-        weight_bytes: size of the blobs it refers to in ``weight.bin``, each once.
+        constants: values that are known before it runs.
+        steps: the other ops, in order.
+        weight_bytes: total size of the blobs in ``weight.bin`` that it refers to, each counted once.
     """
 
     where: str
@@ -115,13 +115,13 @@ class Program:
         """Runs the function on one set of inputs.
 
         Args:
-            inputs: by name, of the declared shapes.
+            inputs: arrays of the declared shapes, by name.
 
         Returns:
-            Every output by name; a classifier's are a label and a dictionary from label to probability.
+            Every output by name; a classifier also has a label and a dictionary from label to probability.
 
         Raises:
-            BackendError: an input does not fit, or an op cannot be executed; it is named.
+            BackendError: an input does not fit, or an op cannot be executed; the message names it.
         """
         if set(inputs) != set(self.inputs):
             raise BackendError(f"{self.where}: takes inputs {sorted(self.inputs)}, was given {sorted(inputs)}")
@@ -142,10 +142,10 @@ class Package:
     weights: NDArray[np.uint8]
 
     def program(self, function: str | None = None) -> Program:
-        """Prepares a function to run: decodes its constants, checks what it declares.
+        """Prepares a function to run: decodes its constants and checks its declarations.
 
         Args:
-            function: its name; the package's only or default function by default.
+            function: the function's name; by default the package's only or default function.
 
         Raises:
             BackendError: there is no such function, an op is unknown, or the file is damaged.
@@ -191,7 +191,7 @@ def read_package(path: Path) -> Package:
     A program whose constants are all small has no ``weight.bin``.
 
     Raises:
-        BackendError: a file is missing, too large or not what it should be.
+        BackendError: a file is missing, too large or of another kind.
     """
     try:
         size = (path / MODEL_FILE).stat().st_size
@@ -227,20 +227,20 @@ class ReferenceBackend:
 
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> ReferenceBackend:
-    """See :func:`mvmoe_deploy.backends.open_backend`; numpy decides about threads by itself."""
+    """See :func:`mvmoe_deploy.backends.open_backend`; numpy chooses the number of threads itself."""
     return ReferenceBackend(bundle)
 
 
 def blob_at(weights: NDArray[np.uint8], offset: int, where: str) -> tuple[int, int, int, int]:
-    """A blob's metadata in ``weight.bin``, checked: (type, bytes, offset of the data, padding bits).
+    """Reads and checks a blob's metadata in ``weight.bin``: (type, bytes, offset of the data, padding bits).
 
     Args:
         weights: the whole file.
-        offset: of the metadata, as a program refers to it.
-        where: for errors.
+        offset: offset of the metadata, which is how a program refers to a blob.
+        where: what to call the blob in errors.
 
     Raises:
-        BackendError: the metadata or the data lies outside the file, or the sentinel is not there.
+        BackendError: the metadata or the data lies outside the file, or the sentinel is missing.
     """
     if offset + BLOB_METADATA.size > len(weights):
         raise BackendError(f"{where}: refers to offset {offset} of a weight.bin of {len(weights)} bytes; export again")
@@ -256,9 +256,9 @@ def blob_at(weights: NDArray[np.uint8], offset: int, where: str) -> tuple[int, i
 
 
 def round_to(values: Array, kind: int) -> Array:
-    """Rounds to a MIL type; half precision comes back as float32 holding the rounded values."""
+    """Rounds values to a MIL type; half-precision values are returned as float32."""
     if kind == MIL_pb2.FLOAT16:
-        with np.errstate(over="ignore"):  # beyond 65504 half precision is infinite, on a device too
+        with np.errstate(over="ignore"):  # beyond 65504, half precision is infinite on a device too
             return values.astype(np.float16).astype(np.float32)
     return values.astype(_TYPES[kind][2], copy=False)
 
@@ -298,7 +298,7 @@ def _read_operation(
             for each in argument.arguments
         ]
         arguments[parameter] = read if parameter == "values" else read[0] if len(read) == 1 else read
-    # Constants and compressed weights keep their parameters among the attributes
+    # constants and compressed weights have their parameters among the attributes
     for parameter, value in operation.attributes.items():
         if parameter != "name":
             arguments[parameter] = _read_value(value, weights, blobs, where)
@@ -354,7 +354,7 @@ def _read_immediate(tensor: MIL_pb2.TensorValue, declared: Tensor) -> Array:
 
 
 def _from_bytes(raw: NDArray[np.uint8], kind: int, count: int) -> Array:
-    """Decodes ``count`` little-endian elements, however few bits each has."""
+    """Decodes ``count`` little-endian elements of any number of bits."""
     bits = _TYPES[kind][1]
     if kind == MIL_pb2.FLOAT16:
         return raw.view(np.dtype("<f2")).astype(np.float32)
@@ -364,7 +364,7 @@ def _from_bytes(raw: NDArray[np.uint8], kind: int, count: int) -> Array:
 
 
 def unpack_bits(raw: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """Unsigned numbers of fewer than 8 bits, the first in the lowest bits of the first byte."""
+    """Unpacks unsigned numbers of fewer than 8 bits; the first is in the lowest bits of the first byte."""
     each = np.unpackbits(raw, count=count * bits, bitorder="little").reshape(count, bits)
     return np.packbits(each, axis=1, bitorder="little")[:, 0]
 
@@ -404,7 +404,7 @@ def _declared(value: Array, declared: Tensor, where: str) -> Array:
     """The value rounded to its declared type.
 
     Raises:
-        BackendError: its shape is another than the declared one.
+        BackendError: its shape differs from the declared one.
     """
     fits = value.ndim == len(declared.shape) and all(
         expected is None or size == expected for size, expected in zip(value.shape, declared.shape, strict=True)
@@ -414,7 +414,7 @@ def _declared(value: Array, declared: Tensor, where: str) -> Array:
     return round_to(value, declared.type)
 
 
-# The ops, with their parameters' names; see coremltools' converters/mil/mil/ops/defs
+# The ops. Their parameters are named as in coremltools' converters/mil/mil/ops/defs.
 
 
 def erf(x: Array) -> Array:
@@ -438,7 +438,7 @@ def erf(x: Array) -> Array:
 
 
 def _check_room(*shapes: tuple[int, ...]) -> None:
-    """Refuses a result of more than :data:`MAX_ELEMENTS`, to which small inputs can be broadcast."""
+    """Refuses a result of more than :data:`MAX_ELEMENTS` elements; small inputs can be broadcast to one."""
     if math.prod(np.broadcast_shapes(*shapes)) > MAX_ELEMENTS:
         raise ValueError(f"its result would have more than {MAX_ELEMENTS} elements")
 
@@ -484,8 +484,8 @@ def _lut_to_dense(indices: Array, lut: Array, shape: Array | None = None) -> Arr
 
 def _cast(x: Array, dtype: Array) -> Array:
     if dtype.item() not in ("fp16", "fp32", "int32", "int8", "uint8", "bool"):
-        raise ValueError(f"to {dtype.item()!r}, which the interpreter does not support")
-    return x  # rounding to the declared type is what remains to be done
+        raise ValueError(f"casts to {dtype.item()!r}, which the interpreter does not support")
+    return x  # the caller rounds it to the declared type
 
 
 def _conv(
@@ -675,4 +675,4 @@ OPS: dict[str, Callable[..., Any]] = {
     "sub": _elementwise(np.subtract),
     "transpose": _transpose,
 }
-"""Every op the interpreter knows."""
+"""Every op that the interpreter knows."""

@@ -1,8 +1,8 @@
-"""Reads ``.onnx`` files as far as a check of them needs, without the onnx or protobuf packages.
+"""Reads the parts of ``.onnx`` files that the graph check needs, without the onnx or protobuf packages.
 
-What is read is the protobuf wire format of onnx/onnx.proto. Only fields that this project's exporter writes are
-known; a field of another number or wire type, or a single value given twice, is an error. A parser that knew more
-could read a file in another way than the engine does.
+The format is the protobuf wire format of onnx/onnx.proto. The reader knows only the fields that this project's
+exporter writes. A field of another number or wire type is an error, and so is a single value given twice: a parser
+that accepted more could read a file differently from the engine.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 
 import msgspec
 
-# Structs of msgspec, which take less time to make than dataclasses and named tuples, at a cold start above all.
+# msgspec structs take less time to create than dataclasses and named tuples, especially at a cold start.
 
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 10, 21, 22
-"""TensorProto.DataType of what a graph may hold."""
+"""The values of TensorProto.DataType that a graph may use."""
 
 BITS = {FLOAT: 32, UINT8: 8, INT8: 8, INT32: 32, INT64: 64, FLOAT16: 16, UINT4: 4, INT4: 4}
 NAMES = {FLOAT: "float32", UINT8: "uint8", INT8: "int8", INT32: "int32", INT64: "int64", FLOAT16: "float16"}
-"""What a manifest calls them."""
+"""The names that manifests use for these types."""
 
 MAX_GRAPH_BYTES = 8 << 20
-"""Weights of 1 kB and more lie in files of their own; the graph of a 12-layer trunk takes 50 kB."""
+"""Largest graph: weights of 1 kB and more lie in files of their own, and the graph of a 12-layer trunk takes 50 kB."""
 
 MAX_NODES = 8192
 MAX_RANK = 8
 
 Attribute = int | float | bytes | tuple[int, ...]
 Field = tuple[int, Any]
-"""Field number << 3 | wire type, and a number or bytes, as the wire type says."""
+"""The tag (field number << 3 | wire type) and the value: a number or bytes, depending on the wire type."""
 
 # as in Field
 _MODEL_IGNORED = {0x08, 0x12, 0x1A, 0x22, 0x28, 0x32}  # versions, producer, domain, doc_string
@@ -39,11 +39,11 @@ _GRAPH_IGNORED = {0x12, 0x52}  # name, doc_string
 
 
 class GraphError(ValueError):
-    """A graph that an engine must not be given; the message says why."""
+    """A graph that must not be passed to an engine; the message says why."""
 
 
 class Node(msgspec.Struct, gc=False):
-    """One operation. ``op`` is the type, with its domain before a colon where that is not ONNX's own."""
+    """One operation. ``op`` is the operator, prefixed by its domain and a colon unless the domain is ONNX's own."""
 
     op: str
     inputs: list[str]
@@ -52,14 +52,14 @@ class Node(msgspec.Struct, gc=False):
 
 
 class Type(msgspec.Struct, gc=False):
-    """A declared type: TensorProto.DataType and shape; a dimension that varies is None."""
+    """A declared type: TensorProto.DataType and shape; a dynamic dimension is None."""
 
     dtype: int
     shape: tuple[int | None, ...]
 
 
 class Constant(msgspec.Struct, gc=False):
-    """An initialiser: in the graph (``raw``), or ``length`` bytes of a file from ``offset`` on."""
+    """An initialiser, stored in the graph (``raw``) or as ``length`` bytes of a file from ``offset`` on."""
 
     name: str
     dtype: int
@@ -71,15 +71,15 @@ class Constant(msgspec.Struct, gc=False):
 
 
 class Graph(msgspec.Struct, gc=False):
-    """What a file holds, in its order.
+    """A file's graph; everything is in the file's order.
 
     Attributes:
         opset: version of ONNX's own operators.
         nodes: the operations.
         constants: the initialisers.
-        inputs: declared type of each input by name, initialisers that may be replaced included.
-        outputs: of each output.
-        values: of other values, where declared.
+        inputs: declared type of each input by name, including initialisers that may be replaced.
+        outputs: declared type of each output by name.
+        values: declared type of each other value by name, where the file declares it.
     """
 
     opset: int
@@ -94,7 +94,7 @@ def read_graph(data: bytes) -> Graph:
     """Reads a file's graph.
 
     Raises:
-        GraphError: not an ONNX file, damaged, or with something in it that no export of this project has.
+        GraphError: the file is not an ONNX file, is damaged, or has something that no export of this project has.
     """
     if len(data) > MAX_GRAPH_BYTES:
         raise GraphError(f"is larger than {MAX_GRAPH_BYTES >> 20} MB")
@@ -170,7 +170,7 @@ def _node(data: bytes) -> Node:
 
 @functools.lru_cache(1024)
 def _attribute(data: bytes) -> tuple[str, Attribute]:
-    """Name and value; a graph has the same few attributes many times."""
+    """Reads an attribute's name and value; cached, since a graph repeats a few attributes many times."""
     name, kind = "", 0
     single: Attribute | None = None
     integers: list[int] = []
@@ -193,7 +193,7 @@ def _attribute(data: bytes) -> tuple[str, Attribute]:
     expected: type[float] | type[bytes] | None = {1: float, 2: int, 3: bytes}.get(kind)
     if integers or expected is None or (single is not None and type(single) is not expected):
         raise GraphError(f"attribute {name!r} is of a type that no export of this project has")
-    if single is None:  # protobuf leaves out what is zero
+    if single is None:  # protobuf omits values that are zero
         return name, expected()
     return name, _signed(single) if isinstance(single, int) else single
 
@@ -278,11 +278,11 @@ def _value(data: bytes) -> tuple[str, Type]:
 
 @functools.lru_cache(1024)
 def _type(data: bytes) -> Type:
-    """A TypeProto, which must be a tensor's."""
+    """Reads a TypeProto, which must be that of a tensor."""
     dtype, shape = 0, None
     for tag, tensor in _fields(data):
         if tag != 0x0A or dtype:
-            raise GraphError("a value is something else than a tensor")
+            raise GraphError("a value is not a tensor")
         for inner, value in _fields(tensor):
             if inner == 0x08 and not dtype:
                 dtype = value
@@ -296,7 +296,7 @@ def _type(data: bytes) -> Type:
 
 
 def _dimension(tag: int, data: bytes) -> int | None:
-    """A number, or None for one that varies."""
+    """Reads a dimension: a number, or None for a dynamic one."""
     if tag != 0x0A:
         raise _unknown("a shape", tag)
     fields = _fields(data)
@@ -306,7 +306,7 @@ def _dimension(tag: int, data: bytes) -> int | None:
 
 
 def _fields(data: bytes) -> list[Field]:
-    """Every field of a message."""
+    """Splits a message into its fields."""
     result: list[Field] = []
     append = result.append
     place, end = 0, len(data)
@@ -339,7 +339,7 @@ def _fields(data: bytes) -> list[Field]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number of several bytes, unsigned 64 bits, and the place behind it."""
+    """Reads an unsigned 64-bit number of several bytes; returns it and the position behind it."""
     number = shift = 0
     while True:
         byte = data[place]
@@ -354,7 +354,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _packed(data: bytes) -> list[int]:
-    """Integers in a row."""
+    """Reads packed integers, which follow one another without tags."""
     result, place = [], 0
     while place < len(data):
         number, place = _varint(data, place)

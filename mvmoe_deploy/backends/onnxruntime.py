@@ -19,10 +19,10 @@ from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 
 POPULATE = getattr(mmap, "MAP_POPULATE", 0)
-"""Linux only."""
+"""Flag that maps a file's pages at once; 0 where the system has none (all but Linux)."""
 
 _lock = threading.Lock()
-_pool_threads: int | None = None  # of the process-wide pool, once there is one
+_pool_threads: int | None = None  # size of the process-wide thread pool, once there is one
 
 
 class OnnxRuntimeBackend:
@@ -55,10 +55,10 @@ class OnnxRuntimeBackend:
         return self._run(piece, session, {})
 
     def _run(self, piece: Piece, session: ort.InferenceSession, weights: dict[str, NDArray[np.float32]]) -> LoadedPiece:
-        """What runs a session on inputs by place, and looks at what it returns."""
+        """Returns a function that runs a session on positional inputs and checks the outputs."""
         names, outputs, path = [spec.name for spec in piece.inputs], [x.name for x in piece.outputs], self._path(piece)
         check, bare = OutputCheck(piece, path), bare_run(session)
-        followed = not self._bundle.trusted  # then the graph's check has computed every shape for one image
+        followed = not self._bundle.trusted  # then the graph check has computed every shape for one image
 
         def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
             given = dict(zip(names, inputs, strict=True))
@@ -79,10 +79,10 @@ class OnnxRuntimeBackend:
         return self._bundle.path / piece.graph
 
     def _check(self, piece: Piece) -> None:
-        """Checks a piece's graph, once however often the piece is loaded.
+        """Checks a piece's graph once, however often the piece is loaded.
 
         Raises:
-            BackendError: it is damaged or unsafe.
+            BackendError: the graph is damaged or unsafe.
         """
         if self._bundle.trusted or piece.name in self._sound:
             return
@@ -119,7 +119,7 @@ class OnnxRuntimeBackend:
                 raise BackendError(f"{path}: {what} {found}, manifest.json says {names}")
 
     def _mapped(self, piece: Piece, session: ort.InferenceSession) -> dict[str, NDArray[np.float32]]:
-        """The piece's weights as views of their mapped files, which are unmapped when the last of them goes."""
+        """The piece's weights as views of their mapped files; a file is unmapped when its last view is dropped."""
         expected = {node.name: (node.shape, node.type) for node in session.get_inputs()}
         maps: dict[str, mmap.mmap] = {}
         weights = {}
@@ -133,7 +133,7 @@ class OnnxRuntimeBackend:
             if weight.file not in maps:
                 maps[weight.file] = self._map(path)
             data = maps[weight.file]
-            if weight.offset + weight.bytes > len(data):  # it was whole when its sha256 was compared
+            if weight.offset + weight.bytes > len(data):  # the file was complete when its sha256 was compared
                 raise BackendError(f"{path}: ends before weight {weight.name}; the file is damaged, copy it again")
             values = np.frombuffer(data, np.dtype("<f4"), weight.bytes // 4, weight.offset)
             weights[weight.name] = values.reshape(weight.shape)
@@ -156,10 +156,11 @@ def open_backend(bundle: Bundle, threads: int | None = 1) -> OnnxRuntimeBackend:
 
 
 def bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]:
-    """The session's ``run`` without the checks that it makes in Python first.
+    """The session's ``run`` without the checks that it first makes in Python.
 
-    They cost 15 µs a call once a model's run has emptied the processor's cache, which is felt where a piece takes half
-    a millisecond. Names were compared when the piece was loaded, and the engine checks shapes and dtypes itself.
+    After a model's run has filled the processor's cache, these checks cost 15 µs per call, which matters for a piece
+    that takes half a millisecond. The names were compared when the piece was loaded, and the engine checks shapes and
+    dtypes itself.
     """
     run: Callable[..., list[NDArray[Any]]] = getattr(session, "_sess", session).run
     return run
@@ -168,15 +169,15 @@ def bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]
 def session_options(threads: int | None) -> ort.SessionOptions:
     """Options for sessions that run in turn.
 
-    Each session has its own thread pool by default, and the idle workers of one keep spinning while another
-    computes: two sessions at two threads on two cores take 2.3 times as long as they need. One thread needs no
-    pool at all; several come from one pool that all sessions of the process share.
+    By default each session has its own thread pool, and the idle workers of one keep spinning while another computes:
+    two sessions with two threads each on two cores take 2.3 times as long as necessary. A single thread needs no pool.
+    Several threads come from one pool that all sessions of the process share.
 
     Args:
-        threads: their number; None for that of the process's pool, or one where there is none.
+        threads: number of threads; None for the size of the process's pool, or one if there is no pool.
 
     Raises:
-        BackendError: this process already has a pool of another size; onnxruntime cannot change it.
+        BackendError: this process already has a pool of another size, which onnxruntime cannot change.
     """
     global _pool_threads
     options = ort.SessionOptions()

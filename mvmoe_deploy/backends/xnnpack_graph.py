@@ -1,6 +1,6 @@
-"""Reads the graphs that XNNPACK's delegate runs, and checks them before it does.
+"""Reads the graphs that XNNPACK's delegate runs, and checks them before the delegate gets them.
 
-executorch hands such a graph to native code that follows every offset, identifier and size in it; a wrong one ends
+executorch passes such a graph to native code that trusts every offset, identifier and size in it; a wrong one ends
 the process. The tables are those of executorch's ``backends/xnnpack/serialization/schema.fbs``.
 """
 
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 NONE = 0xFFFFFFFF
-"""In place of an identifier: no bias, or not an external value."""
+"""Stands in place of an identifier for "no bias" or "not an external value"."""
 
 MAX_RANK = 6
 MAX_VALUES = 100_000
 MAX_BYTES = 1 << 30
-"""Largest tensor; a trunk's are a few hundred kB."""
+"""Largest tensor in bytes; a trunk's tensors take a few hundred kB."""
 
 EXTERNAL_INPUT, EXTERNAL_OUTPUT = 1, 2
 
 
 class DataType(IntEnum):
-    """Types of values that exports of this project have; ``enum XNNDatatype``."""
+    """The data types that exports of this project use; ``enum XNNDatatype``."""
 
     FP32 = 1
     FP16 = 2
@@ -141,11 +141,11 @@ class TensorField(IntEnum):
     EXTERNAL = 4
     FLAGS = 5
     NUMBER = 6
-    BEYOND = 7  # none in this version of the schema
+    BEYOND = 7  # a field that this version of the schema does not have
 
 
 class ConvField(IntEnum):
-    """Fields of ``_XNNNodeConv`` that decide about shapes."""
+    """The fields of ``_XNNNodeConv`` that determine shapes."""
 
     KERNEL_HEIGHT = 4
     KERNEL_WIDTH = 5
@@ -180,13 +180,13 @@ _OPERANDS: dict[int, tuple[tuple[int, ...], int]] = {
     Node.CONCATENATE_4: ((1, 2, 3, 4), 5),
     Node.CONCATENATE_5: ((1, 2, 3, 4, 7), 5),
 }
-"""By kind of node: fields that name its inputs, field that names its output."""
+"""For each kind of node, the fields that name its inputs and the field that names its output."""
 
 Shape = tuple[int, ...]
 
 
 class GraphError(ValueError):
-    """A graph that native code must not be given; the message says why."""
+    """A graph that must not be passed to native code; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class _Value:
 
 
 class _Table:
-    """A flatbuffer table whose every field lies within the buffer."""
+    """A flatbuffer table; every access checks that the field lies within the buffer."""
 
     def __init__(self, data: bytes, position: int) -> None:
         self.data, self.position = data, position
@@ -208,19 +208,19 @@ class _Table:
         self.fields = [_number(data, "<H", vtable + place) for place in range(4, size, 2)]
 
     def number(self, field: int, kind: str = "<I") -> int:
-        """A scalar field; 0 where it is left out."""
+        """Reads a scalar field; 0 if the field is absent."""
         place = self._place(field, struct.calcsize(kind))
         return _number(self.data, kind, place) if place else 0
 
     def table(self, field: int) -> _Table:
-        """A field that is a table."""
+        """Reads a field that is a table."""
         place = self._place(field, 4)
         if not place:
             raise GraphError("a table is missing")
         return _Table(self.data, place + _number(self.data, "<I", place))
 
     def vector(self, field: int, width: int) -> tuple[int, int]:
-        """(position of the first element, number of elements) of a vector of elements of so many bytes."""
+        """(position of the first element, number of elements) of a vector whose elements have ``width`` bytes."""
         place = self._place(field, 4)
         if not place:
             return 0, 0
@@ -231,12 +231,12 @@ class _Table:
         return start + 4, count
 
     def numbers(self, field: int) -> list[int]:
-        """A vector of unsigned integers."""
+        """Reads a vector of unsigned integers."""
         start, count = self.vector(field, 4)
         return list(struct.unpack_from(f"<{count}I", self.data, start))
 
     def tables(self, field: int) -> list[_Table]:
-        """A vector of tables."""
+        """Reads a vector of tables."""
         start, count = self.vector(field, 4)
         if count > MAX_VALUES:
             raise GraphError(f"it has more than {MAX_VALUES} nodes or values")
@@ -244,10 +244,10 @@ class _Table:
         return [_Table(self.data, place + _number(self.data, "<I", place)) for place in places]
 
     def text(self, field: int) -> str:
-        """A string, which in native code ends at its zero byte."""
+        """Reads a string, which native code ends at its zero byte."""
         start, count = self.vector(field, 1)
         if start and self.data[start + count : start + count + 1] != b"\0":
-            raise GraphError("a name does not end")
+            raise GraphError("a name lacks its zero byte at the end")
         return self.data[start : start + count].decode()
 
     def _place(self, field: int, width: int) -> int:
@@ -260,15 +260,16 @@ class _Table:
 def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
     """Checks a delegate's graph and returns its number of inputs and outputs.
 
-    Every table lies in the file, every node names values that exist and were computed before it, every weight is as
-    long as its shape, and the shapes of layers fit their weights.
+    The check requires that every table lies in the file, that every node names values that exist and were computed
+    before it, that every weight is as long as its shape says, and that the shapes of layers fit their weights.
 
     Args:
         blob: what executorch calls processed data: a header, then the graph.
-        weights: bytes of every stored weight by name.
+        weights: number of bytes of every stored weight, by name.
 
     Raises:
-        GraphError: or struct.error, UnicodeDecodeError, IndexError: it is damaged or unsafe.
+        GraphError: the graph is damaged or unsafe.
+        struct.error, UnicodeDecodeError, IndexError: the graph is damaged.
     """
     if blob[4:8] != b"XH00" or _number(blob, "<H", 8) != 30:
         raise GraphError("no XNNPACK header")
@@ -291,7 +292,7 @@ def check_graph(blob: bytes, weights: Mapping[str, int]) -> int:
 
 
 def _constants(graph: _Table, weights: Mapping[str, int]) -> list[int]:
-    """Bytes of each constant; the first stands for "none"."""
+    """The size of each constant in bytes; the first entry stands for "none"."""
     if graph.vector(GraphField.INLINE_CONSTANTS, 4)[1]:
         raise GraphError("it has inline constants, which no export of this project has")
     sizes = []
@@ -304,7 +305,7 @@ def _constants(graph: _Table, weights: Mapping[str, int]) -> list[int]:
 
 
 def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: list[int]) -> dict[int, _Value]:
-    """Every value by its identifier."""
+    """All values by identifier."""
     externals = graph.number(GraphField.EXTERNALS)
     if len({*inputs, *outputs}) != len(inputs) + len(outputs) or externals != len(inputs) + len(outputs):
         raise GraphError("an input or output is named twice")
@@ -323,10 +324,10 @@ def _values(graph: _Table, inputs: list[int], outputs: list[int], constants: lis
             raise GraphError(f"value {number} has an unknown type or shape")
         size = math.prod(shape) * _BITS[DataType(datatype)] // 8
         if size > MAX_BYTES or (constant and (constant >= len(constants) or size > constants[constant])):
-            raise GraphError(f"value {number} is larger than what is stored of it")
+            raise GraphError(f"value {number} is larger than its stored data")
         wanted = (number in inputs) * EXTERNAL_INPUT + (number in outputs) * EXTERNAL_OUTPUT
         if flags != wanted or (external in taken or external >= externals if wanted else external != NONE):
-            raise GraphError(f"value {number} is an input or output that others do not take it for")
+            raise GraphError(f"value {number} disagrees with the graph's list of inputs and outputs")
         taken.add(external)
         if number in values or (constant and wanted):
             raise GraphError(f"value {number} is defined twice")
@@ -346,10 +347,10 @@ def _check_quantization(table: _Table, shape: tuple[int, ...], constants: list[i
         if not 0 <= axis < len(shape) or shape[axis] != count:
             raise GraphError("a weight has not one scale per channel")
         if stored and (stored >= len(constants) or 4 * count > constants[stored]):
-            raise GraphError("scales are longer than what is stored of them")
+            raise GraphError("scales are longer than their stored data")
         if not stored and parameters.vector(0, 4)[1] != count:
             raise GraphError("a weight has not one scale per channel")
-    elif kind == Quantization.PER_TOKEN:  # as they come
+    elif kind == Quantization.PER_TOKEN:  # the scales are computed at run time
         if not 0 < parameters.number(0, "<i") <= len(shape):
             raise GraphError("a value is quantized over dimensions it does not have")
     elif kind != Quantization.PER_TENSOR:
@@ -368,19 +369,19 @@ def _check_node(entry: _Table, values: Mapping[int, _Value], known: set[int]) ->
     if kind in _WEIGHTED and inputs[2] == NONE:
         inputs.pop()  # no bias
     if output not in values or output in known or not known.issuperset(inputs):
-        raise GraphError("a node reads a value before it is there, or writes one twice")
+        raise GraphError("a node reads a value before it is computed, or writes a value twice")
     known.add(output)
     mixes = len({values[number].datatype for number in (*inputs, output)}) > 1
     if mixes and kind != Node.CONVERT and kind not in _WEIGHTED:
         raise GraphError("a node mixes types")
-    rule = _RULES.get(kind)  # the shapes of others, such as pooling, are XNNPACK's to check
+    rule = _RULES.get(kind)  # XNNPACK itself checks the shapes of other nodes, such as pooling
     if rule is not None:
         rule(node, [values[number].shape for number in inputs], values[output].shape)
 
 
 def _check_elementwise(_: _Table, given: list[Shape], result: Shape) -> None:
     if _broadcast(given) != result:
-        raise GraphError("an element-wise operation is of other shapes than its output")
+        raise GraphError("the inputs of an element-wise operation do not broadcast to its output's shape")
 
 
 def _check_matrix_product(_: _Table, given: list[Shape], result: Shape) -> None:
@@ -396,15 +397,15 @@ def _check_transpose(node: _Table, given: list[Shape], result: Shape) -> None:
     if node.number(0) != len(first) or sorted(order) != list(range(len(first))):
         raise GraphError("a transpose is not a permutation")
     if result != tuple(first[axis] for axis in order):
-        raise GraphError("a transpose is of another shape than its output")
+        raise GraphError("the shape of a transpose differs from that of its output")
 
 
 def _check_reshape(node: _Table, given: list[Shape], result: Shape) -> None:
     (first,) = given
-    shape = node.numbers(1)  # 0 stands for whatever is left
+    shape = node.numbers(1)  # 0 stands for the remaining elements
     fits = len(shape) == len(result) and all(a in (0, b) for a, b in zip(shape, result, strict=True))
     if node.number(0) != len(shape) or not fits or shape.count(0) > 1 or math.prod(first) != math.prod(result):
-        raise GraphError("a reshape is to another shape than its output")
+        raise GraphError("the shape of a reshape differs from that of its output")
 
 
 def _check_concatenation(node: _Table, given: list[Shape], result: Shape) -> None:
@@ -460,7 +461,7 @@ _RULES: dict[int, Callable[[_Table, list[Shape], Shape], None]] = {
     Node.CONV: _check_convolution,
     Node.DEPTHWISE_CONV: functools.partial(_check_convolution, depthwise=True),
 }
-"""By kind of node: what its shapes have to satisfy; each raises :class:`GraphError`."""
+"""For each kind of node, the check of its shapes; each raises :class:`GraphError`."""
 
 
 def _broadcast(shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:

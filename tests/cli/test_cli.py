@@ -129,7 +129,7 @@ def test_export_refuses(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     error = fails(capsys, export.main, moe_checkpoint, "--target", "coreml", "--max-batch", "16")  # the default, too
     assert error == "error: --max-batch: target coreml has no such option, executorch has\n"
     error = fails(capsys, export.main, moe_checkpoint, "--target", "executorch", "--max-batch", "0")
-    assert error == "error: --max-batch is 0, it must be at least 1\n"
+    assert error == "error: --max-batch is 0; it must be at least 1\n"
     error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path, "--force")
     assert "is not a bundle, so --force does not replace it" in error
     assert foreign.exists()

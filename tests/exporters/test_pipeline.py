@@ -137,7 +137,7 @@ def test_a_target_whose_toolchain_is_missing(
     [
         (Options(precision="fp8"), "target onnx has no precision 'fp8': expected one of fp32, fp16"),
         (Options(layout="packed"), "target onnx has no layout 'packed': expected one of separate, swappable"),
-        (CoreMLOptions(author="A"), "target onnx takes Options, it was given CoreMLOptions of another target"),
+        (CoreMLOptions(author="A"), "target onnx takes Options, but was given another target's CoreMLOptions"),
     ],
 )
 def test_an_option_the_target_does_not_have(
