@@ -1,6 +1,6 @@
-"""What a benchmark run found, as it is written to JSON and read back: one :class:`Results` of :class:`Row`.
+"""The results of a benchmark run, as written to JSON and read back: one :class:`Results` with a :class:`Row` each.
 
-Every figure is measured, or computed by a stated formula; None stands for what a platform or a model cannot give. The
+Every figure is measured or computed by a stated formula; None means that a platform or a model cannot give it. The
 docstrings give the units: milliseconds, bytes, shares from 0 to 1.
 """
 
@@ -15,11 +15,11 @@ from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.files import atomic_file
 
 FORMAT = 2
-"""Version of the JSON file's form; :func:`read_json` refuses every other."""
+"""Version of the JSON file's format; :func:`read_json` refuses all others."""
 
 Kind = Literal["mobile-vmoe", "dense", "dense-wide", "all-experts", "vmoe", "stock"]
-"""What kind of model a row is of: a bundle whose experts are separate pieces; its dense baseline; a dense model as wide
-as all experts together; one graph that holds all experts; a per-token V-MoE; a stock export of the dense baseline."""
+"""The kind of a row's model: a bundle whose experts are separate pieces; its dense baseline; a dense model as wide as
+all experts together; one graph that holds all experts; a per-token V-MoE; a stock export of the dense baseline."""
 
 
 class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,8 +36,8 @@ class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         variation: coefficient of variation of the samples.
         load_average: one-minute load average at the end of its measurement.
-        throttled: whether the processor was seen throttling; None where that cannot be read.
-        reasons: why not to quote; empty if the row is fine.
+        throttled: whether the processor was seen throttling; None if that cannot be read.
+        reasons: why the times should not be quoted; empty if they may be.
     """
 
     variation: float
@@ -47,12 +47,12 @@ class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Milliseconds of one operation; nothing trimmed.
+    """Milliseconds of one operation; nothing is trimmed.
 
     Attributes:
-        first: the very first call, before any warm-up.
+        first: time of the very first call, before any warm-up.
         warmup: number of calls before the samples.
-        samples: in the order taken, one per round.
+        samples: times in the order taken, one per round.
     """
 
     first: float
@@ -65,7 +65,7 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ColdStart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Process start to first prediction, in fresh processes: milliseconds, a sample per process in each list."""
+    """Milliseconds from process start to first prediction; each list has a sample per fresh process."""
 
     interpreter: list[float]
     imports: list[float]
@@ -78,10 +78,10 @@ class MemoryPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes beyond those of the process just before the model was opened.
 
     Attributes:
-        resident: resident experts at this moment.
+        resident: number of resident experts at this moment.
         anonymous: proportional set size of anonymous memory.
-        file_backed: of mapped files.
-        ledger: weights that the runtime says it holds; None for an engine that does not say.
+        file_backed: proportional set size of mapped files.
+        ledger: bytes of weights that the runtime reports to hold; None for an engine that does not report them.
     """
 
     resident: int
@@ -99,10 +99,10 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Memory of one model, measured in fresh processes.
 
     Attributes:
-        loaded: just after opening.
-        used: after 100 predictions with at most one resident expert.
-        by_resident: after each further expert became resident, 1…E; one point for a model without experts.
-        peak: highest resident set size beyond that before opening, bytes.
+        loaded: memory just after opening.
+        used: memory after 100 predictions with at most one resident expert.
+        by_resident: memory after each further expert became resident, 1…E; one point for a model without experts.
+        peak: highest resident set size beyond that before opening, in bytes.
     """
 
     loaded: MemoryPoint
@@ -112,7 +112,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Images per second of batches (grouped by expert), preprocessed beforehand."""
+    """Images per second in batches that are grouped by expert; the images are preprocessed beforehand."""
 
     batch: int
     images_per_second: Estimate
@@ -122,11 +122,12 @@ class Residency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One point of a residency sweep.
 
     Attributes:
-        mix: which images come: ``uniform``, ``skewed`` or ``bursts``.
-        resident: most resident experts.
+        mix: the mix of images: ``uniform``, ``skewed`` or ``bursts``.
+        resident: limit on the number of resident experts.
         hit_rate: share of predictions whose expert was resident, 0…1.
         p50, p99: milliseconds of a prediction, loading included.
-        bytes: proportional set size at the end beyond that before opening; the ledger's where there is no such.
+        bytes: proportional set size at the end beyond that before opening; where the platform has none, the ledger's
+            bytes.
     """
 
     mix: str
@@ -138,12 +139,12 @@ class Residency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """On labelled images, run by the engine that the row is of; shares 0…1.
+    """Accuracy on labelled images, run by the row's engine; shares are 0…1.
 
     Attributes:
-        images: how many.
-        router: share of images sent to their super-class's expert; None where there are no super-classes.
-        heat_map: images of each class sent to each expert ``[C][E]``; empty without experts.
+        images: number of images.
+        router: share of images sent to their super-class's expert; None without super-classes.
+        heat_map: number of images of each class sent to each expert ``[C][E]``; empty without experts.
     """
 
     images: int
@@ -154,7 +155,7 @@ class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What arXiv 2309.04354, figure 3a, says of this scale: FLOPs in millions, ImageNet top-1 in percent."""
+    """The values of arXiv 2309.04354, figure 3a, for this scale: FLOPs in millions, ImageNet top-1 in percent."""
 
     mflops: float
     top1: float
@@ -164,18 +165,18 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One configuration.
 
     Attributes:
-        name: unique in the run.
-        group: rows of one group are compared with each other; ratios are to its ``baseline`` row.
-        backend: onnxruntime, executorch, torch or coreml.
-        flops: of one image, the paper's convention; None for a foreign model.
-        macs: multiply-accumulates of its matrix products, closed form.
-        counted_macs: the same counted from the exported graph(s) that one image runs through.
+        name: the row's name, unique in the run.
+        group: name of the group; rows of one group are compared with each other, and ratios are to its ``baseline``.
+        backend: name of the backend that runs the model, such as ``onnxruntime``.
+        flops: FLOPs for one image, by the paper's convention; None for a foreign model.
+        macs: multiply-accumulates of the matrix products for one image, in closed form.
+        counted_macs: multiply-accumulates as counted in the exported graphs that one image runs through.
         parameters: number of all parameters.
-        active_parameters: number of those that one image uses.
-        bytes_on_disk: without the manifest.
-        bytes_first_image: files a device needs for its first image.
+        active_parameters: number of the parameters that one image uses.
+        bytes_on_disk: size of all files except the manifest and its sha256.
+        bytes_first_image: size of the files that a device needs for its first image.
         bytes_per_expert: size of the files that each expert adds; empty without experts.
-        ratio: its warm latency divided by the group's baseline row's, paired by round.
+        ratio: the row's warm latency divided by that of the group's baseline row, paired by round.
         hit: warm latency of a prediction whose expert is resident.
         switch: warm latency of a prediction whose expert has to be loaded; its files are in the page cache.
         energy: millijoules per prediction; None where the platform has no readable counter.
@@ -213,8 +214,8 @@ class Results(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         machine: processor, cores, system, versions, commit, date.
-        method: threads, rounds, images, order and whatever else is needed to repeat it.
-        class_names, expert_names: of the first row with experts; empty without.
+        method: threads, rounds, images, order and everything else that is needed to repeat the run.
+        class_names, expert_names: names from the first row with experts; empty if no row has experts.
     """
 
     format: int
@@ -235,7 +236,7 @@ def read_json(path: Path) -> Results:
     """Reads results.
 
     Raises:
-        ConfigError: no such file, not results, or of another format.
+        ConfigError: the file does not exist, does not hold results, or has another format.
     """
     try:
         results = msgspec.json.decode(path.read_bytes(), type=Results)
@@ -246,12 +247,12 @@ def read_json(path: Path) -> Results:
     if results.format != FORMAT:
         raise ConfigError(f"{path}: has format {results.format}, this version reads {FORMAT}; measure again")
     if problem := _inconsistency(results):
-        raise ConfigError(f"{path}: {problem}; the file was altered or cut, measure again")
+        raise ConfigError(f"{path}: {problem}; the file was altered or truncated, measure again")
     return results
 
 
 def _inconsistency(results: Results) -> str | None:
-    """What the types cannot say; None where all is well."""
+    """What is inconsistent in results of the right types; None if nothing is."""
     names = [row.name for row in results.rows]
     if not names:
         return "holds no rows"

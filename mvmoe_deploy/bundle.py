@@ -18,21 +18,22 @@ from mvmoe_deploy.images import Preprocessing
 FORMAT = "mvmoe-bundle"
 VERSION = 3
 READABLE = (1, 2, 3)
-"""Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces, and ranked classes to their outputs;
-version 3 added ``manifest.sha256``."""
+"""Format versions that this release reads. Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces,
+and ranked classes to their outputs; version 3 added ``manifest.sha256``."""
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
-"""One line, as ``sha256sum manifest.json`` prints it: what covers the manifest as the manifest covers all else."""
+"""File with the manifest's sha256, in one line as ``sha256sum manifest.json`` prints it. It protects the manifest as
+the manifest protects all other files."""
 IMAGES, TOKENS, PROBABILITIES, GATE, LOGITS = "images", "tokens", "probabilities", "gate", "logits"
 """Names of the tensors that pass between the application and the pieces."""
 
 WEIGHT_ALIGNMENT = 64
-"""Of weights in their file, for vector loads from a mapped file."""
+"""Alignment of weights in their file, in bytes, for vector loads from a mapped file."""
 
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_NAME_BYTES = 255
-"""Of a file or folder, on every file system in use."""
+"""Longest name of a file or folder that all common file systems allow, in bytes."""
 
 Role = Literal["model", "trunk", "router", "tail", "attention", "expert_layer", "head"]
 Index = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -41,7 +42,7 @@ Extent = Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or output of a piece; a dimension is a number or, where it varies, a name (``batch``)."""
+    """An input or output of a piece; a dimension is a number or, if it is dynamic, a name (``batch``)."""
 
     name: str
     shape: Annotated[list[Extent | str], msgspec.Meta(max_length=8)]
@@ -49,7 +50,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the bundle: path relative to the bundle, with forward slashes."""
+    """A file of the bundle; its path is relative to the bundle, with forward slashes."""
 
     path: Annotated[str, msgspec.Meta(max_length=1024)]
     bytes: Count
@@ -66,7 +67,7 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """The weight's size in bytes."""
         return 4 * math.prod(self.shape)
 
 
@@ -79,16 +80,17 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         expert: which expert a ``tail`` or ``expert_layer`` belongs to.
         layer: which MoE layer (from 0) an ``attention`` or ``expert_layer`` belongs to.
         graph: the file or package to open.
-        function: the method or function in it, where ``graph`` holds several.
-        files: every file that loading it reads, ``graph`` included.
-        inputs: in calling order.
-        outputs: in the order returned.
-        parameters: number of weights it uses.
-        weight_bytes: what these take when loaded; the unit of the memory budget. Of a swappable piece, its own.
-        flops: of one image, one multiply-add being two; null where no closed form is known.
-        optimised: the graph is as fast as the engine could make it, so that loading need not look for more.
-        weights: inputs of the graph beside ``inputs``, which are the same at every call (``swappable`` layout).
-        shared_bytes: weights that stay loaded with the one graph of all swappable pieces.
+        function: the method or function in ``graph``, if that holds several.
+        files: every file that loading the piece reads, including ``graph``.
+        inputs: the inputs, in calling order.
+        outputs: the outputs, in the order returned.
+        parameters: number of weights that the piece uses.
+        weight_bytes: size of these weights when loaded, which is what the memory budget counts; for a swappable piece,
+            the size of its own weights only.
+        flops: FLOPs for one image, counting a multiply-add as two; null if no closed form is known.
+        optimised: whether the graph is already optimised, so that the engine need not optimise it when loading.
+        weights: further inputs of the graph, which are the same in every call (``swappable`` layout).
+        shared_bytes: size of the weights that stay loaded with the one graph of all swappable pieces.
     """
 
     role: Role
@@ -108,7 +110,7 @@ class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """Such as ``trunk``, ``expert_03``, ``expert_03_layer_1``, ``attention_1``."""
+        """The piece's name, such as ``trunk``, ``expert_03``, ``expert_03_layer_1``, ``attention_1``."""
         return piece_name(self.role, self.expert, self.layer)
 
 
@@ -131,39 +133,39 @@ class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Expert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an expert is for: its super-class's name and the classes in it (indices); empty where not known."""
+    """What an expert is for: its super-class's name and the indices of the classes in it; empty if not known."""
 
     name: str
     classes: list[Index]
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The checkpoint a bundle was made from."""
+    """The checkpoint that a bundle was made from."""
 
     checkpoint: str
     sha256: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``manifest.json``.
+    """The content of ``manifest.json``.
 
     Attributes:
         format: always ``mvmoe-bundle``.
         version: format version.
         target: export format of the pieces; one of :func:`mvmoe_deploy.targets.known`.
         layout: how pieces are laid out in files: ``separate``, ``packed`` or ``swappable``.
-        precision: of the stored weights.
+        precision: precision of the stored weights.
         model: model config, with its ``architecture``.
-        routing: None for a dense model.
+        routing: how images are routed; None for a dense model.
         preprocessing: how images become the model's input.
         class_ids: identifier of each class, in the order of the logits.
-        class_names: readable name of each class, likewise.
+        class_names: readable name of each class, in the order of the logits.
         experts: what each expert is for, in expert order.
-        files: every file of the bundle but the manifest.
+        files: every file of the bundle except the manifest and its sha256.
         pieces: the exported graphs.
         verification: what was checked against PyTorch, and the errors seen.
-        source: the checkpoint.
-        tools: versions of what made the bundle.
+        source: the checkpoint that the bundle was made from.
+        tools: versions of the tools that made the bundle.
         options: target-specific export options.
     """
 
@@ -187,7 +189,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def piece_name(role: str, expert: int | None = None, layer: int | None = None) -> str:
-    """The name a piece's files and reports carry."""
+    """The name of a piece, which its files and reports carry."""
     if role in ("tail", "expert_layer"):
         name = f"expert_{expert:02d}"
         return name if role == "tail" else f"{name}_layer_{layer}"
@@ -196,14 +198,14 @@ def piece_name(role: str, expert: int | None = None, layer: int | None = None) -
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its manifest is valid and consistent; files are checked by :meth:`check`.
+    """An opened bundle: its manifest is valid and consistent; :meth:`check` checks its files.
 
     Attributes:
-        path: its directory.
-        manifest: what ``manifest.json`` says.
-        digest: sha256 of the bytes of ``manifest.json``, which stands for the whole bundle, since the manifest has the
-            sha256 of every other file; empty before it is written.
-        trusted: the caller vouches for the bundle or has named its digest, so that graphs need not be checked.
+        path: the bundle's directory.
+        manifest: the content of ``manifest.json``.
+        digest: sha256 of the bytes of ``manifest.json``. It identifies the whole bundle, because the manifest has the
+            sha256 of every other file. Empty before the manifest is written.
+        trusted: whether the caller vouches for the bundle or has named its digest, so that graphs need not be checked.
     """
 
     path: Path
@@ -220,7 +222,7 @@ class Bundle:
         """The one piece of that role, expert and layer.
 
         Raises:
-            BundleError: there is none.
+            BundleError: there is no such piece.
         """
         for piece in self.manifest.pieces:
             if (piece.role, piece.expert, piece.layer) == (role, expert, layer):
@@ -228,13 +230,13 @@ class Bundle:
         raise BundleError(f"{self.path}: has no piece {piece_name(role, expert, layer)}")
 
     def check(self, paths: list[str] | None = None) -> None:
-        """Compares files with the manifest's sizes and sha256 (each once for this object).
+        """Compares files with the manifest's sizes and sha256; this object compares each file only once.
 
         Args:
-            paths: which files; all by default.
+            paths: the files to compare; all by default.
 
         Raises:
-            BundleError: a file is missing, outside the bundle, of another size, or altered; it is named.
+            BundleError: a file is missing, outside the bundle, of another size, or altered; the message names it.
         """
         files = {file.path: file for file in self.manifest.files}
         for path in files if paths is None else paths:
@@ -248,12 +250,12 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
 
     Args:
         path: the bundle's directory.
-        digest: sha256 that its ``manifest.json`` must have, where the caller knows it; the bundle is then trusted.
+        digest: sha256 that its ``manifest.json`` must have, if the caller knows it; the bundle is then trusted.
         trust: whether the caller vouches for the bundle; see :class:`Bundle`.
 
     Raises:
-        BundleError: no such bundle, another than the one that is wanted, or a manifest that is damaged, edited,
-            unsafe or of another version.
+        BundleError: there is no bundle, it has another digest, or its manifest is damaged, edited, unsafe or of another
+            version.
     """
     path = Path(path)
     file = path / MANIFEST
@@ -273,8 +275,8 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
         raise BundleError(f"{file}: has sha256 {found}, but {digest} is asked for; it is another bundle, or damaged")
     if recorded is not None and found != recorded:
         raise BundleError(
-            f"{file}: sha256 differs from {MANIFEST_DIGEST}; the file is damaged, export again (after an edit that was "
-            f"meant, run: sha256sum {MANIFEST} > {MANIFEST_DIGEST})"
+            f"{file}: sha256 differs from {MANIFEST_DIGEST}; the file is damaged, export again (after an intended "
+            f"edit, run: sha256sum {MANIFEST} > {MANIFEST_DIGEST})"
         )
     try:
         raw = msgspec.json.decode(data)
@@ -299,7 +301,7 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
 
 
 def _recorded_digest(path: Path) -> str | None:
-    """What ``manifest.sha256`` says; None where it is missing, and empty where it says something else."""
+    """The digest in ``manifest.sha256``; None if the file is missing, empty if its content has another form."""
     file = path / MANIFEST_DIGEST
     if not file.exists():
         return None
@@ -310,7 +312,10 @@ def _recorded_digest(path: Path) -> str | None:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a directory is a bundle, be it damaged or of another version; other programs have manifest.json too."""
+    """Whether a directory is a bundle, even a damaged one or one of another version.
+
+    A ``manifest.json`` alone does not make a bundle, since other programs have files of that name.
+    """
     try:
         raw = msgspec.json.decode((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -319,7 +324,7 @@ def is_bundle(path: Path) -> bool:
 
 
 def describe_files(directory: Path, paths: list[str]) -> list[File]:
-    """Sizes and hashes of files just written into a bundle."""
+    """The manifest entries (size, sha256) of files that were just written into a bundle."""
     return [File(path, (directory / path).stat().st_size, sha256(directory / path)) for path in paths]
 
 
@@ -327,7 +332,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes ``manifest.json``, indented for a text editor, and ``manifest.sha256``.
 
     Raises:
-        BundleError: the manifest could not be read back, being unsafe or inconsistent.
+        BundleError: the manifest is unsafe or inconsistent, so it could not be read back.
     """
     problem = _inconsistency(manifest)
     if problem:
@@ -347,7 +352,7 @@ def check_file(directory: Path, file: File) -> None:
     """Compares one file with its manifest entry.
 
     Raises:
-        BundleError: missing, outside the bundle, of another size, altered, or not readable.
+        BundleError: the file is missing, outside the bundle, of another size, altered, or not readable.
     """
     path = directory / file.path
     try:
@@ -373,7 +378,7 @@ def _unsafe(path: str) -> bool:
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
-    """What a schema cannot say; None where all is well."""
+    """What is inconsistent in a manifest that fits the schema; None if nothing is."""
     try:
         targets.get(manifest.target)
     except ConfigError as error:
@@ -432,7 +437,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
             return f"describes {len(manifest.experts)} experts, routing has {routing.experts}"
         if any(index >= classes for expert in manifest.experts for index in expert.classes):
             return "an expert names a class that does not exist"
-        # counted first: a list of all pieces of an absurd routing would not fit in memory
+        # counted first, because a list of all pieces of an absurd routing would not fit in memory
         fewest = routing.experts * (1 if routing.k == 1 else routing.moe_layers)
         if fewest > len(names):
             return f"pieces do not fit the routing: there are {len(names)}, it needs more than {fewest}"
@@ -444,7 +449,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
 
 
 def _signature_problem(piece: Piece, manifest: Manifest) -> str | None:
-    """What of a piece's inputs and outputs its role does not allow; the runtime goes by their places."""
+    """What a piece's role does not allow in its inputs and outputs, which the runtime uses by position."""
     fused = manifest.routing is not None and manifest.routing.router == "fused"
     inputs = {"tail": (2,), "expert_layer": (2,)}.get(piece.role, (1,))
     outputs = {"trunk": (1 + fused,), "router": (1,), "attention": (2,), "expert_layer": (1,)}.get(piece.role, (1, 3))

@@ -1,8 +1,9 @@
 """The checkpoint format: ``.pt`` and ``.safetensors``, read without running anything from the file.
 
-A checkpoint is a flat header (format version, model config, class names, super-classes, preprocessing, training
-summary) and named weights. In a ``.pt`` file the header's fields stand beside ``weights``; in ``.safetensors``
-the header is JSON under the metadata key ``mvmoe``. Torch is imported only when a file is read or written.
+A checkpoint consists of a flat header (format version, model config, class names, super-classes, preprocessing,
+training summary) and named weights. In a ``.pt`` file the header's fields stand beside ``weights``; in a
+``.safetensors`` file the header is JSON under the metadata key ``mvmoe``. Torch is imported only when a file is read
+or written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mvmoe_deploy.tensor_files import PLACEHOLDER, Contents, Foreign, open_file,
 FORMAT = "mvmoe-checkpoint"
 VERSION = 2
 READABLE = (1, 2)
-"""Version 2 added the sha256 of a ``.safetensors`` file to its header."""
+"""Format versions that this release reads. Version 2 added the sha256 of a ``.safetensors`` file to its header."""
 
 
 class Superclasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,17 +38,17 @@ class Superclasses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
-    """Everything in a checkpoint but its weights.
+    """Everything in a checkpoint except its weights.
 
     Attributes:
         format: always ``mvmoe-checkpoint``.
         version: format version.
         model: the model config as plain values, with its ``architecture``.
         class_ids: folder name of each class, in the order of the logits.
-        class_names: readable name of each class, likewise.
+        class_names: readable name of each class, in the order of the logits.
         preprocessing: how images become the model's input.
-        superclasses: the groups the router was trained on; None for a dense model.
-        training: what it was trained on and how well it did; free form.
+        superclasses: the groups that the router was trained on; None for a dense model.
+        training: what the model was trained on and how well it did; free-form.
     """
 
     format: str
@@ -83,12 +84,12 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32") -> No
     """Writes a checkpoint; the file appears whole or not at all.
 
     Args:
-        path: ``.pt`` or ``.safetensors``.
-        checkpoint: what to write.
-        dtype: ``float32``, or ``float16`` to halve the file; it is read back as float32.
+        path: file to write, with the suffix ``.pt`` or ``.safetensors``.
+        checkpoint: the checkpoint to write.
+        dtype: ``float32``, or ``float16`` to halve the file; weights are read back as float32.
 
     Raises:
-        CheckpointError: the file name ends otherwise.
+        CheckpointError: the file name has another suffix.
     """
     import torch
 
@@ -111,13 +112,13 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32") -> No
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint without running anything from it; the weights come back as float32.
+    """Reads a checkpoint without running anything from it; the weights are returned as float32.
 
     The weights' names and shapes are checked against the config when the model is built
     (:func:`mvmoe_deploy.models.load_model`).
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, damaged, of another version, or lacking a field.
+        CheckpointError: the file is missing, is not a checkpoint, is damaged, has another version, or lacks a field.
     """
     import torch
 
@@ -139,7 +140,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def _parts(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header's fields, all plain values, and what describes the weights."""
+    """The header's fields, which are all plain values, and the descriptions of the weights."""
     path, raw = contents.path, contents.values
     weights: Any = None
     foreign = CheckpointError(
@@ -161,7 +162,7 @@ def _parts(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(raw, dict) or not isinstance(weights, dict):
         raise CheckpointError(f"{path}: lacks 'weights'")
     if not all(isinstance(name, str) for name in weights):
-        raise CheckpointError(f"{path}: weights has a name that is no text")
+        raise CheckpointError(f"{path}: weights has a name that is not a string")
     return raw, weights
 
 
@@ -170,12 +171,12 @@ def _check_header(header: Header, path: Path) -> None:
     if len(header.class_ids) != classes:
         raise CheckpointError(f"{path}: {len(header.class_ids)} class_ids but {classes} class_names")
     if not isinstance(header.model.get("architecture"), str):
-        raise CheckpointError(f"{path}: model.architecture is no text")
+        raise CheckpointError(f"{path}: model.architecture is not a string")
     for name in ("classes", "image_size"):
         if type(header.model.get(name)) is not int:
-            raise CheckpointError(f"{path}: model.{name} is no integer")
+            raise CheckpointError(f"{path}: model.{name} is not an integer")
     if header.model["classes"] != classes:
-        raise CheckpointError(f"{path}: the model has {header.model['classes']} classes, {classes} are named")
+        raise CheckpointError(f"{path}: the model has {header.model['classes']} classes, but {classes} are named")
     if header.model["image_size"] != header.preprocessing.size:
         raise CheckpointError(
             f"{path}: the model takes images of size {header.model.get('image_size')}, "

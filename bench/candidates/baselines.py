@@ -1,9 +1,9 @@
-"""What a routed model is compared with, and random weights to measure scales that nobody trained.
+"""The baselines of a routed model, and random weights for measuring scales that nobody has trained.
 
-Which baselines there are is the architecture's to say (:class:`mvmoe_deploy.models.registry.ModelConfig`,
-:class:`mvmoe_deploy.models.model.Model`). Every baseline is exported by the code that exports the routed model itself,
-so that a row differs from another in what is named and in nothing else; only ``stock`` is what ``torch.onnx.export``
-makes of the dense model as it is usually written.
+The architecture decides which baselines exist (:class:`mvmoe_deploy.models.registry.ModelConfig`,
+:class:`mvmoe_deploy.models.model.Model`). The code that exports the routed model also exports every baseline, so that
+two rows differ only in what their names say. The exception is ``stock``: the dense model as it is usually written,
+exported by ``torch.onnx.export``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import Model, ModelConfig, build
 
 RANDOM = "random"
-"""What a checkpoint's training summary says of weights that nobody trained: their accuracy is not worth measuring."""
+"""Marks random weights in a checkpoint's training summary: their accuracy is not worth measuring."""
 
 
 def random_checkpoint(config: ModelConfig, path: Path, seed: int = 0) -> Path:
-    """Writes a checkpoint with random weights: FLOPs, bytes, memory and latency need no training."""
+    """Writes a checkpoint with random weights, which suffice for FLOPs, bytes, memory and latency."""
     torch.manual_seed(seed)
     model = build(config)
     model.balance_router()
@@ -36,7 +36,7 @@ def random_checkpoint(config: ModelConfig, path: Path, seed: int = 0) -> Path:
 
 
 def export_stock(model: Model, path: Path) -> Path:
-    """``torch.onnx.export`` of the stock dense model with its defaults: what a user gets without this toolkit."""
+    """Exports the stock dense model with ``torch.onnx.export``'s defaults, as a user would without this toolkit."""
     stock = model.stock_module().eval()
     size = model.config.image_size
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """A configuration: what is measured, with which engine, and how it is opened.
 
-It travels to fresh processes as JSON, so this file imports no PyTorch.
+A configuration is passed to fresh processes as JSON, so this file imports no PyTorch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mvmoe_deploy.runtime import RoutedBatch, Stats
 Floats = NDArray[np.float32]
 
 TORCH = targets.Engine("torch", "mvmoe_deploy.models:load_checkpoint", ("torch",))
-"""Runs checkpoints as they are, without a bundle."""
+"""The engine that runs checkpoints directly, without a bundle."""
 
 BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
-"""What can be made from a routed checkpoint to compare it with; see :data:`mvmoe_deploy.bench.results.Kind`."""
+"""The baselines that can be made from a routed checkpoint; see :data:`mvmoe_deploy.bench.results.Kind`."""
 
 
 class Configuration(msgspec.Struct, frozen=True):
-    """One thing to measure; what it shares with :class:`mvmoe_deploy.bench.results.Row` is described there.
+    """One thing to measure; :class:`mvmoe_deploy.bench.results.Row` describes the attributes that both share.
 
     Attributes:
         path: a bundle's directory, a bare ``.onnx`` graph, or a checkpoint (backend ``torch``).
@@ -64,7 +64,7 @@ class Configuration(msgspec.Struct, frozen=True):
     paper: Paper | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What it shares with :class:`mvmoe_deploy.bench.results.Row`: all that is known before measuring."""
+        """The attributes shared with :class:`mvmoe_deploy.bench.results.Row`: all that is known before measuring."""
         return {name: getattr(self, name) for name in Row.__struct_fields__ if name in self.__struct_fields__}
 
     @property
@@ -79,15 +79,15 @@ class Opened(Protocol):
     """An opened configuration; :class:`mvmoe_deploy.Runtime` is one."""
 
     def predict(self, image: NDArray[np.uint8]) -> object:
-        """One decoded image ``[H, W, 3]``, preprocessing included."""
+        """Predicts one decoded image ``[H, W, 3]``, preprocessing included."""
         ...
 
     def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, RoutedBatch | None]:
-        """Preprocessed images ``[B, 3, S, S]`` → logits ``[B, C]`` and where they went."""
+        """Preprocessed images ``[B, 3, S, S]`` → logits ``[B, C]`` and the experts that the images were routed to."""
         ...
 
     def stats(self) -> Stats | None:
-        """What the runtime holds; None for an engine that keeps no such account."""
+        """The runtime's counts and resident experts; None for an engine that does not report them."""
         ...
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Opened(Protocol):
 
 
 def import_engine(backend: str) -> None:
-    """Imports what opening a configuration will import: memory and time of that are not the model's.
+    """Imports what opening a configuration will import, so that its memory and time are not charged to the model.
 
     Raises:
         ConfigError: the backend's package is not installed.
@@ -116,7 +116,7 @@ def backend_names() -> list[str]:
 
 
 def engine(backend: str) -> targets.Engine:
-    """What stands behind a row's backend.
+    """The engine of a row's backend.
 
     Raises:
         BackendError: there is no such backend.
@@ -132,11 +132,11 @@ def open_configuration(
     Args:
         c: what to open.
         threads: CPU threads.
-        max_resident: most resident experts.
+        max_resident: largest number of resident experts.
         preload: load all experts now.
 
     Raises:
-        MvmoeError: it cannot be opened.
+        MvmoeError: the configuration cannot be opened.
     """
     if c.opened_as == "checkpoint":
         return TorchModel(c, threads)
@@ -152,7 +152,7 @@ def open_configuration(
 
 
 class BareGraph:
-    """An ``.onnx`` file in a bare onnxruntime session: what one does without this toolkit."""
+    """An ``.onnx`` file in a bare onnxruntime session, as a user would run it without this toolkit."""
 
     def __init__(self, c: Configuration, threads: int) -> None:
         import onnxruntime as ort
@@ -171,7 +171,7 @@ class BareGraph:
         """See :class:`Opened`; the experts inside a graph cannot be chosen from outside.
 
         Raises:
-            BackendError: the graph does not take it; a stock export takes one image at a time.
+            BackendError: the graph does not accept the batch; a stock export takes one image at a time.
         """
         try:
             return self._session.run(None, {self._input: batch})[0], None
@@ -188,7 +188,7 @@ class BareGraph:
 
 
 class TorchModel:
-    """A checkpoint in PyTorch, eager."""
+    """A checkpoint run by PyTorch in eager mode."""
 
     def __init__(self, c: Configuration, threads: int) -> None:
         import torch
@@ -225,13 +225,13 @@ class TorchModel:
 
 
 def synthetic_batch(c: Configuration, count: int = 1) -> Floats:
-    """Random preprocessed images ``[count, 3, S, S]``, for what does not depend on an image's content."""
+    """Random preprocessed images ``[count, 3, S, S]``, for measurements that do not depend on an image's content."""
     size = c.preprocessing.size
     return np.random.default_rng(0).standard_normal((count, 3, size, size)).astype(np.float32)
 
 
 def expert_turn(c: Configuration, number: int) -> NDArray[np.int64] | None:
-    """The experts of the ``number``-th image where all E take turns, k at a time, ``[1, k]``; None without experts."""
+    """Experts ``[1, k]`` for the ``number``-th image, so that all E take turns; None for a model without experts."""
     if not c.experts:
         return None
     return (np.arange(c.k)[None] + number * c.k) % c.experts

@@ -1,8 +1,8 @@
-"""Multiply-accumulates counted in an exported ONNX graph: a check on the closed form that knows nothing of models.
+"""Counts multiply-accumulates in an exported ONNX graph: a check of the closed form that knows nothing about models.
 
-Counted are the matrix products, whichever operator holds them: MatMul, Gemm, Conv and Attention. The closed form
-(:mod:`mvmoe_deploy.models.flops`) is of the model as written down; the exported graphs compute only the class token
-in the last block, so a count is smaller by what that saves.
+It counts matrix products in all operators that contain them: MatMul, Gemm, Conv and Attention. The closed form
+(:mod:`mvmoe_deploy.models.flops`) describes the model as defined. The exported graphs compute only the class token in
+the last block, so the count is smaller by what that saves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mvmoe_deploy.errors import ConfigError
 
 
 def count_bundle(bundle: Bundle) -> int | None:
-    """MACs of one image through a bundle: of every piece that it runs through; None where they are no ONNX graphs."""
+    """MACs of one image in all pieces of a bundle that it runs through; None if the pieces are not ONNX graphs."""
     manifest = bundle.manifest
     k = manifest.routing.k if manifest.routing else 0
     pieces: list[Piece] = [piece for piece in manifest.pieces if piece.expert is None or piece.expert < k]
@@ -30,14 +30,14 @@ def count_graph(path: Path) -> int:
     """MACs of a graph for a batch of one.
 
     Raises:
-        ConfigError: a product whose shapes cannot be inferred.
+        ConfigError: the shapes of a product cannot be inferred.
     """
     model = onnx.load(str(path), load_external_data=False)
     for value in model.graph.input:
         shape = value.type.tensor_type.shape.dim
         if shape and not shape[0].dim_value:
             shape[0].dim_value = 1
-    del model.graph.value_info[:]  # they name the batch
+    del model.graph.value_info[:]  # they have a symbolic batch
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -53,7 +53,7 @@ def count_graph(path: Path) -> int:
         ins = [shapes.get(name, []) for name in node.input]
         out = shapes.get(node.output[0], [])
         if not out or not all(out) or any(not shape or not all(shape) for shape in ins[:2]):
-            raise ConfigError(f"{path}: the shapes of {node.op_type} {node.name!r} are not known, cannot count it")
+            raise ConfigError(f"{path}: the shapes of {node.op_type} {node.name!r} are not known; it cannot be counted")
         total += _products(node, ins, out)
     return total
 

@@ -1,4 +1,4 @@
-"""What is compared: bundles and checkpoints as they are given, and the baselines made from a routed checkpoint."""
+"""Prepares what is compared: the given bundles and checkpoints, and baselines made from a routed checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Progress = Callable[[str], None]
 
 
 def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = None) -> Configuration:
-    """A bundle, run by its target's backend.
+    """The configuration of a bundle, run by its target's backend.
 
     Raises:
-        BundleError: it cannot be read.
+        BundleError: the bundle cannot be read.
     """
     bundle = open_bundle(path)
     manifest = bundle.manifest
@@ -69,7 +69,7 @@ def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = N
 
 
 def _bytes_per_expert(bundle: Bundle, sizes: dict[str, int]) -> list[int]:
-    """Bytes of the files that nothing but this expert's pieces refers to."""
+    """For each expert, the bytes of the files that only this expert's pieces refer to."""
     pieces, routing = bundle.manifest.pieces, bundle.manifest.routing
     users: dict[str, set[int | None]] = {}
     for piece in pieces:
@@ -79,10 +79,10 @@ def _bytes_per_expert(bundle: Bundle, sizes: dict[str, int]) -> list[int]:
 
 
 def of_checkpoint(path: Path, name: str = "", group: str = "") -> Configuration:
-    """A checkpoint, run by PyTorch as it is.
+    """The configuration of a checkpoint, run directly by PyTorch.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the checkpoint cannot be read.
     """
     checkpoint = checkpoints.load(path)
     header = checkpoint.header
@@ -125,18 +125,18 @@ def prepare(
     group: str = "",
     progress: Progress = lambda what: None,
 ) -> list[Configuration]:
-    """Configurations of what is given, and the baselines of the first routed checkpoint among it.
+    """Configurations of the given bundles and checkpoints, and of baselines of the first routed checkpoint.
 
     Args:
         given: bundles, which run on their own backend, and checkpoints, which are exported for each of ``backends``.
-        folder: where exports are put; those already there are used again.
-        backends: for checkpoints.
+        folder: folder for exports; existing exports in it are used again.
+        backends: backends that the checkpoints are exported for.
         baselines: some of :data:`BASELINES`, to be made from the first routed checkpoint.
-        group: of the rows.
-        progress: called with what is about to be done.
+        group: group of the rows.
+        progress: called with the step about to begin.
 
     Raises:
-        MvmoeError: something cannot be read or exported; baselines without a routed checkpoint.
+        MvmoeError: something cannot be read or exported, or baselines are wanted without a routed checkpoint.
     """
     for what, names, known in (("backend", backends, backend_names()), ("baseline", baselines, BASELINES)):
         for name in names:
@@ -156,14 +156,14 @@ def prepare(
             routed = path
     if baselines:
         if routed is None:
-            raise ConfigError(f"baselines {', '.join(baselines)}: need a routed checkpoint to be made from; give one")
+            raise ConfigError(f"baselines {', '.join(baselines)}: these are made from a routed checkpoint; give one")
         for baseline in baselines:
             made += _baseline(baseline, routed, folder, backends, group, progress)
     return made
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Names with a number where several are the same."""
+    """The names, with a number added where several are the same."""
     return [
         name if names.count(name) == 1 else f"{name} #{list(names[: i + 1]).count(name)}"
         for i, name in enumerate(names)
@@ -192,7 +192,7 @@ def _baseline(
     config = model.config
     if baseline == "all-experts":
         c = _exported(model.graph_module(), header, config.to_dict(), "all-experts", group, folder, progress)
-        # bare, and without hashing: the strongest opponent is somebody who does without all of this project
+        # a bare session without hashing: the strongest competitor is a user who uses nothing of this project
         return [msgspec.structs.replace(c, path=f"{c.path}/model.onnx", trained=_trained(header))]
     if baseline == "dense-wide":
         wide, _ = load_checkpoint(_random(baseline, config.wide, config, folder))
@@ -212,9 +212,9 @@ def _baseline(
 
 
 def _random(baseline: str, shape: ModelConfig | None, of: ModelConfig, folder: Path) -> Path:
-    """A checkpoint of a baseline's shape with random weights, made once."""
+    """A checkpoint of a baseline's shape with random weights; it is made only once."""
     if shape is None:
-        raise ConfigError(f"baseline {baseline}: a {of.architecture} has none")
+        raise ConfigError(f"baseline {baseline}: a {of.architecture} model does not have this baseline")
     path = folder / f"random-{baseline}.pt"
     if not path.exists():
         random_checkpoint(shape, path)
@@ -224,7 +224,7 @@ def _random(baseline: str, shape: ModelConfig | None, of: ModelConfig, folder: P
 def _exported(
     module: nn.Module, header: Header, model: dict[str, Any], kind: Kind, group: str, folder: Path, progress: Progress
 ) -> Configuration:
-    """A module exported whole, as a bundle of one piece."""
+    """The configuration of a module that is exported whole, as a bundle of one piece."""
     out = folder / f"{kind}.mvmoe"
     if not out.exists():
         progress(f"exporting {kind}")

@@ -1,4 +1,4 @@
-"""The paper's 12 scales: FLOPs, bytes, memory, latency of random weights, beside the paper's FLOPs and accuracies."""
+"""The paper's 12 scales: FLOPs, bytes, memory and latency with random weights, and the paper's FLOPs and accuracies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FIGURE = Path(__file__).with_name("fig3a.csv")
 
 
 def paper_scales() -> dict[str, tuple[Paper, Paper]]:
-    """What figure 3a says of each scale (``12x192``), largest first: of the dense baseline, of Mobile V-MoE."""
+    """Figure 3a's values for each scale (``12x192``), largest first: the dense baseline's and Mobile V-MoE's."""
     with open(FIGURE, newline="", encoding="utf-8") as file:
         rows = csv.DictReader(line for line in file if not line.startswith("#"))
         return {
@@ -33,10 +33,10 @@ def paper_scales() -> dict[str, tuple[Paper, Paper]]:
 
 
 def choose_scales(text: str | None) -> list[str]:
-    """Reads ``6x64,12x192``: all of the paper's where nothing is given.
+    """Reads scales such as ``6x64,12x192``; None stands for all of the paper's scales.
 
     Raises:
-        ConfigError: a scale that is not of that form.
+        ConfigError: a scale does not have that form.
     """
     if text is None:
         return list(paper_scales())
@@ -48,7 +48,7 @@ def choose_scales(text: str | None) -> list[str]:
 
 
 def all_scales() -> str:
-    """The paper's, for messages."""
+    """The names of the paper's scales, for messages."""
     return ", ".join(paper_scales())
 
 
@@ -59,14 +59,14 @@ def prepare_scale(
     baselines: Sequence[str] = (),
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Configuration]:
-    """A scale with random weights and its dense baseline, exported, with the paper's figures where it has any.
+    """Exports a scale with random weights and its dense baseline, and adds the paper's figures if it has any.
 
     Args:
-        scale: such as ``12x192``.
-        folder: for checkpoints and exports; made if there is none.
-        backends: to run the checkpoints with.
-        baselines: further ones.
-        progress: called with what is about to be done.
+        scale: name of the scale, such as ``12x192``.
+        folder: folder for checkpoints and exports; created if it does not exist.
+        backends: backends that run the checkpoints.
+        baselines: further baselines.
+        progress: called with the step about to begin.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = []
@@ -87,4 +87,4 @@ def prepare_scale(
 
 
 OF_PAPER = ("dense", "mobile-vmoe")
-"""Kinds of rows that the paper says something of."""
+"""The kinds of rows for which the paper has figures."""

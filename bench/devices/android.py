@@ -1,7 +1,7 @@
 """A bundle's pieces on a phone or emulator, over adb, with the engine's own runner.
 
-The runner times one graph at a time, so what is measured is pieces: the trunk and every tail, each run in several
-passes. A row for the whole image adds the pieces up; see :func:`measure`.
+The runner times one graph at a time, so pieces are measured: the trunk and every tail, each run in several passes.
+The row of a whole image adds up the times of its pieces; see :func:`measure`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import preprocess
 
 PLACE = PurePosixPath("/data/local/tmp")
-"""The only folder of a stock phone that the shell's user may write to and run programs from."""
+"""The only folder on a stock phone in which the shell's user may write files and run programs."""
 
 PASSES = 5
-"""Every piece gets its turn this often, in another order each time, so that a warming phone slows all of them alike."""
+"""Number of passes over all pieces, each in another order, so that a phone that warms up slows all pieces alike."""
 
 WARMUP = 5
-"""Runs at the start of each pass that are not kept: the runner is a new process each time."""
+"""Number of runs at the start of each pass that are discarded, because each pass starts a new runner process."""
 
 QUICK = 30.0
-"""Seconds that a question to the phone may take."""
+"""Seconds that a query to the phone may take."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Adb:
         """Runs ``adb -s SERIAL ARGUMENTS`` and returns what it printed.
 
         Raises:
-            BackendError: it failed, or took longer than ``timeout`` seconds.
+            BackendError: the command failed, or took longer than ``timeout`` seconds.
         """
         done = call(self.program, ["-s", self.serial, *arguments], timeout)
         if done.returncode:
@@ -67,12 +67,12 @@ class Adb:
         return self.run("shell", shlex.join(words), timeout=timeout)
 
     def ask(self, script: str) -> str | None:
-        """What a shell script prints on the phone; None if the phone does not let us know."""
+        """The output of a shell script on the phone; None if it prints nothing, as when it fails."""
         done = call(self.program, ["-s", self.serial, "shell", script], QUICK)
         return done.stdout.strip() or None
 
     def explain(self, what: str, done: subprocess.CompletedProcess[str]) -> str:
-        """An error in one line, from what adb or the phone printed."""
+        """A one-line error message made from the output of adb or the phone."""
         said = f"{done.stdout}\n{done.stderr}"
         # adb's own messages: client/commandline.cpp, transport.cpp and file_sync_client.cpp in its sources
         if re.search(r"device '.*' not found|device offline|no devices|closed|protocol fault", said):
@@ -88,7 +88,7 @@ def call(program: str, arguments: Sequence[str], timeout: float) -> subprocess.C
     """Runs adb.
 
     Raises:
-        BackendError: there is no such program, or no answer in time.
+        BackendError: there is no such program, or it does not answer in time.
     """
     try:
         return subprocess.run(
@@ -104,11 +104,12 @@ def find_device(program: str = "adb", serial: str | None = None) -> Adb:
     """Picks the phone.
 
     Args:
-        program: adb.
-        serial: of the phone; may be left out if there is only one.
+        program: the adb program.
+        serial: the phone's serial number; optional if only one phone is connected.
 
     Raises:
-        BackendError: none, several and no serial, or one that cannot be used; it says what to do.
+        BackendError: no phone is connected, several are and no serial is given, or the phone cannot be used; the
+            message says what to do.
     """
     listed = call(program, ["devices"], QUICK).stdout.splitlines()
     states = dict(line.split("\t", 1) for line in listed if "\t" in line)
@@ -132,13 +133,13 @@ def find_device(program: str = "adb", serial: str | None = None) -> Adb:
 
 @dataclass(frozen=True)
 class Timing:
-    """What the runner says of one process.
+    """The runner's report on one process.
 
     Attributes:
         load: milliseconds to load the graph.
-        first: of the first run, milliseconds; onnxruntime_perf_test tells whole ones only.
+        first: milliseconds of the first run; onnxruntime_perf_test reports whole milliseconds only.
         samples: milliseconds of the runs after warming up.
-        peak: peak resident set size of the process in bytes, runner included; None where it does not tell.
+        peak: peak resident set size of the process in bytes, runner included; None if the runner does not report it.
     """
 
     load: float
@@ -149,7 +150,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where things are on the phone: the runner, and a folder per bundle with the bundle's own file names."""
+    """The runner's folder on the phone, which also holds a folder per bundle with the bundle's own file names."""
 
     adb: Adb
     folder: PurePosixPath
@@ -158,12 +159,12 @@ class Place:
     timeout: float
 
     def run(self, folder: PurePosixPath, *arguments: str) -> tuple[str, str]:
-        """Runs the runner in a folder; returns its process id and all it printed.
+        """Runs the runner in a folder; returns its process id and all of its output.
 
         Raises:
-            BackendError: it crashed, failed or took too long.
+            BackendError: the runner crashed, failed or took too long.
         """
-        # exec keeps the process id, by which the log is filtered
+        # exec keeps the process id, which is needed to filter the log
         script = f"echo pid $$; cd {shlex.quote(str(folder))} && LD_LIBRARY_PATH={shlex.quote(str(self.folder))} exec "
         script += shlex.join([str(self.runner), *arguments]) + " 2>&1"
         done = call(self.adb.program, ["-s", self.adb.serial, "shell", script], self.timeout)
@@ -177,15 +178,15 @@ class Place:
         return found[1], done.stdout
 
     def log(self, process: str) -> str:
-        """What a process wrote to the phone's log under ExecuTorch's tag."""
+        """The lines that a process wrote to the phone's log under ExecuTorch's tag."""
         return self.adb.ask(f"logcat -d --pid={process} -s ExecuTorch") or ""
 
 
 def run_executorch(place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], runs: int) -> Timing:
     """Runs ``executor_runner`` (ExecuTorch 1.3 or newer, which reports every iteration).
 
-    Its flags and messages: examples/portable/executor_runner/executor_runner.cpp. On Android, ExecuTorch's log goes to
-    logcat instead of the terminal: runtime/platform/default/android.cpp.
+    Its flags and messages are defined in examples/portable/executor_runner/executor_runner.cpp. On Android, ExecuTorch
+    logs to logcat instead of the terminal, see runtime/platform/default/android.cpp.
     """
     flags = {
         "model_path": piece.graph,
@@ -208,10 +209,10 @@ def run_executorch(place: Place, folder: PurePosixPath, piece: Piece, inputs: Se
 
 
 def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], runs: int) -> Timing:
-    """Runs ``onnxruntime_perf_test``, one graph, on the test data that lies in its folder.
+    """Runs ``onnxruntime_perf_test`` on one graph and the test data in its folder.
 
-    Its flags: onnxruntime/test/perftest/command_args_parser.cc; a line of its result file is model, seconds, peak
-    bytes, CPU share, number: PerformanceResult::DumpToFile in performance_runner.cc.
+    Its flags are defined in onnxruntime/test/perftest/command_args_parser.cc. A line of its result file has model,
+    seconds, peak bytes, CPU share and number, see PerformanceResult::DumpToFile in performance_runner.cc.
     """
     data = folder / "test_data_set_0"
     prepare = [["rm", "-rf", str(data), str(folder / "result.csv")], ["mkdir", str(data)]]
@@ -245,12 +246,12 @@ def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: S
 
 @dataclass(frozen=True)
 class Runner:
-    """An engine's own program that runs one graph on a phone; a target's record names one.
+    """An engine's own program that runs one graph on a phone; a target's record names it.
 
     Attributes:
-        program: what it is called.
-        run: runs a piece ``runs`` times beyond :data:`WARMUP`, in the folder that holds its files and inputs.
-        encode: an input as the program reads it from a file, from its name and value.
+        program: name of the program.
+        run: function that runs a piece :data:`WARMUP` plus ``runs`` times, in the folder with its files and inputs.
+        encode: function that turns an input's name and value into the file content that the program reads.
     """
 
     program: str
@@ -276,7 +277,7 @@ def _runner_of(bundle: Bundle) -> Runner:
     """The program that runs a bundle's pieces.
 
     Raises:
-        ConfigError: its target has none, or the package that has it is not installed.
+        ConfigError: the bundle's target has no such program, or the package that describes it is not installed.
     """
     target = targets.get(bundle.manifest.target)
     if not target.android:
@@ -288,7 +289,7 @@ def _runner_of(bundle: Bundle) -> Runner:
 
 @dataclass
 class _Measured:
-    """A bundle and what was seen of its pieces, by name: one entry per pass."""
+    """A bundle and the timings of its pieces by name, one per pass."""
 
     bundle: Bundle
     name: str
@@ -312,25 +313,25 @@ def measure(
 ) -> Results:
     """Measures bundles on a phone.
 
-    Each piece is a row: its own runs, timed by the runner inside its process. For a bundle of several pieces the first
-    row, with the bundle's name, is their sum: run i of the trunk (and router) plus run i of the tail of expert
-    i modulo E, of the same pass. It is what an image costs in the engine; preprocessing and the choice of the expert
-    are not in it. Nothing is filled in that the runner does not measure: memory, cold starts and energy stay absent.
+    Each piece has a row with its own runs, timed by the runner inside its process. A bundle of several pieces also has
+    a first row with the bundle's name, which is a sum: run i of the trunk (and router) plus run i of the tail of expert
+    i modulo E, from the same pass. This is an image's cost in the engine, without preprocessing and the choice of the
+    expert. What the runner does not measure (memory, cold starts, energy) stays absent.
 
     Args:
         adb: the phone.
         runner: the engine's runner, built for the phone; shared libraries beside it are pushed too.
-        paths: bundles, all of the target that the runner is for; ratios are to the first.
-        threads: of the engine.
-        runs: kept per piece, over all passes.
-        images: what trunks are run on, the first of them; noise without. Tails run on noise: their work does not depend
-            on the values.
+        paths: bundles, all of the runner's target; ratios are to the first bundle.
+        threads: threads of the engine.
+        runs: number of runs to keep per piece, over all passes.
+        images: image files; trunks run on the first one, or on noise if there is none. Tails run on noise, because
+            their work does not depend on the values.
         timeout: seconds that one process of the runner may take.
-        progress: wraps the runs.
+        progress: wraps the iteration over the runs.
 
     Raises:
-        BackendError: the phone or the runner failed; what was pushed is removed all the same.
-        ConfigError: a bundle that the runner cannot run.
+        BackendError: the phone or the runner failed; the pushed files are removed all the same.
+        ConfigError: the runner cannot run a bundle.
     """
     bundles = [open_bundle(path) for path in paths]
     program = _check(bundles, runner)
@@ -377,7 +378,7 @@ def measure(
 
 
 def describe(adb: Adb) -> dict[str, Any]:
-    """What the phone is and how hot; None for what it does not tell."""
+    """Describes the phone and its temperatures; a value is None if the phone does not report it."""
     properties = {name: adb.ask(f"getprop {name}") for name in
                   ("ro.product.manufacturer", "ro.product.model", "ro.soc.model", "ro.build.version.release",
                    "ro.product.cpu.abi")}  # fmt: skip
@@ -409,13 +410,13 @@ def temperatures(adb: Adb) -> dict[str, float] | None:
         'for z in /sys/class/thermal/thermal_zone*; do echo "$(cat $z/type) $(cat $z/temp)"; done 2>/dev/null'
     )
     for name, millidegrees in re.findall(r"^(\S+) (-?\d+)$", zones or "", re.MULTILINE):
-        if -50_000 < int(millidegrees) < 200_000:  # some zones give nonsense where there is no sensor
+        if -50_000 < int(millidegrees) < 200_000:  # some zones without a sensor report nonsense
             found[name] = int(millidegrees) / 1000
     return found or None
 
 
 def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
-    """How the runner is used, if it can run all bundles, which are of one target."""
+    """Checks that the runner can run all bundles, which must be of one target; returns how it is used."""
     if not runner.is_file():
         raise ConfigError(f"{runner}: no such file; give --runner the engine's runner, built for the phone")
     programs = [_runner_of(bundle) for bundle in bundles]
@@ -431,7 +432,7 @@ def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
         batch = bundle.manifest.options.get("max_batch", 1)
         if batch != 1:  # extension/runner_util/inputs.cpp fills inputs of the largest shape
             raise ConfigError(
-                f"{bundle.path}: is for batches of up to {batch} images, and executor_runner always runs the largest; "
+                f"{bundle.path}: takes batches of up to {batch} images, and executor_runner always runs the largest; "
                 "export it with --max-batch 1"
             )
     return programs[0]
@@ -439,13 +440,13 @@ def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
 
 @contextlib.contextmanager
 def _folder(adb: Adb) -> Iterator[PurePosixPath]:
-    """A new folder on the phone, removed in the end with whatever still runs from it."""
+    """Yields a new folder on the phone; at the end it is removed, and processes that still run from it are ended."""
     folder = PLACE / f"mvmoe-bench-{secrets.token_hex(4)}"
     adb.shell("mkdir", str(folder))
     try:
         yield folder
     finally:
-        # a phone that is gone cannot be tidied up, and the reason why is on its way already
+        # a disconnected phone cannot be tidied up, and the error that says so is already being raised
         with contextlib.suppress(BackendError):
             adb.ask(f"pkill -f {folder}; rm -rf {folder}")
 
@@ -478,27 +479,27 @@ def _push(
 
 
 def _parts(bundle: Bundle, choice: int) -> list[str]:
-    """Names of the pieces that one image runs through; its k experts are ``choice``, ``choice`` + 1, …"""
+    """Names of the pieces that one image runs through if its k experts are ``choice``, ``choice`` + 1, …"""
     routing = bundle.manifest.routing
     chosen = {(choice + each) % routing.experts for each in range(routing.k)} if routing else set()
     return [piece.name for piece in bundle.manifest.pieces if piece.expert is None or piece.expert in chosen]
 
 
 def image_samples(measured: _Measured) -> list[float]:
-    """Run by run, what the pieces of one image take together; the expert is another in each run."""
+    """For each run, the total time of one image's pieces; the experts take turns from run to run."""
     samples = {name: measured.samples(name) for name in measured.timings}
     count = min(map(len, samples.values()))
     return [sum(samples[name][run] for name in _parts(measured.bundle, run)) for run in range(count)]
 
 
 def _rows(measured: _Measured, base: list[float] | None, throttled: bool | None, load: float) -> Iterator[Row]:
-    """The row of a bundle, then a row of each of its pieces.
+    """Yields the row of a bundle, then a row for each of its pieces.
 
     Args:
-        measured: the bundle.
-        base: the samples that its ratio is to; None for the first bundle.
-        throttled: whether the phone was; None where it does not tell.
-        load: its load average.
+        measured: the bundle and its timings.
+        base: samples of the first bundle, to which the ratio is taken; None for the first bundle itself.
+        throttled: whether the phone was throttling; None if it does not report that.
+        load: the phone's load average.
     """
     whole = of_bundle(measured.bundle.path, measured.name, group="android")
     image = image_samples(measured)
@@ -538,7 +539,7 @@ def _latency(samples: list[float], first: float, throttled: bool | None, load: f
 
 
 def _each(measured: Sequence[_Measured], pick: Callable[[Timing], float | None]) -> dict[str, list[float]] | None:
-    """A figure of every pass, by bundle and piece; None if no runner gives it."""
+    """One figure per pass, by bundle and piece; None if the runner does not report the figure."""
     found = {
         f"{each.name}/{piece}": [value for timing in timings if (value := pick(timing)) is not None]
         for each in measured

@@ -1,4 +1,4 @@
-"""Core ML bundles on a Mac, and which compute device Core ML plans each piece for."""
+"""Measures Core ML bundles on a Mac, and reports the compute devices that Core ML plans for each piece."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mvmoe_deploy.errors import BackendError, ConfigError
 
 
 def measure(paths: Sequence[Path], images: Path | None, threads: int, rounds: int) -> Results:
-    """Measures Core ML bundles by ``predict``, as any other backend, and adds Core ML's plans to the method.
+    """Measures Core ML bundles through ``predict``, like any other backend, and adds Core ML's plans to the method.
 
     Raises:
-        BackendError: this is not macOS.
-        ConfigError: a bundle of another target.
+        BackendError: this system is not macOS.
+        ConfigError: a bundle has another target.
     """
     if sys.platform != "darwin":
         raise BackendError(
@@ -58,7 +58,7 @@ def planned(bundle: Bundle) -> dict[str, dict[str, int]]:
 
 
 def count_devices(plan: Any, function: str) -> dict[str, int]:
-    """Operations by the compute device that an ``MLComputePlan`` prefers; constants have none and are left out."""
+    """Counts operations by the compute device that an ``MLComputePlan`` prefers, without constants, which have none."""
     operations = plan.model_structure.program.functions[function].block.operations
     usages = [plan.get_compute_device_usage_for_mlprogram_operation(operation) for operation in operations]
     # MLCPUComputeDevice, MLGPUComputeDevice, MLNeuralEngineComputeDevice

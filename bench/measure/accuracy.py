@@ -1,4 +1,4 @@
-"""Accuracy of a configuration on labelled images, run by its own engine, and where its router sends them."""
+"""Measures a configuration's accuracy on labelled images, run by its own engine, and where its router sends them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Labelled:
-    """Decoded images ``[n, H, W, 3]``, their classes (indices) ``[n]`` and every class's identifier."""
+    """Decoded images ``[n, H, W, 3]``, their class indices ``[n]`` and the identifiers of all classes."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -27,10 +27,10 @@ class Labelled:
 
 
 def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Labelled:
-    """Evenly spaced images of the validation split of a folder as ``mvmoe-train --data`` takes it.
+    """Reads evenly spaced images of the validation split of a folder that ``mvmoe-train --data`` accepts.
 
     Raises:
-        DataError: no such data, or an unreadable image.
+        DataError: there is no such data, or an image cannot be read.
     """
     from mvmoe_deploy.models.train.folders import read_images
 
@@ -40,10 +40,10 @@ def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Label
 
 
 def labels_for(c: Configuration, labelled: Labelled) -> NDArray[np.int64]:
-    """The images' classes as this configuration numbers them.
+    """The images' classes in this configuration's numbering.
 
     Raises:
-        DataError: an image's class is none that the model knows.
+        DataError: the model does not know an image's class.
     """
     unknown = sorted(set(labelled.class_ids) - set(c.class_ids))
     if unknown:
@@ -59,14 +59,14 @@ def measure_accuracy(
     labels: NDArray[np.int64],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Runs labelled images.
+    """Measures accuracy by running labelled images.
 
     Args:
         c: the configuration.
-        model: it, opened.
-        pixels: ``[n, H, W, 3]``.
-        labels: ``[n]``, as :func:`labels_for` gives them.
-        progress: called with how many images are done, and of how many.
+        model: the opened configuration.
+        pixels: decoded images, ``[n, H, W, 3]``.
+        labels: their classes ``[n]``, from :func:`labels_for`.
+        progress: called with the number of finished images and their total number.
     """
     top1 = top5 = routed_well = 0
     heat = np.zeros((len(c.class_ids), c.experts), int)

@@ -1,4 +1,4 @@
-"""Cold start: from starting a process to its first prediction, in fresh processes, configurations in turn."""
+"""Cold start: the time from starting a process to its first prediction, with configurations taking turns."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def measure_cold_start(
 ) -> dict[str, ColdStart]:
     """Starts ``repeats`` processes per configuration, in an order shuffled every round.
 
-    Files are in the page cache (a start of each before the first that counts sees to that and compiles Python's files),
-    so that a disk's speed is not part of it.
+    Files are in the page cache, so the disk's speed is not part of the time: each configuration is started once before
+    the measured starts, which also compiles Python's files.
 
     Args:
-        configurations: what to start.
+        configurations: the configurations to start.
         image: a ``.npy`` file of decoded images of the models' size; the first is predicted.
-        threads: of the engine.
-        repeats: processes per configuration.
-        progress: called with how many processes have run, and of how many.
+        threads: threads of the engine.
+        repeats: number of processes per configuration.
+        progress: called with the number of finished processes and their total number.
 
     Returns:
-        By the configurations' names.
+        Cold starts by the configurations' names.
 
     Raises:
         BackendError: a process failed.
@@ -62,11 +62,11 @@ def measure_cold_start(
 
 
 def _start(c: Configuration, image: Path, threads: int) -> list[float]:
-    """Milliseconds of the interpreter, imports, load and first run, of one process."""
+    """Starts one process and returns the milliseconds of interpreter, imports, load and first run."""
     scale = [",".join(map(str, values)) for values in (c.preprocessing.mean, c.preprocessing.std)]
     arguments = [c.opened_as, c.backend, c.path, str(image), str(threads)]
     command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as == "graph" else [])]
-    before = time.monotonic()  # one clock for all processes of a machine
+    before = time.monotonic()  # all processes of a machine share this clock
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()

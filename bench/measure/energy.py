@@ -1,8 +1,8 @@
-"""Energy per prediction from the processor's own counters, where the system lets us read them.
+"""Energy per prediction from the processor's own counters, if the system allows reading them.
 
-Linux has RAPL's counters, macOS ``powermetrics``; both usually take root. They count the whole processor: a figure
-includes what other programs used meanwhile, and what the processor uses when idle. Where there are no counters there is
-no figure; nothing is estimated.
+Linux has RAPL's counters and macOS has ``powermetrics``; both usually need root. They count the whole processor, so a
+figure includes the energy of other programs and of the idle processor. Without counters there is no figure; nothing is
+estimated.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from mvmoe_deploy.bench.results import Estimate
 
 POWERCAP = Path("/sys/class/powercap")
 CHUNK_SECONDS = 0.5
-"""RAPL's counters advance once a millisecond; over half a second that does not matter."""
+"""Length of a measurement. RAPL's counters advance once a millisecond, which does not matter over half a second."""
 SAMPLE_SECONDS = 0.05
-"""How often powermetrics reports; what a chunk has of the first and the last sample is taken by time."""
+"""Interval at which powermetrics reports; the first and last sample of a chunk count by their share of time in it."""
 
 
 class Meter(Protocol):
-    """Something that counts energy."""
+    """A meter that counts energy."""
 
     def measure(self, work: Callable[[], object]) -> float:
-        """Millijoules used while ``work`` ran."""
+        """Runs ``work`` and returns the millijoules used meanwhile."""
         ...
 
     def close(self) -> None: ...
 
 
 class Rapl:
-    """The counters of all packages, in microjoules; those of their parts (cores, memory) are left out."""
+    """RAPL's counters of all packages, in microjoules; the counters of their parts (cores, memory) are left out."""
 
     def __init__(self, counters: list[Path]) -> None:
         self.counters = counters
 
     @classmethod
     def open(cls, folder: Path = POWERCAP) -> Rapl | None:
-        """None where there are no counters, or we may not read them all: a part of the energy is no answer."""
+        """Opens the counters; None if there are none or not all can be read, since part of the energy is no answer."""
         found = []
         for each in sorted(folder.glob("intel-rapl:*")) if folder.is_dir() else []:
             if re.fullmatch(r"intel-rapl:\d+", each.name):
@@ -79,14 +79,14 @@ class Powermetrics:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
-        self._samples: list[tuple[float, float, float]] = []  # from, to (monotonic), millijoules
+        self._samples: list[tuple[float, float, float]] = []  # start and end (monotonic clock), millijoules
         self._new = threading.Condition()
         self._ended = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     @classmethod
     def open(cls) -> Powermetrics | None:
-        """None where there is no such command, or we may not run it (as root, or by sudo without a password)."""
+        """Starts the command; None if it is missing or may not be run (as root, or with sudo without a password)."""
         if shutil.which("powermetrics") is None:
             return None
         options = ["--samplers", "cpu_power", "--format", "plist", "--buffer-size", "0"]
@@ -121,7 +121,7 @@ class Powermetrics:
         self._process.wait()
 
     def _wait_until(self, moment: float, seconds: float = 10) -> bool:
-        """Waits for a sample that reaches up to ``moment``; False if none comes."""
+        """Waits for a sample that extends to ``moment``; False if none arrives within ``seconds``."""
         with self._new:
             self._new.wait_for(lambda: self._ended or bool(self._samples and self._samples[-1][1] >= moment), seconds)
             return bool(self._samples and self._samples[-1][1] >= moment)
@@ -131,7 +131,7 @@ class Powermetrics:
         text = b""
         while part := os.read(self._process.stdout.fileno(), 1 << 16):
             arrived = time.monotonic()
-            *whole, text = (text + part).split(b"\0")  # which ends each list, but the first begins with none
+            *whole, text = (text + part).split(b"\0")  # a zero byte separates the property lists
             if text.rstrip().endswith(b"</plist>"):
                 whole, text = [*whole, text], b""
             for each in filter(bytes.strip, whole):
@@ -147,7 +147,7 @@ class Powermetrics:
 
 
 def open_meter() -> Meter | None:
-    """What counts energy here, or None."""
+    """The energy meter of this system, or None."""
     return Rapl.open() or Powermetrics.open()
 
 
@@ -157,10 +157,10 @@ def measure_energy(
     chunks: int = 5,
     chunk_seconds: float = CHUNK_SECONDS,
 ) -> dict[str, Estimate] | None:
-    """Millijoules per prediction, candidates in turn, each for ``chunks`` times half a second.
+    """Measures millijoules per prediction; candidates take turns, each for ``chunks`` times ``chunk_seconds``.
 
     Returns:
-        None where there is no meter.
+        Estimates by the candidates' names; None without a meter.
     """
     if meter is None:
         return None

@@ -1,8 +1,8 @@
-"""A process from its start to its first prediction, as an app does it: a script that ``coldstart.py`` runs.
+"""A script that ``coldstart.py`` runs: one process from its start to its first prediction, as in an app.
 
-Never imported. Until the clock of each step runs it uses the standard library only. Arguments are
-``bundle|graph|checkpoint``, backend, path, a ``.npy`` file of decoded images, threads; for a bare graph also mean and
-standard deviation. It prints five moments.
+The script is never imported. Before a step's clock starts, it uses only the standard library. Its arguments are
+``bundle|graph|checkpoint``, the backend, the path, a ``.npy`` file of decoded images and the number of threads, and for
+a bare graph also mean and standard deviation. It prints five moments.
 """
 
 import time
@@ -13,7 +13,7 @@ import sys  # noqa: E402
 
 
 def bundle(backend: str, path: str, image: str, threads: int) -> list[float]:
-    """The runtime, each file compared with its sha256 when it is loaded."""
+    """Runs a bundle; each file is compared with its sha256 when it is loaded."""
     from importlib import import_module
 
     import numpy as np
@@ -33,7 +33,7 @@ def bundle(backend: str, path: str, image: str, threads: int) -> list[float]:
 
 
 def graph(path: str, image: str, threads: int, mean: str, std: str) -> list[float]:
-    """Nothing but numpy and onnxruntime, no hash and no manifest."""
+    """Runs a bare graph with only numpy and onnxruntime, without hashes and manifest."""
     import numpy as np
     import onnxruntime as ort
 
@@ -69,7 +69,7 @@ def checkpoint(path: str, image: str, threads: int) -> list[float]:
 
 
 def main(how: str, backend: str, path: str, image: str, threads: str, *scale: str) -> None:
-    """Prints when the script started, had imported, had loaded and had predicted."""
+    """Prints the moments at which the script had started, imported, loaded and predicted."""
     if how == "bundle":
         moments = bundle(backend, path, image, int(threads))
     elif how == "graph":

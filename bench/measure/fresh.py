@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: what a process once did stays with it."""
+"""Runs measurements in a process of their own, because what a process did earlier affects them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def in_fresh_process(module: str, request: Any, result: type[T], what: str) -> T
     """Runs ``python -m mvmoe_deploy.bench.MODULE`` with a request on standard input.
 
     Args:
-        module: one that calls :func:`answer`.
+        module: a module that calls :func:`answer`.
         request: any value that msgspec writes as JSON.
         result: type of the answer.
-        what: names the measurement in an error.
+        what: name of the measurement in errors.
 
     Raises:
         BackendError: the process failed; its last line says why.
     """
-    # A proportional set size counts pages by half that this process maps too, such as those of a session that verified
-    # an export and waits in a reference cycle.
+    # A proportional set size counts only half of each page that this process maps too, such as the pages of a session
+    # that verified an export and is still held by a reference cycle.
     gc.collect()
-    # -P: the working directory may be the checkout, whose folder mvmoe_deploy lacks the packages that lie beside it
+    # -P: the working directory may be the checkout, whose folder mvmoe_deploy lacks the packages beside it
     command = [sys.executable, "-P", "-m", f"mvmoe_deploy.bench.{module}"]
     done = subprocess.run(command, input=msgspec.json.encode(request), capture_output=True, check=False)
     if done.returncode:
@@ -40,6 +40,6 @@ def in_fresh_process(module: str, request: Any, result: type[T], what: str) -> T
 
 
 def answer(request: type[T], measure: Callable[[T], Any]) -> None:
-    """The other end: reads a request from standard input, prints what ``measure`` returns as the last line."""
+    """Runs in the fresh process: reads a request from standard input, prints ``measure``'s result as the last line."""
     value = measure(msgspec.json.decode(sys.stdin.buffer.read(), type=request))
     print(msgspec.json.encode(value).decode())

@@ -1,4 +1,4 @@
-"""The images that models are shown, decoded once for each preprocessing."""
+"""The images that models are measured on, decoded once for each preprocessing."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mvmoe_deploy.errors import ImageError
 from mvmoe_deploy.images import ImageSource, Preprocessing, evenly_spaced, to_pixels
 
 MAX_IMAGES = 256
-"""Decoded images that are shown in turn; more would say nothing new and fill the memory."""
+"""Largest number of decoded images that models are shown in turn; more would only take memory."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What the models are shown.
+    """The images that the models are shown.
 
     Attributes:
         sources: real images, or synthetic ones.
-        what: says which.
-        data: a folder with labelled validation images, for accuracies; where given, its images are shown.
+        what: description of the images.
+        data: a folder with labelled validation images, for accuracies; if given, the models are shown these images.
     """
 
     sources: Sequence[ImageSource]
@@ -34,7 +34,7 @@ class Images:
 
 
 def choose_images(folder: Path | None, data: Path | None = None) -> Images:
-    """Labelled images where there are any, else those of a folder, else synthetic ones.
+    """Chooses labelled images if there are any, else the images of a folder, else synthetic ones.
 
     Raises:
         ImageError: the folder holds no images.
@@ -54,12 +54,12 @@ def choose_images(folder: Path | None, data: Path | None = None) -> Images:
 
 
 class Shown:
-    """The images as each preprocessing wants them.
+    """The images in the form that each preprocessing needs.
 
     Args:
-        images: which.
-        count: most labelled images used.
-        folder: where files for fresh processes are written.
+        images: the chosen images.
+        count: largest number of labelled images to use.
+        folder: folder in which files for fresh processes are written.
     """
 
     def __init__(self, images: Images, count: int, folder: Path) -> None:
@@ -70,13 +70,13 @@ class Shown:
         self._labelled: dict[Preprocessing, Labelled] = {}
 
     def labelled(self, preprocessing: Preprocessing) -> Labelled | None:
-        """Labelled images, or None."""
+        """The labelled images, or None if there are none."""
         if self._images.data is not None and preprocessing not in self._labelled:
             self._labelled[preprocessing] = read_labelled(self._images.data, preprocessing, self._count)
         return self._labelled.get(preprocessing)
 
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-        """``[n, S, S, 3]``: how large the photos are says nothing about the models, so they are resampled before."""
+        """Images ``[n, S, S, 3]``, resampled beforehand, since the photos' size says nothing about the models."""
         if preprocessing not in self._pixels:
             labelled = self.labelled(preprocessing)
             if labelled is not None:
@@ -88,14 +88,14 @@ class Shown:
         return self._pixels[preprocessing]
 
     def file(self, preprocessing: Preprocessing) -> Path:
-        """The same for a fresh process to read."""
+        """A file with :meth:`pixels`, for a fresh process to read."""
         if preprocessing not in self._files:
             self._files[preprocessing] = self._folder / f"pixels-{len(self._files)}.npy"
             np.save(self._files[preprocessing], self.pixels(preprocessing))
         return self._files[preprocessing]
 
     def super_classes(self, c: Configuration) -> list[int] | None:
-        """Of each image in :meth:`pixels`, the expert its class belongs to; None without labels or super-classes."""
+        """For each image in :meth:`pixels`, the expert of its super-class; None without labels or super-classes."""
         labelled = self.labelled(c.preprocessing)
         if labelled is None or not c.class_experts:
             return None

@@ -1,4 +1,4 @@
-"""Latency, measured so that a ratio can be trusted: all candidates in one run, interleaved, nothing trimmed."""
+"""Measures latency so that ratios can be trusted: all candidates run interleaved in one run, and nothing is trimmed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate
 from mvmoe_deploy.bench.results import Latency
 
 WINDOW = 10
-"""Rounds whose medians are compared to tell whether times have settled."""
+"""Number of rounds in a window; the medians of two windows are compared to see whether times have settled."""
 
 SETTLED = 0.05
-"""They have when no candidate's median differs by more than this from the window's before."""
+"""Times have settled when no candidate's median differs by more than this share from the previous window's median."""
 
 MAX_WARMUP_SECONDS = 5.0
-"""Warming up is given up after so long (but not before two windows); the rows then say so."""
+"""Warming up is abandoned after this time (but not before two windows); the rows then say so."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Timed:
     """Milliseconds of candidates that were timed in turn.
 
     Attributes:
-        samples: per candidate, in the order taken, one per round.
-        first: of each candidate's first call of all.
-        warmup: rounds before the samples.
-        stable: whether times had settled by then.
-        since, until: what the machine had done when the samples began and ended.
+        samples: times per candidate in the order taken, one per round.
+        first: time of each candidate's very first call.
+        warmup: number of rounds before the samples.
+        stable: whether times had settled when the samples began.
+        since, until: the machine's counters when the samples began and ended.
     """
 
     samples: dict[str, list[float]]
@@ -43,7 +43,7 @@ class Timed:
     until: noise.Moment
 
     def latency(self, name: str) -> Latency:
-        """Everything that is said of one candidate."""
+        """The latency record of one candidate."""
         samples = self.samples[name]
         p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
         verdict = noise.judge(samples, p50, self.stable, self.since, self.until)
@@ -59,15 +59,17 @@ def interleave(
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:
-    """Times candidates in turn, so that whatever else the machine does falls on all alike.
+    """Times candidates in turn, so that whatever else the machine does affects all of them alike.
+
+    Each round has its own order: a candidate that runs right after itself, or after a small model, finds its weights in
+    the processor's cache.
 
     Args:
-        candidates: by name, what to time; each is given the round's number (to pick an image by).
-        rounds: fewest samples per candidate; each round has an order of its own, since whoever runs next to itself, or
-            after a small model, finds its weights in the processor's cache.
-        min_seconds: sampling goes on for at least so long.
-        progress: called after each round with how many of the samples are there, and how many it will be about.
-        clock: seconds.
+        candidates: the functions to time, by name; each is given the round's number (to pick an image).
+        rounds: least number of samples per candidate.
+        min_seconds: least time that sampling takes.
+        progress: called after each round with the number of samples so far and the expected total.
+        clock: returns seconds.
     """
     order = random.Random(0)
     names = list(candidates)

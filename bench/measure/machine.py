@@ -1,4 +1,4 @@
-"""The machine that figures were measured on: processor, system, versions, commit, date."""
+"""Describes the machine that figures were measured on: processor, system, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvmoe_deploy.bench.candidates.configuration import engine
 
 
 def machine(backends: Iterable[str]) -> dict[str, Any]:
-    """Describes this machine and what runs the rows of these backends."""
+    """Describes this machine and the versions of what these backends run on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )

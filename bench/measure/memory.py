@@ -1,7 +1,7 @@
-"""Memory of a model: proportional set size beyond that of the process just before the model was opened.
+"""Measures a model's memory: the proportional set size beyond that of the process just before the model was opened.
 
-Each figure comes from a fresh process, since a process keeps memory that it took and gave back. The engine is imported
-before the first reading; the kernel splits anonymous from file-backed memory (``smaps_rollup``).
+Each figure comes from a fresh process, because a process keeps memory that it has allocated and freed. The engine is
+imported before the first reading. The kernel separates anonymous from file-backed memory (``smaps_rollup``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mvmoe_deploy.bench.results import Memory, MemoryPoint
 
 PREDICTIONS = 100
 IMAGES = 64
-"""Random images shown in turn: so many that every expert of a graph which routes by itself gets some of them."""
+"""Number of random images shown in turn: enough that a graph that routes by itself sends some to every expert."""
 
 ROLLUP = Path("/proc/self/smaps_rollup")
 
@@ -44,12 +44,13 @@ def measure_memory(c: Configuration, threads: int = 1, sweep: bool = True) -> Me
     """Measures a configuration in fresh processes.
 
     Args:
-        c: what to measure.
-        threads: of the engine.
-        sweep: also after each further expert became resident, in a second process; else ``by_resident`` is empty.
+        c: the configuration to measure.
+        threads: threads of the engine.
+        sweep: whether a second process also measures memory after each further expert became resident; otherwise
+            ``by_resident`` is empty.
 
     Returns:
-        None where the platform has no proportional set size (it is Linux's).
+        The memory, or None if the platform has no proportional set size (only Linux has).
 
     Raises:
         BackendError: a process failed.
@@ -78,14 +79,14 @@ def _measure(request: _Request) -> _Answer:
     if request.sweep:
         for count in range(1, c.experts + 1):
             experts = np.array([[(count - 1 + i) % c.experts for i in range(c.k)]])
-            for _ in range(3):  # the second run of a graph may still take memory that it keeps
+            for _ in range(3):  # a graph's second run may still allocate memory that it keeps
                 model.run(batches[:1], experts)
             points.append(_point(model, before))
     else:
         points.append(_point(model, before))
         model.predict(pixels)
         for number in range(PREDICTIONS):
-            # all experts in turn, so that evicting is part of it
+            # all experts take turns, so that the figure includes evictions
             row = number % IMAGES
             model.run(batches[row : row + 1], expert_turn(c, number))
         points.append(_point(model, before))
@@ -105,18 +106,18 @@ def _point(model: Opened, before: dict[str, int]) -> MemoryPoint:
 
 
 def proportional_set_size() -> int:
-    """Of this process, in bytes (Linux)."""
+    """Proportional set size of this process, in bytes (Linux only)."""
     return _now()["Pss"]
 
 
 def _now() -> dict[str, int]:
-    """Fields of smaps_rollup in bytes; file-backed is what is not anonymous (files and shared memory)."""
+    """Reads the fields of smaps_rollup in bytes; file-backed is all that is not anonymous (files and shared memory)."""
     lines = ROLLUP.read_text().splitlines()[1:]
     return {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
 
 
 def _reset_peak() -> int:
-    """Sets the peak back to what is used now, where the kernel allows it; returns what is used now."""
+    """Resets the peak to the current usage if the kernel allows it; returns the current usage."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether times may be quoted: what else the machine did meanwhile, and how much the samples scatter."""
+"""Decides whether times may be quoted, from the machine's other load and the scatter of the samples."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import psutil
 from mvmoe_deploy.bench.results import Estimate, Noise
 
 MAX_VARIATION = 0.25
-"""Coefficient of variation above which the samples are not of one thing."""
+"""Coefficient of variation above which the samples do not describe one steady state."""
 
 MAX_INTERVAL = 0.05
-"""Half the width of the median's interval, relative to it, above which it cannot be told to within 5 %."""
+"""Half the width of the median's interval, relative to the median; above it the median is not known to within 5 %."""
 
 MAX_ELSEWHERE = 0.25
-"""Cores kept busy by other processes: above it they take turns, caches and memory bandwidth away."""
+"""Number of cores that other processes may keep busy; more take processor time, caches and memory bandwidth away."""
 
 MAX_STEAL = 0.02
-"""Share of the time that a virtual machine's host kept the processor to itself."""
+"""Largest share of the time that a virtual machine's host may take the processor away."""
 
 THROTTLE_COUNTERS = (
     ("/sys/devices/system/cpu", "cpu[0-9]*/thermal_throttle/core_throttle_count"),
@@ -33,14 +33,14 @@ THROTTLE_COUNTERS = (
 
 @dataclass(frozen=True)
 class Moment:
-    """What the machine had done until a moment, in seconds of processor time since it started.
+    """The machine's counters at one moment, in seconds of processor time since it started.
 
     Attributes:
-        at: the clock.
-        busy: of all processes on all cores.
-        own: of this process.
-        steal: taken by a virtual machine's host.
-        throttled: how often the processor, or this container, was slowed down; None where nobody tells.
+        at: clock time, in seconds.
+        busy: processor time of all processes on all cores.
+        own: processor time of this process.
+        steal: processor time taken by a virtual machine's host.
+        throttled: how often the processor, or this container, was slowed down; None if the system does not report it.
     """
 
     at: float
@@ -60,14 +60,14 @@ def now() -> Moment:
 
 
 def judge(samples: Sequence[float], p50: Estimate, stable: bool, since: Moment, until: Moment) -> Noise:
-    """The verdict on samples taken between two moments.
+    """The verdict on samples that were taken between two moments.
 
     Args:
-        samples: milliseconds.
-        p50: their median.
+        samples: times in milliseconds.
+        p50: median of the samples.
         stable: whether warming up ended because times had settled.
-        since: when they began.
-        until: when they ended.
+        since: counters when the samples began.
+        until: counters when the samples ended.
     """
     variation, doubts = scatter(samples, p50)
     seconds = max(until.at - since.at, 1e-9)
@@ -75,7 +75,7 @@ def judge(samples: Sequence[float], p50: Estimate, stable: bool, since: Moment, 
     steal = (until.steal - since.steal) / seconds / (os.cpu_count() or 1)
     throttled = None if since.throttled is None or until.throttled is None else until.throttled > since.throttled
     reasons = [
-        (not stable, "times had not settled when warming up was given up"),
+        (not stable, "times had not settled when warming up was abandoned"),
         (elsewhere > MAX_ELSEWHERE, f"other processes kept {elsewhere:.1f} cores busy"),
         (steal > MAX_STEAL, f"the host of this virtual machine took {steal:.0%} of the time"),
         (bool(throttled), "the processor was throttled"),
@@ -85,17 +85,17 @@ def judge(samples: Sequence[float], p50: Estimate, stable: bool, since: Moment, 
 
 
 def scatter(samples: Sequence[float], p50: Estimate) -> tuple[float, list[str]]:
-    """The samples' coefficient of variation, and what in the samples themselves speaks against quoting them.
+    """The samples' coefficient of variation, and the reasons in the samples themselves for not quoting them.
 
     Args:
-        samples: milliseconds.
-        p50: their median.
+        samples: times in milliseconds.
+        p50: median of the samples.
     """
     variation = float(np.std(samples) / np.mean(samples))
     width = (p50.high - p50.low) / 2 / p50.value
     doubts = [
         (variation > MAX_VARIATION, f"times scatter (coefficient of variation {variation:.2f})"),
-        (width > MAX_INTERVAL, f"the median is known to ±{width:.0%} only"),
+        (width > MAX_INTERVAL, f"the median is known only to ±{width:.0%}"),
     ]
     return variation, [reason for holds, reason in doubts if holds]
 

@@ -1,14 +1,15 @@
-"""Residency sweeps: what each further resident expert buys under different mixes of images.
+"""Residency sweeps: what each further resident expert gains under different mixes of images.
 
-A mix is a seeded sequence of groups of images, as many groups as experts:
+A mix is a seeded sequence of groups of images, with as many groups as experts:
 
-- ``uniform``: every image's group is drawn anew, all alike.
-- ``skewed``: drawn anew, the i-th group of a shuffled order with probability proportional to 1 / i (Zipf).
-- ``bursts``: a group drawn as in ``uniform`` stays for a geometrically distributed number of images, 20 in the mean
-  (somebody takes several photos of one kind).
+- ``uniform``: each image's group is drawn independently, with equal probabilities.
+- ``skewed``: each image's group is drawn independently; the i-th group of a shuffled order has a probability
+  proportional to 1 / i (Zipf).
+- ``bursts``: a group drawn as in ``uniform`` stays for a geometrically distributed number of images, 20 on average
+  (as when a user takes several photos of one kind).
 
-With labelled images, a group is a super-class, the images are that super-class's, and the router routes them as it
-will, mistakes included. Without, a group is an expert, which is forced.
+With labelled images, a group is a super-class: the images belong to that super-class, and the router routes them,
+mistakes included. Without labels, a group is an expert, and the route to it is forced.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MEAN_BURST = 20
 
 
 class _Request(msgspec.Struct):
-    """``images`` are rows of the file; ``experts`` is empty where the router decides."""
+    """One point of a sweep; ``images`` are rows of the file, ``experts`` is empty if the router decides."""
 
     configuration: Configuration
     threads: int
@@ -45,7 +46,7 @@ class _Request(msgspec.Struct):
 
 
 def mix_sequence(mix: str, groups: int, length: int, seed: int = 0) -> NDArray[np.int64]:
-    """The groups ``[length]`` of a mix's images, in order; see this module."""
+    """The groups ``[length]`` of a mix's images, in order; this module's docstring defines the mixes."""
     generator = np.random.default_rng([seed, MIXES.index(mix)])
     if mix == "uniform":
         return generator.integers(0, groups, length)
@@ -69,10 +70,10 @@ def measure_residency(
     Args:
         c: a routed bundle.
         pixels: a ``.npy`` file of decoded images.
-        super_classes: of each image, the expert its class belongs to; None where labels are not given.
-        threads: of the engine.
-        predictions: per point.
-        progress: called with how many points are done, and of how many.
+        super_classes: for each image, the expert of its super-class; None without labels.
+        threads: threads of the engine.
+        predictions: number of predictions per point.
+        progress: called with the number of finished points and their total number.
 
     Raises:
         BackendError: a process failed.
@@ -93,7 +94,7 @@ def measure_residency(
 def _images_of(
     c: Configuration, mix: str, count: int, super_classes: Sequence[int] | None, length: int
 ) -> tuple[list[int], list[int]]:
-    """Rows of the images to show, and the experts to force (none where the router decides)."""
+    """The rows of the images to show, and the experts to force (none if the router decides)."""
     if super_classes is None:
         return [number % count for number in range(length)], mix_sequence(mix, c.experts, length).tolist()
     present = sorted(set(super_classes))

@@ -47,17 +47,18 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and how long.
+    """What to measure, and for how long.
 
     Attributes:
-        threads: of every engine.
-        rounds: fewest samples per row and kind of latency.
-        min_seconds: shortest time that these are taken for.
-        cold_starts: processes per row.
-        memory_by_resident: memory after each further expert became resident, not only with one.
-        throughput: images per second for :data:`BATCHES`.
-        residency: sweeps over resident experts and mixes; ``residency_predictions`` per point.
-        count: labelled images, where there are any.
+        threads: threads of every engine.
+        rounds: least number of samples per row and kind of latency.
+        min_seconds: least time for which these samples are taken.
+        cold_starts: number of processes per row.
+        memory_by_resident: whether to measure memory after each further expert became resident, not only with one.
+        throughput: whether to measure images per second for :data:`BATCHES`.
+        residency: whether to sweep over resident experts and mixes.
+        residency_predictions: number of predictions per point of a sweep.
+        count: largest number of labelled images to use.
     """
 
     threads: int = 1
@@ -73,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Run:
-    """What every phase of a run is given."""
+    """The input of every phase of a run."""
 
     configurations: Sequence[Configuration]
     shown: Shown
@@ -81,13 +82,13 @@ class _Run:
     progress: Progress
 
     def within(self, what: str) -> Callable[[int, int], None]:
-        """The progress of one phase."""
+        """The progress function of one phase."""
         return lambda done, total: self.progress(what, done, total)
 
 
 @dataclass(frozen=True)
 class _Together:
-    """What is measured in this process with all models open, by the configurations' names."""
+    """Measurements in this process with all models open, by the configurations' names."""
 
     warm: Timed
     throughput: dict[str, list[Throughput]]
@@ -97,7 +98,7 @@ class _Together:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What the phases found, by the configurations' names."""
+    """The phases' measurements, by the configurations' names."""
 
     memory: dict[str, Memory | None]
     cold_start: dict[str, ColdStart]
@@ -112,19 +113,19 @@ def measure(
     plan: Plan,
     progress: Progress = lambda what, done, total: None,
 ) -> Results:
-    """Measures configurations; ratios are to the first one of each group.
+    """Measures configurations; ratios are to the first configuration of each group.
 
     Args:
-        configurations: with names that differ.
-        images: every configuration is shown the same image in the same round.
+        configurations: the configurations, whose names must differ.
+        images: the images; in a round, every configuration is shown the same one.
         plan: what to measure.
-        progress: called with what is being done, and how far it is.
+        progress: called with the current phase, the finished part and the total.
 
     Raises:
         MvmoeError: a configuration or an image cannot be used.
     """
     if len({c.name for c in configurations}) < len(configurations) or not configurations:
-        raise ConfigError("nothing to measure, or two configurations of one name")
+        raise ConfigError("nothing to measure, or two configurations have the same name")
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(configurations, Shown(images, plan.count, Path(folder)), plan, progress)
         found = _Measured(
@@ -155,15 +156,15 @@ def measure_suite(
     baselines: Sequence[str] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> Results:
-    """Exports and measures each scale beside its dense baseline; the rows of a scale are a group.
+    """Exports and measures each scale with its dense baseline; the rows of a scale form a group.
 
     Args:
-        scales: such as ``12x192``; those that are not the paper's have nothing of it beside them.
-        images: what the models are shown; random routers send most of them to few experts.
+        scales: names of scales, such as ``12x192``; rows of a scale that the paper lacks have no figures of the paper.
+        images: the images that the models are shown; random routers send most of them to few experts.
         plan: what to measure.
-        folder: for exports.
-        backends: for each scale.
-        baselines: further ones, for each scale.
+        folder: folder for exports.
+        backends: backends that run each scale.
+        baselines: further baselines of each scale.
         progress: as in :func:`measure`.
     """
     parts: list[Results] = []
@@ -204,7 +205,7 @@ def _cold_starts(run: _Run) -> dict[str, ColdStart]:
 
 
 def _together(run: _Run) -> _Together:
-    """All models open at once, every expert resident."""
+    """Measures with all models open at once and every expert resident."""
     with contextlib.ExitStack() as stack:
         models: dict[str, Opened] = {}
         for c in run.configurations:
@@ -252,10 +253,11 @@ def _predictor(model: Opened, pixels: NDArray[np.uint8]) -> Callable[[int], obje
 
 
 def _hit_and_switch(run: _Run) -> Timed | None:
-    """Preprocessed images through routed bundles with as few resident experts as an image needs.
+    """Times routed bundles on preprocessed images, with only as many resident experts as an image needs.
 
-    Experts are forced, so that every image of ``hit`` finds its own resident and every one of ``switch`` has to load
-    it; each has a runtime of its own. Below 2k experts no two images in turn would need different ones.
+    Experts are forced, so that every image of ``hit`` finds its experts resident and every image of ``switch`` has to
+    load them; each of the two has a runtime of its own. With fewer than 2k experts, two successive images could not
+    need entirely different ones.
     """
     routed = [c for c in run.configurations if c.opened_as == "bundle" and c.experts >= 2 * c.k > 0]
     if not routed:
@@ -305,7 +307,7 @@ def _runner(model: Opened, images: Floats) -> Callable[[int], object]:
 
 
 def baseline_of(c: Configuration, configurations: Sequence[Configuration]) -> Configuration:
-    """The first of its group."""
+    """The first configuration of its group."""
     return next(other for other in configurations if other.group == c.group)
 
 
@@ -333,7 +335,7 @@ def _row(c: Configuration, baseline: Configuration, found: _Measured) -> Row:
 
 
 def method(plan: Plan, images: str) -> dict[str, Any]:
-    """What is needed to repeat a run, in words and numbers."""
+    """Describes in words and numbers what is needed to repeat a run."""
     return {
         **asdict(plan),
         "images": images,
@@ -348,9 +350,9 @@ def method(plan: Plan, images: str) -> dict[str, Any]:
         "not to be quoted": f"coefficient of variation above {noise.MAX_VARIATION}, median's interval beyond "
         f"±{noise.MAX_INTERVAL:.0%}, other processes above {noise.MAX_ELSEWHERE} cores, steal above "
         f"{noise.MAX_STEAL:.0%}, throttling, or times that did not settle",
-        "memory": "proportional set size beyond that before the model was opened, fresh process, "
-        f"used: after {PREDICTIONS} predictions with experts in turn and one resident",
+        "memory": "proportional set size beyond that before the model was opened, in a fresh process; "
+        f"used: after {PREDICTIONS} predictions with experts taking turns and one resident",
         "cold start": "process start to first prediction, fresh processes in turn, files in the page cache",
-        "mixes": "uniform: every image's expert anew; skewed: likewise, probability of the i-th of a shuffled order "
-        f"∝ 1/i; bursts: an expert stays for a geometric number of images, {MEAN_BURST} in the mean",
+        "mixes": "uniform: each image's expert is drawn independently; skewed: also, with probability ∝ 1/i for the "
+        f"i-th of a shuffled order; bursts: an expert stays for a geometric number of images, {MEAN_BURST} on average",
     }

@@ -1,4 +1,4 @@
-"""Two runs compared: what became faster, slower, larger or smaller between two runs, beyond the noise."""
+"""Compares two runs: what became faster, slower, larger or smaller by more than the noise."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Metric:
     """One figure of a row.
 
     Attributes:
-        what: it is, in words.
-        of: finds it in a row; None where it was not measured.
-        percentile: of the samples, where it is one.
+        what: the figure, in words.
+        of: function that finds the figure in a row; it returns None if the figure was not measured.
+        percentile: the percentile that the figure is of the samples; None if it is not a percentile.
     """
 
     what: str
@@ -65,7 +65,7 @@ class Change:
     """One metric of one row in both runs.
 
     Attributes:
-        factor: second divided by first, with its 95 % interval; without width for a single measurement or a count.
+        factor: second divided by first, with its 95 % interval, which has no width for a single measurement or count.
     """
 
     row: str
@@ -76,7 +76,7 @@ class Change:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval leaves out "no change"."""
+        """Whether the interval excludes "no change"."""
         return not self.factor.low <= 1 <= self.factor.high
 
 
@@ -89,7 +89,7 @@ class Limit:
     factor: float
 
     def broken_by(self, change: Change) -> bool:
-        """Whether the change is beyond the limit with its whole interval."""
+        """Whether the change's whole interval lies beyond the limit."""
         return change.factor.low > self.factor if self.above else change.factor.high < self.factor
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ def parse_limit(condition: str) -> Limit:
     """Reads ``METRIC > FACTORx`` or ``METRIC < FACTORx``.
 
     Raises:
-        ConfigError: it is neither, or there is no such metric.
+        ConfigError: the condition has another form, or there is no such metric.
     """
     match = re.fullmatch(r"\s*([a-z0-9-]+)\s*([<>])\s*(\d+(?:\.\d+)?)\s*x\s*", condition)
     if not match:
@@ -112,10 +112,10 @@ def parse_limit(condition: str) -> Limit:
 
 
 def compare(before: Results, after: Results) -> list[Change]:
-    """Every metric that both runs measured of rows of the same name.
+    """The changes of every metric that both runs measured for rows of the same name.
 
     Raises:
-        ConfigError: no row is in both.
+        ConfigError: the runs have no row in common.
     """
     old = {row.name: row for row in before.rows}
     both = [(old[row.name], row) for row in after.rows if row.name in old]
@@ -125,7 +125,7 @@ def compare(before: Results, after: Results) -> list[Change]:
 
 
 def warnings(before: Results, after: Results) -> list[str]:
-    """What makes the two runs less comparable: other machines, threads, kinds of rows, noise."""
+    """What makes the two runs less comparable: different machines, threads or kinds of rows, and noise."""
     found = []
     for what, old, new in (("machine", before.machine, after.machine), ("method", before.method, after.method)):
         for key in sorted({*old, *new} - DIFFERENT_RUNS_BY_NATURE):
@@ -149,16 +149,16 @@ def warnings(before: Results, after: Results) -> list[str]:
 
 
 def check(changes: list[Change], limits: list[Limit]) -> list[str]:
-    """What breaks a limit, a sentence each.
+    """The changes that break a limit, a sentence for each.
 
     Raises:
-        ConfigError: a limit on a metric that no row has in both runs; it would never fail.
+        ConfigError: no row has a limit's metric in both runs, so the limit could never fail.
     """
     broken = []
     for limit in limits:
         concerned = [change for change in changes if change.metric == limit.metric]
         if not concerned:
-            raise ConfigError(f'--fail-if "{limit}": {limit.metric} was not measured of any row in both runs')
+            raise ConfigError(f'--fail-if "{limit}": {limit.metric} was not measured for any row in both runs')
         broken += [f"{plain(c.row)}: {limit}: {interval(c.factor)}" for c in concerned if limit.broken_by(c)]
     return broken
 
@@ -169,7 +169,7 @@ def _changes(first: Row, second: Row) -> Iterator[Change]:
         if before is None or after is None:
             continue
         if name == "throughput" and max(t.batch for t in first.throughput) != max(t.batch for t in second.throughput):
-            continue  # batches of different sizes say nothing about each other
+            continue  # throughputs at different batch sizes cannot be compared
         old, new = _value(before, metric.percentile), _value(after, metric.percentile)
         if old > 0:
             yield Change(second.name, name, old, new, _factor(before, after, metric.percentile))
@@ -191,7 +191,7 @@ def _factor(before: Value, after: Value, percentile: float | None) -> Estimate:
         low, high = np.percentile(new / old, (2.5, 97.5))
         return Estimate(_value(after, percentile) / _value(before, percentile), float(low), float(high))
     if isinstance(before, Estimate) and isinstance(after, Estimate) and min(before.low, after.low) > 0:
-        # both runs are independent, so on the logarithmic scale the squares of the half-widths add up
+        # the runs are independent, so on the logarithmic scale the squares of the half-widths add up
         value = after.value / before.value
         down = np.hypot(np.log(after.value / after.low), np.log(before.high / before.value))
         up = np.hypot(np.log(after.high / after.value), np.log(before.value / before.low))
@@ -216,7 +216,7 @@ def _names(results: Results) -> str:
 
 
 def changes_table(changes: list[Change]) -> str:
-    """The changes for the terminal."""
+    """The changes as a table for the terminal."""
     rows: list[list[Cell]] = []
     for change in changes:
         exact = change.factor.low == change.factor.high

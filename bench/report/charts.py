@@ -1,4 +1,4 @@
-"""Results as charts: SVG whose colours are the page's CSS variables, so that one chart suits light, dark and paper."""
+"""Draws results as SVG charts, with the page's CSS variables as colours, to suit light, dark and paper."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ COLOURS = {
     "vmoe": "#ccbb44",
     "stock": "#66ccee",
 }
-"""By kind: Paul Tol's bright palette, which colour-blind readers can tell apart. They, the ink and the grid are
-replaced by CSS variables, ``--c-KIND``, ``--ink`` and ``--grid``, which the page defines for light and dark."""
+"""Colours by kind: Paul Tol's bright palette, which colour-blind readers can tell apart. These colours, the ink and the
+grid are replaced by the CSS variables ``--c-KIND``, ``--ink`` and ``--grid``, which the page defines for light and
+dark."""
 PARTS = ["#4477aa", "#66ccee", "#ccbb44", "#ee6677"]
-"""Of a stacked bar, in order."""
+"""Colours of the parts of a stacked bar, in order."""
 INK, GRID = "#101112", "#c0c1c2"
 
 LONGEST_NAME = 44
 WIDTH = 4.8
-"""Inches, at 72 units each: narrow enough for a phone to show it at about its own size."""
+"""Width of a chart in inches of 72 units: narrow enough that a phone shows it at about its own size."""
 
 STYLE: Any = {
     "axes.axisbelow": True,
@@ -45,7 +46,7 @@ STYLE: Any = {
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.family": "DejaVu Sans",  # measured with this; shown in the reader's own sans-serif, which is narrower
+    "font.family": "DejaVu Sans",  # text is measured in this font; readers see their own, narrower sans-serif
     "font.size": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -64,10 +65,10 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and the words around it.
+    """A drawing and the text around it.
 
     Attributes:
-        key: the part of the report it belongs to, as :class:`mvmoe_deploy.bench.report.tables.Table`'s.
+        key: the part of the report that it belongs to, as in :class:`mvmoe_deploy.bench.report.tables.Table`.
         caption: what is drawn and how to read it.
         svg: one ``<svg>`` element; it refers to nothing outside itself.
     """
@@ -79,7 +80,7 @@ class Chart:
 
 
 def charts(results: Results) -> list[Chart]:
-    """Every chart that the results have data for, in the report's order."""
+    """All charts for which the results have data, in the report's order."""
     made: list[Chart] = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has more fonts
@@ -90,16 +91,16 @@ def charts(results: Results) -> list[Chart]:
 
 
 def _accuracy(results: Results) -> Iterable[Chart]:
-    """Accuracy against FLOPs and against latency, of our own measurements and of the paper's."""
+    """Accuracy against FLOPs and against latency, from our own measurements and from the paper."""
     measured = [(row, 100 * row.accuracy.top1) for row in results.rows if row.accuracy]
     published = [(row, row.paper.top1) for row in results.rows if row.paper]
-    flops, latency = "MFLOPs of an image", "ms per image, p50 and its interval"
+    flops, latency = "MFLOPs per image", "ms per image, p50 and its interval"
     here, there = "measured top-1, %", "ImageNet top-1, %"
     if with_flops := [(row, row.flops / 1e6, top1) for row, top1 in measured if row.flops]:
-        caption = "Top-1 on the labelled images of this run, as the exported model gave it."
+        caption = "Top-1 accuracy of the exported models on the labelled images of this run."
         yield _scatter("accuracy", "Accuracy against FLOPs", here, flops, with_flops, caption)
     if from_paper := [(row, row.paper.mflops, top1) for row, top1 in published if row.paper]:
-        caption = "Figure 3a of arXiv 2309.04354: what these scales reach when trained on ImageNet. Not measured here."
+        caption = "Figure 3a of arXiv 2309.04354: accuracy of these scales trained on ImageNet. Not measured here."
         yield _scatter("accuracy", "Accuracy against FLOPs, as published", there, flops, from_paper, caption)
     if measured:
         points = [(row, row.warm.p50, top1) for row, top1 in measured]
@@ -122,7 +123,7 @@ def _scatter(
     of_kind = {row.kind: [point for point in points if point[0].kind == row.kind] for row, _, _ in points}
     crowded = len(points) > 8
     for kind, mine in of_kind.items():
-        # a line through the scales of a kind, as in the paper's figure 1; engines and precisions of one scale get none
+        # a line joins the scales of a kind, as in the paper's figure 1, but not engines or precisions of one scale
         if len({round(y, 6) for _, _, y in mine}) > 2:
             places = sorted((x.value if isinstance(x, Estimate) else x, y) for _, x, y in mine)
             axes.plot(*zip(*places, strict=True), color=COLOURS[kind], linewidth=1, alpha=0.6)
@@ -141,12 +142,12 @@ def _scatter(
 def _distributions(results: Results) -> Iterable[Chart]:
     figure, axes = _bars(results.rows)
     draw_latency(axes, results.rows)
-    caption = "Every warm sample is in the quartiles and percentiles; what lies beyond 1 % and 99 % is not drawn."
+    caption = "Quartiles and percentiles are of all warm samples; samples below 1 % and above 99 % are not drawn."
     yield _chart("latency", "Warm latency", caption, figure)
 
 
 def draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
-    """A box per row, on axes that :func:`prepare_bars` has seen: quartiles, median, 1 % to 99 %."""
+    """Draws a box per row (quartiles, median, 1 % to 99 %) on axes that :func:`prepare_bars` has prepared."""
     samples = [row.warm.samples for row in rows]
     boxes = axes.boxplot(samples, orientation="horizontal", positions=range(len(rows)), whis=(1, 99), showfliers=False,
                          widths=0.38, patch_artist=True, manage_ticks=False)  # fmt: skip
@@ -161,7 +162,7 @@ def draw_latency(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _cumulative(results: Results) -> Iterable[Chart]:
     groups = list(dict.fromkeys(row.group for row in results.rows))
-    if len(groups) > 3:  # a suite of many scales has a box for each row; this many curves tell nobody anything
+    if len(groups) > 3:  # a suite of many scales has a box for each row; so many curves would not be readable
         return
     for group in groups:
         rows = [row for row in results.rows if row.group == group]
@@ -169,12 +170,12 @@ def _cumulative(results: Results) -> Iterable[Chart]:
         for row, style in zip(rows, _dashes(rows), strict=True):
             ordered = np.sort(row.warm.samples)
             share = np.arange(1, len(ordered) + 1) / len(ordered)
-            kept = np.unique(np.linspace(0, len(ordered) - 1, 200).astype(int))  # a page of full curves would be MBs
+            kept = np.unique(np.linspace(0, len(ordered) - 1, 200).astype(int))  # full curves would take MBs
             axes.plot(ordered[kept], 100 * share[kept], color=COLOURS[row.kind], linestyle=style, label=_name(row))
         _span(axes, [value for row in rows for value in np.percentile(row.warm.samples, (0, 99.5)).tolist()])
-        axes.set(xlabel="ms per image", ylabel="% of images done by then", ylim=(0, 101))
+        axes.set(xlabel="ms per image", ylabel="% of images done within that time", ylim=(0, 101))
         legend_below(figure, axes)
-        title = "Share of images done by a time" + (f", {plain(group)}" if len(groups) > 1 else "")
+        title = "Share of images done within a time" + (f", {plain(group)}" if len(groups) > 1 else "")
         yield _chart("latency", title, "Empirical distribution of all warm samples; the axis ends at 99.5 %.", figure)
 
 
@@ -198,7 +199,7 @@ def _cold_start(results: Results) -> Iterable[Chart]:
     axes.set_xlabel("ms from process start to the first prediction")
     legend_below(figure, axes)
     yield _chart(
-        "cold-start", "Cold start", "Medians over fresh processes; the line is the total's 95 % interval.", figure
+        "cold-start", "Cold start", "Medians over fresh processes; the line shows the total's 95 % interval.", figure
     )
 
 
@@ -226,7 +227,7 @@ def _experts(results: Results) -> Iterable[Chart]:
     axes.set_xlim(0, 1.22 * axes.get_xlim()[1])  # room for the values
     axes.set_xlabel("ms per image: bar p50, mark p99")
     legend_below(figure, axes)
-    caption = "A switch finds its files in the page cache; reading them from storage would come on top."
+    caption = "A switch finds its files in the page cache; reading them from storage would take additional time."
     yield _chart("experts", "Expert hit and switch", caption, figure)
 
 
@@ -242,7 +243,7 @@ def _memory(results: Results) -> Iterable[Chart]:
 
 
 def draw_memory(axes: Axes, rows: Sequence[Row]) -> None:
-    """A bar per row that has it, on axes that :func:`prepare_bars` has seen: anonymous, file-backed, and the peak."""
+    """Draws a bar per row with memory (anonymous, file-backed, peak) on axes that :func:`prepare_bars` has prepared."""
     for place, row in enumerate(rows):
         if row.memory:
             used = row.memory.used
@@ -315,11 +316,9 @@ def _residency(results: Results) -> Iterable[Chart]:
             panels[2].plot(resident, [p.bytes / 1e6 for p in points], marker="o", color=colour)
         panels[0].set(ylabel="hit rate, %", ylim=(0, 105))
         panels[1].set(ylabel="ms (dashed: p99)", ylim=(0, None))
-        panels[2].set(ylabel="MB", xlabel="most resident experts", ylim=(0, None))
+        panels[2].set(ylabel="MB", xlabel="limit on resident experts", ylim=(0, None))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        caption = (
-            "How often the expert is there, what a prediction then costs, and the memory it takes, by the class mix."
-        )
+        caption = "How often the expert is resident, what a prediction costs and how much memory is used, by class mix."
         yield _chart("residency", f"Residency sweep, {plain(row.name)}", caption, figure)
 
 
@@ -361,7 +360,7 @@ def _routing(results: Results) -> Iterable[Chart]:
         classes, experts = share.shape
         named = classes <= 40
         figure, axes = _figure(min(2.2 + classes * (0.14 if named else 0.03), 8.5))
-        # the colour's opacity is the share, so that the page's own background shows through where nothing goes
+        # the colour's opacity is the share, so that the page's background shows through where the share is 0
         clear = LinearSegmentedColormap.from_list("share", [(*to_rgba(COLOURS["mobile-vmoe"])[:3], a) for a in (0, 1)])
         axes.imshow(share[order], cmap=clear, vmin=0, vmax=1, aspect="auto", interpolation="none")
         for each in np.flatnonzero(np.diff(share[order].argmax(1))):
@@ -374,10 +373,10 @@ def _routing(results: Results) -> Iterable[Chart]:
             axes.set_yticks(range(classes), [_short(plain(label), 22) for label in labels], fontsize=7)
         else:
             axes.set_yticks([])
-            axes.set_ylabel(f"{classes} classes, by the expert that gets most of each")
+            axes.set_ylabel(f"{classes} classes, sorted by the expert that gets most of each")
         caption = (
-            "Each line is a class, each column an expert; the darker, the larger the share of the class's images that "
-            "the router sends there."
+            "Each line is a class and each column an expert; a darker cell means that the router sends a larger share "
+            "of the class's images there."
         )
         yield _chart("routing", f"Routing, {plain(row.name)}", caption, figure)
 
@@ -388,19 +387,19 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _bars(rows: Sequence[Row], height: float = 0.62, legend: bool = False) -> tuple[Figure, Axes]:
-    """Axes for one horizontal bar per row, the first on top, with room for its name above it."""
+    """A figure and axes for one horizontal bar per row, the first on top, with the row's name above its bar."""
     figure, axes = _figure(bars_height(rows, height, legend))
     prepare_bars(axes, rows)
     return figure, axes
 
 
 def bars_height(rows: Sequence[Row], height: float = 0.62, legend: bool = False) -> float:
-    """Inches that a horizontal bar per row takes, with axis and legend."""
+    """Height in inches of a chart with a horizontal bar per row, including axis and legend."""
     return 0.75 + 0.3 * legend + height * len(rows)
 
 
 def prepare_bars(axes: Axes, rows: Sequence[Row]) -> None:
-    """Makes room for a horizontal bar per row, the first on top, with its name above it."""
+    """Prepares axes for a horizontal bar per row, the first on top, with the row's name above its bar."""
     axes.set_ylim(len(rows) - 0.6, -0.75)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -408,7 +407,7 @@ def prepare_bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _label_bars(axes: Axes, rows: Sequence[Row], values: Sequence[str]) -> None:
-    """Names above the bars at the left, values at the right: names of any length fit a phone."""
+    """Writes names above the bars at the left and values at the right, so that names of any length fit a phone."""
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         across = axes.get_yaxis_transform()
         axes.text(0, place - 0.32, _name(row), transform=across, va="bottom", fontsize=8.5)
@@ -416,7 +415,7 @@ def _label_bars(axes: Axes, rows: Sequence[Row], values: Sequence[str]) -> None:
 
 
 def _span(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where values differ by more than a factor of eight; ticks in plain numbers."""
+    """Makes the axis logarithmic if values differ by more than a factor of eight; ticks are plain numbers."""
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 8 * min(positive):
         axes.set_xscale("log")
@@ -429,7 +428,7 @@ def _span(axes: Axes, values: Sequence[float]) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """A legend under the figure, each label once."""
+    """Puts a legend under the figure, with each label once."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
     columns = 1 if max(map(len, handles)) > 24 else 2 if max(map(len, handles)) > 13 else 4
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
@@ -461,12 +460,12 @@ def _chart(key: str, title: str, caption: str, figure: Figure) -> Chart:
     """The figure as an ``<svg>`` element that can stand beside others in one page."""
     salt = hashlib.sha256(f"{key} {title}".encode()).hexdigest()[:12]
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):  # ids that its clip paths and markers refer to: its own
+    with matplotlib.rc_context({"svg.hashsalt": salt}):  # gives its clip paths and markers ids of their own
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # matplotlib's names for groups: the same in every figure
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # matplotlib's ids of groups are the same in every figure
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     for variable, colour in {"ink": INK, "grid": GRID, **{f"c-{kind}": c for kind, c in COLOURS.items()}}.items():

@@ -1,4 +1,4 @@
-"""Results as one HTML page that needs no network: charts, tables, the machine and the method."""
+"""Shows results as one HTML page that needs no network: charts, tables, the machine and the method."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mvmoe_deploy.terminal import counted, number, numeric_columns, plain
 
 SECTIONS = {
     "models": ("Models", "What was measured, and what a device downloads."),
-    "work": ("Work and accuracy", "Compute by the paper's convention and as counted in the exported graphs; accuracy."),
+    "work": ("Work and accuracy", "FLOPs by the paper's convention, MACs as counted in the exported graphs, accuracy."),
     "measured": ("Results", "One line per model. Ratios are to the baseline of the same group, paired round by round."),
-    "accuracy": ("Accuracy", "What a model costs against how often it is right."),
-    "latency": ("Latency", "One image at a time, experts resident, all models taking turns; nothing is trimmed."),
+    "accuracy": ("Accuracy", "How often a model is right against what it costs."),
+    "latency": ("Latency", "One image at a time, experts resident, all models taking turns. Nothing is trimmed."),
     "cold-start": ("Cold start", "From starting a process to its first prediction, in fresh processes."),
     "experts": ("Hit and switch", "A prediction whose expert is resident, and one whose expert has to be loaded."),
-    "memory": ("Memory", "What a model adds to a process, measured in a fresh one."),
+    "memory": ("Memory", "What a model adds to a process, measured in a fresh process."),
     "residency": ("Residency", "What a limit on resident experts costs, under stated mixes of classes."),
     "throughput": ("Throughput", "Images per second in batches."),
     "routing": ("Routing", "Where the router sends the labelled images."),
 }
-"""Title and first line of each part, in order; a part without data is left out."""
+"""Title and first line of each part of the page, in order; a part without data is left out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Section:
 
 
 def html(results: Results) -> str:
-    """The page.
+    """Renders the page.
 
     Raises:
         BackendError: matplotlib or jinja2 is not installed.

@@ -1,4 +1,4 @@
-"""Latency and memory as a PNG, drawn as on the page and in the same colours."""
+"""Draws latency and memory as a PNG, as on the page and in the same colours."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.terminal import counted, plain
 
 WIDTH = 4.8
-"""Inches of a panel."""
+"""Width of a panel, in inches."""
 
 ON_WHITE = {**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes a PNG: the latency of every row, and the memory where it was measured.
+    """Writes a PNG with the latency of every row, and with memory if it was measured.
 
     Raises:
         OSError: the file cannot be written.
@@ -41,7 +41,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def picture(results: Results) -> Figure:
-    """What :func:`draw` writes."""
+    """The figure that :func:`draw` writes."""
     rows = results.rows
     with_memory = any(row.memory for row in rows)
     with matplotlib.rc_context(ON_WHITE):

@@ -1,4 +1,4 @@
-"""Results as tables: the same rows for the terminal, Markdown and the HTML page; and everything flat, as CSV."""
+"""Shows results as tables, with the same rows for the terminal, Markdown and the HTML page, and everything as CSV."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.terminal import Cell, folded, markdown_table, markdown_text, number, plain, table
 
 NOISY = "†"
-"""Follows the name of a row whose times should not be quoted."""
+"""Mark after the name of a row whose times should not be quoted."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; its cells are numbers, texts, or None where nothing was measured.
+    """A titled table; its cells are numbers, text, or None if nothing was measured.
 
     Attributes:
-        key: the part of the report it belongs to, such as ``memory``.
-        note: how to read it, in lines; may be empty.
+        key: the part of the report that it belongs to, such as ``memory``.
+        note: how to read the table, in lines; may be empty.
     """
 
     key: str
@@ -34,7 +34,7 @@ class Table:
 
 
 def tables(results: Results) -> list[Table]:
-    """Every table that the results have data for; columns that nothing was measured for are left out."""
+    """All tables for which the results have data, without columns in which nothing was measured."""
     made = [_models(results), _work(results), _measured(results), _cold_start(results), _experts(results)]
     made += [_memory(results), _throughput(results), _residency(results), _routing(results)]
     return [shown for table in made if (shown := _without_empty_columns(table)) is not None]
@@ -46,14 +46,14 @@ def display_name(row: Row) -> str:
 
 
 def noise_reasons(row: Row) -> list[str]:
-    """Why some of a row's times should not be quoted, each once."""
+    """The reasons why some of a row's times should not be quoted, each once."""
     times = [("", row.warm), ("hit: ", row.hit), ("switch: ", row.switch)]
     reasons = [plain(prefix + reason) for prefix, time in times if time is not None for reason in time.noise.reasons]
     return list(dict.fromkeys(reasons))
 
 
 def interval(estimate: Estimate | None, scale: float = 1.0) -> str | None:
-    """``1.04 (1.03–1.06)``: a value and its 95 % interval."""
+    """A value and its 95 % interval, such as ``1.04 (1.03–1.06)``."""
     if estimate is None:
         return None
     value, low, high = (number(scale * each) for each in (estimate.value, estimate.low, estimate.high))
@@ -66,7 +66,7 @@ def terminal_text(results: Results) -> str:
 
 
 def text(shown: Table) -> str:
-    """A table for the terminal, no wider than it is."""
+    """A table for the terminal, no wider than the terminal."""
     body = table(shown.rows, shown.headers)
     return f"{body}\n{folded(shown.note)}" if shown.note else body
 
@@ -86,7 +86,7 @@ def markdown(results: Results) -> str:
 
 
 def fact(value: object) -> str:
-    """A value of the machine's or the method's description, readable."""
+    """A value of the machine's or the method's description as readable text."""
     if value is None:
         return "not known"
     if isinstance(value, dict):
@@ -99,7 +99,7 @@ def fact(value: object) -> str:
 
 
 def csv_text(results: Results) -> str:
-    """One line per configuration and one column per figure, in the units of the JSON; raw samples are left there."""
+    """CSV with a line per configuration and a column per figure, in the units of the JSON and without raw samples."""
     flat = [_flat(row) for row in results.rows]
     columns = list(dict.fromkeys(column for row in flat for column in row))
     out = io.StringIO()
@@ -157,7 +157,10 @@ def _work(results: Results) -> Table:
         ]
         for row in results.rows
     ]
-    note = "MACs of the model as written down; counted in the exported graphs, whose last block computes one token."
+    note = (
+        "MMACs are those of the model as defined; counted MMACs are those of the exported graphs, whose last block "
+        "computes only one token."
+    )
     return Table("work", "Work and accuracy", headers, rows, note)
 
 
@@ -179,9 +182,9 @@ def _measured(results: Results) -> Table:
         ]
         for row in results.rows
     ]
-    note = "Milliseconds of a warm prediction, batch 1; memory with at most one resident expert."
+    note = "Milliseconds are of a warm prediction at batch 1; memory is with at most one resident expert."
     if noisy := [row for row in results.rows if noise_reasons(row)]:
-        note += f"\n{NOISY} Do not quote the times of these:"
+        note += f"\n{NOISY} Do not quote the times of these rows:"
         note += "".join(f"\n{display_name(row)}: {'; '.join(noise_reasons(row))}" for row in noisy)
     return Table("measured", "Measured", headers, rows, note)
 
@@ -192,7 +195,7 @@ def _cold_start(results: Results) -> Table:
     for row in results.rows:
         if row.cold_start:
             rows.append([display_name(row), *cold_start_medians(row).values(), interval(row.cold_start.total)])
-    return Table("cold-start", "Cold start", headers, rows, "Medians over fresh processes.")
+    return Table("cold-start", "Cold start", headers, rows, "Values are medians over fresh processes.")
 
 
 def cold_start_medians(row: Row) -> dict[str, float]:
@@ -232,7 +235,8 @@ def _memory(results: Results) -> Table:
             sizes = [_millions(each) for each in (at.anonymous, at.file_backed, at.total, at.ledger)]
             rows.append([display_name(row), moment, at.resident, *sizes])
         rows.append([display_name(row), "peak", None, None, None, _millions(row.memory.peak), None])
-    return Table("memory", "Memory", headers, rows, "Beyond that of the process before the model was opened.")
+    note = "Memory is counted beyond that of the process before the model was opened."
+    return Table("memory", "Memory", headers, rows, note)
 
 
 def _throughput(results: Results) -> Table:
@@ -243,12 +247,12 @@ def _throughput(results: Results) -> Table:
         by_batch = {each.batch: each.images_per_second.value for each in row.throughput}
         rows.append([display_name(row), *(by_batch.get(batch) for batch in batches)])
     headers = ["model", *(f"batch {batch}" for batch in batches)]
-    note = "Medians, batches grouped by expert; their intervals are in the JSON and the CSV."
+    note = "Values are medians; batches are grouped by expert. The intervals are in the JSON and the CSV."
     return Table("throughput", "Images per second", headers, rows, note)
 
 
 def _residency(results: Results) -> Table:
-    headers = ["model", "mix", "most resident", "hit rate %", "p50 ms", "p99 ms", "memory MB"]
+    headers = ["model", "mix", "resident limit", "hit rate %", "p50 ms", "p99 ms", "memory MB"]
     rows: list[list[Cell]] = [
         [display_name(row), plain(at.mix), at.resident, 100 * at.hit_rate, at.p50, at.p99, _millions(at.bytes)]
         for row in results.rows
@@ -274,7 +278,7 @@ def _routing(results: Results) -> Table:
 
 
 def expert_name(results: Results, expert: int) -> str:
-    """What an expert is for, or its number where that is not known."""
+    """What an expert is for, or its number if that is not known."""
     names = results.expert_names
     return plain(names[expert]) if expert < len(names) and names[expert].strip() else f"expert {expert}"
 
@@ -293,7 +297,7 @@ def _millions(value: float | None) -> float | None:
 
 
 def _spreadsheet_text(value: str) -> str:
-    """A text that no spreadsheet takes for a formula (OWASP: CSV injection)."""
+    """Makes text safe from being read as a formula by a spreadsheet (OWASP: CSV injection)."""
     value = plain(value)
     return "'" + value if value[:1] in ("=", "+", "-", "@") else value
 

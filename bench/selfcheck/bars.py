@@ -1,6 +1,6 @@
-"""The figures that this project holds itself to, each measured side by side.
+"""The figures by which this project judges itself, each compared side by side with a baseline.
 
-The models have random weights, since nothing here depends on what a model has learned.
+The models have random weights, because none of these figures depends on what a model has learned.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mvmoe_deploy.terminal import counted
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure beside the bar it has to stay under."""
+    """One measured figure and the bar that it must not exceed."""
 
     what: str
     value: float
@@ -46,7 +46,7 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether it stays under the bar."""
+        """Whether the figure does not exceed the bar."""
         return self.value <= self.bar
 
 
@@ -93,7 +93,7 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
 
 
 def export_time(folder: Path, repeats: int = 3) -> Figure:
-    """Whole ``mvmoe-export`` commands, all experts against the dense baseline, in turn."""
+    """Times whole ``mvmoe-export`` commands in turn: all experts against the dense baseline."""
     checkpoints = [
         random_checkpoint(config_from_name("mvmoe_12x192"), folder / "12x192-moe.pt"),
         random_checkpoint(config_from_name("vit_12x192"), folder / "12x192-dense.pt"),
@@ -120,7 +120,7 @@ def export_time(folder: Path, repeats: int = 3) -> Figure:
 
 
 def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """``run`` of one preprocessed image, both our exports."""
+    """Times ``run`` with one preprocessed image: the routed bundle against the dense one, both exported here."""
     routed, dense = _exported(f"mvmoe_{scale}", folder)
     size = routed.manifest.preprocessing.size
     batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
@@ -136,7 +136,7 @@ def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) ->
 
 
 def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Against a bare session of what ``torch.onnx.export`` makes of the dense baseline by default."""
+    """Times a routed bundle against a bare session of ``torch.onnx.export``'s default export of the dense baseline."""
     import onnxruntime as ort
 
     from mvmoe_deploy.backends.onnxruntime import session_options
@@ -160,9 +160,10 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
 
 
 def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeats: int = 20) -> Iterator[Figure]:
-    """Process start to first prediction, against the graph of all experts: bare, and opened by the same runtime.
+    """Process start to first prediction, against one graph of all experts, both bare and in the same runtime.
 
-    Bare, it is spared this project's imports, manifest and hashes; the same runtime shows what the layout alone does.
+    The bare graph needs none of this project's imports, manifest and hashes. With the same runtime, only the layout
+    makes the difference.
     """
     image = folder / "image.npy"
     size = routed.preprocessing.size
@@ -186,7 +187,7 @@ def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeat
 
 
 def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Loading a tail that is not resident and running it, against running one that is; files in the page cache."""
+    """Times loading and running a tail against running a resident tail; the files are in the page cache."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     tails = _Tails(routed, threads)
     samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
@@ -194,7 +195,7 @@ def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure
 
 
 def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """The same of the swappable layout, against a warm run of the standalone tail."""
+    """Times loading and running a tail of the swappable layout against a warm run of the standalone tail."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
     samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
@@ -203,7 +204,7 @@ def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Fig
 
 
 def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """``run`` of one preprocessed image, its expert resident, in both layouts."""
+    """Times ``run`` with one preprocessed image in both layouts; the expert is resident."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     size = routed.manifest.preprocessing.size
     batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
@@ -215,7 +216,7 @@ def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figur
 
 
 class _Tails:
-    """The tails of a bundle, fed with the tokens of one image."""
+    """The tails of a bundle, which get the tokens of one image."""
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._backend = open_backend(bundle, threads=threads)
@@ -227,23 +228,23 @@ class _Tails:
         self._resident = self._backend.load(self._pieces[0])
 
     def switch(self, number: int) -> None:
-        """Another tail than the last time, loaded, run and dropped."""
+        """Loads, runs and drops a tail that differs from the last one."""
         self._backend.load(self._pieces[1 + number % (len(self._pieces) - 1)])(*self._inputs)
 
     def warm(self, _: int) -> None:
-        """A tail that is resident."""
+        """Runs a resident tail."""
         self._resident(*self._inputs)
 
 
 def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """``predict(array)`` minus its bare session runs and preprocessing, in milliseconds."""
+    """Milliseconds that ``predict(array)`` takes beyond its bare session runs and preprocessing."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     size = routed.manifest.preprocessing.size
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     loaded: dict[str, LoadedPiece] = {}
 
     class Remembering:
-        """Keeps what the runtime loads: other sessions would have their own weights, in or out of the cache."""
+        """Keeps the sessions that the runtime loads; other sessions would have weights of their own to cache."""
 
         def __init__(self, backend: Backend) -> None:
             self.name, self.unloads, self._backend = backend.name, backend.unloads, backend
@@ -269,7 +270,7 @@ def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Fig
 def _memory(c: Configuration) -> int:
     memory = measure_memory(c, sweep=False)
     if memory is None:
-        raise BackendError("memory: proportional set sizes are Linux's; measure there")
+        raise BackendError("memory: only Linux has proportional set sizes; measure on Linux")
     return memory.used.total
 
 
@@ -280,7 +281,7 @@ def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, 
 
 
 def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
-    """Bundles of a scale and of its dense baseline, exported once."""
+    """The bundles of a scale and of its dense baseline; they are exported only once."""
     scale = name.removeprefix("mvmoe_")
     bundles = []
     for kind, shape in (("moe", config_from_name(name)), ("dense", config_from_name(f"vit_{scale}"))):
@@ -292,7 +293,7 @@ def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
 
 
 def _swappable(scale: str, folder: Path) -> Bundle:
-    """The same weights in the swappable layout."""
+    """A bundle with the same weights in the swappable layout."""
     out = folder / f"{scale}-swappable.mvmoe"
     if not out.exists():
         export_checkpoint(folder / f"{scale}-moe.pt", "onnx", out, options=Options(layout="swappable"))
@@ -300,12 +301,12 @@ def _swappable(scale: str, folder: Path) -> Bundle:
 
 
 def _all_experts(scale: str, folder: Path) -> Configuration:
-    """The same weights as one graph that selects the expert inside."""
+    """The same weights in one graph that selects the expert itself."""
     return prepare([folder / f"{scale}-moe.pt"], folder, ["torch"], ["all-experts"])[-1]
 
 
 def _in_fresh_process(function: str, scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Calls a function of this module in a new process: threads are set once per process, and memory starts empty."""
+    """Calls a function of this module in a new process, where threads can be set and memory starts empty."""
     _exported(f"mvmoe_{scale}", folder)
     code = (
         f"import json, pathlib, dataclasses; from mvmoe_deploy.bench.selfcheck import bars as f; print(json.dumps("

@@ -1,11 +1,11 @@
-"""What the ExecuTorch target's lowering buys: candidates run in turn, with random weights.
+"""Measures what the ExecuTorch target's lowering gains: candidates run in turn, with random weights.
 
-- routed / dense: an image through trunk, router and the tail it is routed to, against the dense baseline whole;
-- rewritten / naive: the trunk as this project lowers it, against nn.LayerNorm and scaled_dot_product_attention lowered
-  as they are by ExecuTorch's documented calls, both for any batch up to 16;
-- the same for one image at a time, which suits the naive lowering best;
-- matrix products / naive: the trunk's convolution and linear layers and nothing else. Both lowerings run these in the
-  same kernels, so that no rewrite can come below it.
+- routed / dense: an image through trunk, router and the tail that it is routed to, against the whole dense baseline.
+- rewritten / naive: the trunk as this project lowers it, against the trunk with nn.LayerNorm and
+  scaled_dot_product_attention as ExecuTorch's documented calls lower it, both for any batch up to 16.
+- rewritten / naive, batch 1 only: the same for one image at a time, which suits the naive lowering best.
+- matrix products / naive: only the trunk's convolution and linear layers. Both lowerings run these in the same kernels,
+  so no rewrite can fall below this ratio.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ RATIOS = {
 def measure_scale(
     name: str, directory: Path, rounds: int, threads: int = 1, progress: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """:func:`measure` of a scale by name, with random weights.
+    """Calls :func:`measure` for a scale by name, with random weights.
 
     Raises:
-        ConfigError: there is no such scale, or it is dense.
+        ConfigError: there is no such scale, or the model is dense.
     """
     config = config_from_name(name)
     if config.routes != "images" or config.dense is None:
@@ -67,7 +67,7 @@ def measure(
     """Exports both models into ``directory`` and times them.
 
     Returns:
-        ``ms`` per candidate, ``ratios`` by the names of :data:`RATIOS`, ``delegation`` of the kinds of pieces.
+        ``ms`` by candidate, ``ratios`` by the names of :data:`RATIOS`, and ``delegation`` by kind of piece.
     """
     size = moe.config.image_size
     bundles = {
@@ -110,7 +110,7 @@ def measure(
 
 
 class MatrixProducts(nn.Module):
-    """A rewritten trunk's convolution and linear layers, each on as many tokens as in the trunk, and nothing else."""
+    """Only the convolution and linear layers of a rewritten trunk, each on as many tokens as in the trunk."""
 
     def __init__(self, rewritten: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _export(model: Model, path: Path, progress: Callable[[str], None]) -> Path:
 
 
 def lower_naively(piece: PieceModule, max_batch: int) -> Lowered:
-    """A piece's module as it is, by the calls that ExecuTorch's guide to XNNPACK gives."""
+    """Lowers a piece's unchanged module with the calls from ExecuTorch's guide to XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 

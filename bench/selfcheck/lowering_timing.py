@@ -1,7 +1,7 @@
-"""Times what :mod:`mvmoe_deploy.bench.selfcheck.lowering` exported, in a process that has exported nothing.
+"""Times the exports of :mod:`mvmoe_deploy.bench.selfcheck.lowering` in a process that has exported nothing.
 
-An app's process has no exporter in it. In the one that did the exporting, what torch.export left in memory makes every
-step between two pieces slower: routed / dense was 1.07 there and is about 1.04 here, of the same files.
+An app's process has no exporter in it. In the exporting process, what torch.export leaves in memory slows down every
+step between two pieces: with the same files, routed / dense was 1.07 there and is about 1.04 here.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class _Request(msgspec.Struct):
 def measure_exports(
     bundles: Mapping[str, Path], methods: Mapping[str, Path], images: Path, rounds: int, threads: int
 ) -> dict[str, list[float]]:
-    """Milliseconds by name, bundles in turn and then methods in turn.
+    """Milliseconds by name; first the bundles take turns, then the methods.
 
     Args:
-        bundles: by name, what to run whole.
-        methods: by name, .pte files whose method takes an image; run bare, since what the backend does around its own
-            is not the lowering's.
+        bundles: bundles to run whole, by name.
+        methods: .pte files whose method takes an image, by name. They run without the backend, whose additional work
+            has nothing to do with the lowering.
         images: a ``.npy`` file, float32 ``[n, 1, 3, S, S]``.
-        rounds: samples per candidate.
+        rounds: number of samples per candidate.
         threads: CPU threads.
 
     Raises:
@@ -67,7 +67,7 @@ def _on_each_of(inputs: Any, run: Callable[[Any], object]) -> Callable[[int], ob
 
 
 def _method(path: str) -> Callable[[Any], object]:
-    from executorch.runtime import Runtime  # here, so that the backend has set its threads before
+    from executorch.runtime import Runtime  # imported here, after the backend has set its threads
 
     method = Runtime.get().load_program(path).load_method("forward")
     return lambda image: method.execute([image])

@@ -1,4 +1,4 @@
-"""Every target at every precision against PyTorch, on labelled images."""
+"""Compares every target at every precision with PyTorch on labelled images."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ HEADERS = [
 def measure(
     checkpoint: Path, data: Path, count: int, progress: Callable[[str], None] = lambda what: None
 ) -> list[list[Cell]]:
-    """A row per target and precision under :data:`HEADERS`; the first is PyTorch itself.
+    """A row per target and precision, with the columns of :data:`HEADERS`; the first row is PyTorch itself.
 
     Args:
         checkpoint: a trained model.
-        data: labelled images; the validation split is used.
-        count: how many of them, evenly spaced.
-        progress: called with what is about to be done, and why a target is left out.
+        data: folder of labelled images, of which the validation split is used.
+        count: number of images, evenly spaced.
+        progress: called with the step about to begin, and with the reason why a target is left out.
     """
     model, header = load_checkpoint(checkpoint)
     val = read_images(data, "val", header.preprocessing, header.class_ids)

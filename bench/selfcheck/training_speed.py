@@ -1,8 +1,8 @@
-"""How close training comes to what the processor could do.
+"""Measures how close training comes to what the processor could do.
 
-Images per second of ``mvmoe-train`` (gathering, augmenting and normalising images, clipping gradients) beside those of
-a bare loop of forward pass, backward pass and step, on tensors of the same shape that never change. Both train the
-same model with the same optimiser, a few steps each in turn.
+It compares the images per second of ``mvmoe-train`` (which gathers, augments and normalises images and clips gradients)
+with those of a bare loop of forward pass, backward pass and step on constant tensors of the same shape. Both train the
+same model with the same optimiser, and take turns of a few steps each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mvmoe_deploy.models.train.recipe import Recipe
 from mvmoe_deploy.models.train.trainer import Trainer, optimizers
 
 BAR = 0.85
-"""Least share of the bare loop's images per second."""
+"""Least share of the bare loop's images per second that training must reach."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Speed:
     """One model's training speed.
 
     Attributes:
-        model: its name.
+        model: the model's name.
         patch: side of a patch, in pixels.
-        images_per_second: of training, median over the rounds.
-        bare_images_per_second: of the bare loop, likewise.
-        ratio: of the two, median over the rounds' ratios.
-        milliseconds: per round, of training.
-        bare_milliseconds: per round, of the bare loop.
+        images_per_second: images per second of training, median over the rounds.
+        bare_images_per_second: images per second of the bare loop, median over the rounds.
+        ratio: training's images per second divided by the bare loop's, median over the rounds.
+        milliseconds: time of each round of training.
+        bare_milliseconds: time of each round of the bare loop.
     """
 
     model: str
@@ -53,22 +53,22 @@ def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, dev
     """Times ``steps`` steps of training and of the bare loop in turn.
 
     Args:
-        model: a scale's name; 200 classes, images of 32 × 32.
+        model: a scale's name; it has 200 classes and images of 32 × 32 pixels.
         patch: side of a patch, in pixels.
-        recipe: of training; the bare loop takes its batch and optimiser.
-        steps: per round.
-        rounds: that are kept.
-        device: where to train.
+        recipe: the training recipe; the bare loop uses its batch size and optimiser.
+        steps: number of steps per round.
+        rounds: number of rounds to keep.
+        device: device to train on.
     """
     config = config_from_name(model, image_size=32, patch_size=patch, classes=200)
     torch.manual_seed(0)
     count = steps * recipe.batch
     ids = [str(index) for index in range(config.classes)]
     labels = torch.randint(config.classes, (count,))
-    pixels = torch.randint(0, 256, (20 * count, 3, 32, 32), dtype=torch.uint8)  # more than caches hold
+    pixels = torch.randint(0, 256, (20 * count, 3, 32, 32), dtype=torch.uint8)  # more than the caches hold
     images = ImageSet(pixels, labels.repeat(20), ids, [])
     header = checkpoints.new_header(config.to_dict(), ids, ids, Preprocessing(size=32))
-    trainer = Trainer(build(config), header, images, images, recipe, Path("unwritten.pt"), device)  # saving is run()'s
+    trainer = Trainer(build(config), header, images, images, recipe, Path("unwritten.pt"), device)  # only run() saves
     trainer.steps_per_epoch = steps
     bare = build(config).to(device).train()
     bare_optimizers = optimizers(bare, recipe)

@@ -1,10 +1,10 @@
 """Checks an ONNX graph before onnxruntime sees it.
 
-onnxruntime trusts what it loads: a division of integers, a convolution without groups or an attention without heads
-ends the process, a loop or a large enough constant takes all its time or memory. This check follows the graph with one
-image, knowing every type, every shape and every integer that shapes depend on, and refuses what no export of this
-project has: other operators, attributes out of bounds, control flow, weights outside the bundle's listed files, inputs
-and outputs other than the manifest's, more work or memory than a model for a device needs.
+onnxruntime trusts what it loads. A division of integers, a convolution without groups or an attention without heads
+ends the process; a loop or a large enough constant takes all its time or memory. This check follows one image through
+the graph and computes every type, every shape and every integer that shapes depend on. It refuses what no export of
+this project has: other operators, attributes out of bounds, control flow, weights outside the bundle's listed files,
+inputs and outputs that differ from the manifest's, more work or memory than a model for a device needs.
 
 It imports neither onnx nor torch and takes about a millisecond for a trunk (:mod:`.onnx_reader` does half of that).
 A bundle that the caller trusts, or whose digest is pinned, is loaded without it.
@@ -42,13 +42,13 @@ from mvmoe_deploy.bundle import Piece, TensorSpec
 
 OPSETS = range(17, 25)
 MAX_MEMORY = 1 << 30
-"""Bytes of intermediate values that live at one time, for one image; a ViT of 12 layers at 224 pixels needs 10 MB."""
+"""Most bytes of intermediate values at any time, for one image; a ViT of 12 layers at 224 pixels needs 10 MB."""
 
 MAX_WORK = 1 << 38
-"""Multiply-adds and elements of one image; a ViT-Large at 384 pixels needs 2³⁷."""
+"""Most multiply-adds and computed elements for one image; a ViT-Large at 384 pixels needs 2³⁷."""
 
 MAX_KNOWN = 256
-"""Integers that are followed: shapes, axes, places."""
+"""Most integers of a tensor whose values are followed, such as shapes, axes and indices."""
 
 LIMIT = 1 << 31
 
@@ -62,7 +62,7 @@ class Value(msgspec.Struct, gc=False):
 
 
 class Operation(msgspec.Struct, gc=False):
-    """A node with its inputs looked up; left-out inputs are None."""
+    """A node with its inputs looked up; omitted inputs are None."""
 
     node: Node
     inputs: list[Value | None]
@@ -77,7 +77,7 @@ class Operation(msgspec.Struct, gc=False):
         return self.inputs[index] if index < len(self.inputs) else None
 
     def known(self, index: int) -> tuple[int, ...]:
-        """The integers of an input that shapes depend on."""
+        """The values of an integer input on which shapes depend."""
         value = self.input(index)
         if value.known is None:
             raise GraphError("depends on integers that are not known before it runs")
@@ -119,19 +119,19 @@ class Operation(msgspec.Struct, gc=False):
 
 
 Result = tuple[list[Value], int]
-"""Outputs, and the work beyond one step for each of their elements."""
+"""The outputs, and the work in addition to one step per element of the outputs."""
 
 
 def check_graph(data: bytes, piece: Piece, sizes: Mapping[str, int]) -> None:
     """Checks a piece's ``.onnx`` file.
 
     Args:
-        data: the file.
-        piece: its manifest entry.
-        sizes: bytes of the bundle's files by path.
+        data: the file's content.
+        piece: the piece's manifest entry.
+        sizes: size of each of the bundle's files in bytes, by path.
 
     Raises:
-        GraphError: damaged, or not what an export of this project has; the message says what.
+        GraphError: the graph is damaged, or has something that no export of this project has; the message says what.
     """
     if piece.graph.endswith(".ort"):
         raise GraphError("onnxruntime takes it for its own format, which cannot be checked")
@@ -150,7 +150,7 @@ def _constants(graph: Graph, piece: Piece, sizes: Mapping[str, int]) -> dict[str
     outside = 0
     for constant in graph.constants:
         if constant.name in values or not constant.name:
-            raise GraphError(f"constant {constant.name!r} is there twice, or has no name")
+            raise GraphError(f"constant {constant.name!r} appears twice, or has no name")
         if constant.location is not None:
             path = posixpath.join(folder, constant.location)
             # onnxruntime takes a location with "*" for an address in memory
@@ -173,7 +173,7 @@ def _integers(constant: Constant) -> tuple[int, ...] | None:
 
 def _check_inputs(graph: Graph, piece: Piece, values: dict[str, Value]) -> None:
     specs = [*piece.inputs, *(TensorSpec(weight.name, list(weight.shape), "float32") for weight in piece.weights)]
-    names = [name for name in graph.inputs if name not in values]  # a constant among them is one that may be replaced
+    names = [name for name in graph.inputs if name not in values]  # a constant among them may be replaced
     if names != [spec.name for spec in specs]:
         raise GraphError(f"takes inputs {names}, manifest.json says {[spec.name for spec in specs]}")
     for spec in specs:
@@ -217,7 +217,7 @@ def _fits(declared: Type, shape: tuple[int, ...]) -> bool:
 
 
 def _follow(graph: Graph, values: dict[str, Value]) -> None:
-    """Computes type and shape of every value, and what they take of time and memory."""
+    """Computes the type and shape of every value, and the time and memory that they take."""
     last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     last_use |= dict.fromkeys(graph.outputs, len(graph.nodes))
     leaving: dict[int, int] = {}  # bytes that are freed after each node
@@ -262,7 +262,7 @@ def _follow(graph: Graph, values: dict[str, Value]) -> None:
         alive -= leaving.pop(index, 0)
 
 
-# Rules: what an operator makes of its inputs
+# Rules: the outputs that an operator computes from its inputs
 
 
 def _axis(axis: int, rank: int) -> int:
@@ -293,7 +293,7 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _same(values: Sequence[Value]) -> int:
-    """The type that all of them have."""
+    """The type that all values have."""
     dtype = values[0].dtype
     for value in values:
         if value.dtype != dtype:
@@ -467,7 +467,7 @@ def _shape(x: Operation) -> Result:
 
 
 def _known(integers: Sequence[int], shape: tuple[int, ...] | None = None) -> Value:
-    """Integers that are known, as one dimension unless ``shape`` says otherwise."""
+    """A tensor of known integers, one-dimensional unless ``shape`` says otherwise."""
     _require(0 < len(integers) <= MAX_KNOWN, f"has {len(integers)} integers")
     return Value(INT64, (len(integers),) if shape is None else shape, tuple(integers))
 
@@ -626,7 +626,7 @@ def _attention(x: Operation) -> Result:
 
 
 def _scales(x: Operation, data: Value, scale: Value, zero: Value | None) -> None:
-    """One scale for all, one per place of an axis, or one per block of places of it."""
+    """Checks that there is one scale for the tensor, one per index of an axis, or one per block of indices."""
     block = x.integer("block_size", 0, 0, 65536)
     _require(zero is None or zero.shape == scale.shape)
     if scale.shape in ((), (1,)) and not block:
@@ -700,7 +700,7 @@ def _matmul_nbits(x: Operation) -> Result:
 
 
 Rule = tuple[Callable[[Operation], Result], int, int, frozenset[str]]
-"""What infers the outputs, fewest and most inputs, and the attributes there may be."""
+"""The function that infers the outputs, the fewest and most inputs, and the allowed attributes."""
 
 
 def _rule(infer: Callable[[Operation], Result], least: int, most: int, attributes: str = "") -> Rule:

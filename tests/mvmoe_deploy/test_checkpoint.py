@@ -204,8 +204,8 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
         (put(version=True), "format version 'True'"),
         (put(version="1"), "format version '1'"),
         (drop("version"), "format version 'None'"),
-        (put(model={"architecture": ["vit"], "classes": 6, "image_size": 32}), "architecture is no text"),
-        (put(model={"architecture": "vit", "classes": 6.0, "image_size": 32}), "classes is no integer"),
+        (put(model={"architecture": ["vit"], "classes": 6, "image_size": 32}), "architecture is not a string"),
+        (put(model={"architecture": "vit", "classes": 6.0, "image_size": 32}), "classes is not an integer"),
         (drop("model"), "missing required field `model`"),
         (drop("class_ids"), "missing required field `class_ids`"),
         (drop("class_names"), "missing required field `class_names`"),
@@ -213,7 +213,7 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
         (put(colour=1), "unknown field `colour`"),
         (put(model=3), r"Expected `object`, got `int` - at `\$\.model`"),
         (put(class_ids=["a"]), "1 class_ids but 6 class_names"),
-        (put(class_ids=["a"], class_names=["a"]), "the model has 6 classes, 1 are named"),
+        (put(class_ids=["a"], class_names=["a"]), "the model has 6 classes, but 1 are named"),
         (put(preprocessing={"size": 64}), "the model takes images of size 32, preprocessing gives 64"),
         (put(preprocessing={"size": 32, "crop": 7.0}), r"\$\.preprocessing\.crop"),
         (put(preprocessing={"size": 32, "std": [0.0, 1.0, 1.0]}), r"\$\.preprocessing\.std"),
@@ -310,7 +310,7 @@ SCALAR = torch.zeros(1)
         (lambda: {"a": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8)}, "is quantised"),
         (lambda: {"a": {"b": torch.zeros(3)}}, "is a dict, not a tensor|is a _Dict"),
         (lambda: {"a": None}, "is a NoneType"),
-        (lambda: {1: torch.zeros(3)}, "a name that is no text"),
+        (lambda: {1: torch.zeros(3)}, "a name that is not a string"),
     ],
 )
 def test_weights_are_looked_at_before_they_are_read(

@@ -66,7 +66,7 @@ def test_noisy_rows_are_marked_with_the_reason() -> None:
     results = synthetic.results()
     assert [row[0] for row in by_key(results)["measured"].rows][-1] == "stock †"
     reason = "stock †: coefficient of variation 0.31 is above 0.15"
-    assert by_key(results)["measured"].note.splitlines()[-2:] == ["† Do not quote the times of these:", reason]
+    assert by_key(results)["measured"].note.splitlines()[-2:] == ["† Do not quote the times of these rows:", reason]
     assert reason in text(by_key(results)["measured"]) and reason in markdown(results)
     quiet = synthetic.results([synthetic.row("dense")])
     assert "†" not in by_key(quiet)["measured"].note
