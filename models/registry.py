@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from mvmoe_deploy.errors import ConfigError, first_line
+from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.plugins import announced
 
 if TYPE_CHECKING:
     from mvmoe_deploy.models.model import Model
@@ -191,13 +191,7 @@ def architectures() -> dict[str, Architecture]:
 
 @functools.cache
 def _register_installed() -> None:
-    for entry in entry_points(group=GROUP):
-        try:
-            architecture = entry.load()
-        except Exception as error:
-            raise ConfigError(f"entry point {entry.value}: cannot be imported ({first_line(error)})") from None
-        if not isinstance(architecture, Architecture):
-            raise ConfigError(f"entry point {entry.value}: is a {type(architecture).__name__}, not an Architecture")
+    for architecture in announced(GROUP, Architecture):
         register(architecture)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mvmoe_deploy.errors import BackendError, ConfigError, MvmoeError, first_line
+from mvmoe_deploy.errors import BackendError, ConfigError, MvmoeError
+from mvmoe_deploy.plugins import announced
 
 GROUP = "mvmoe_deploy.targets"
 """The entry point group under which another package announces its targets."""
@@ -138,16 +139,8 @@ def installed() -> Mapping[str, Target]:
     Raises:
         ConfigError: a target cannot be imported, is not a :class:`Target`, or has a name that already exists.
     """
-    from importlib.metadata import entry_points  # takes 15 ms, and built-in targets do not need it
-
     found: dict[str, Target] = {}
-    for entry in entry_points(group=GROUP):
-        try:
-            target = entry.load()
-        except Exception as error:
-            raise ConfigError(f"entry point {entry.value}: cannot be imported ({first_line(error)})") from None
-        if not isinstance(target, Target):
-            raise ConfigError(f"entry point {entry.value}: is a {type(target).__name__}, not a Target")
+    for target in announced(GROUP, Target):
         _check_new(target, {**_registered, **found})
         found[target.name] = target
     return found

@@ -153,7 +153,7 @@ def test_registering(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("toy_target:NO_SUCH", "entry point toy_target:NO_SUCH: cannot be imported"),
         ("no_such_module:TARGET", r"entry point no_such_module:TARGET: cannot be imported \(No module named"),
-        ("toy_target:BACKEND", "entry point toy_target:BACKEND: is a Engine, not a Target"),
+        ("toy_target:BACKEND", "entry point toy_target:BACKEND: is a Engine, expected Target"),
     ],
 )
 def test_an_entry_point_that_is_no_target(

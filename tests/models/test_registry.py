@@ -163,14 +163,15 @@ def test_the_default_model_is_not_made_with_one_expert(
 @pytest.mark.parametrize(
     ("loads", "message"),
     [
-        (lambda: 3, "entry point x:Y: is a int, not an Architecture"),
+        (lambda: 3, "entry point x:Y: is a int, expected Architecture"),
         (lambda: importlib.import_module("no_such_module"), "entry point x:Y: cannot be imported (No module named"),
     ],
 )
 def test_what_is_announced_wrongly_is_named(
     monkeypatch: pytest.MonkeyPatch, loads: Callable[[], Any], message: str
 ) -> None:
-    monkeypatch.setattr(registry, "entry_points", lambda group: [SimpleNamespace(load=loads, value="x:Y")])
+    found = [SimpleNamespace(load=loads, value="x:Y")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)
     registry._register_installed.cache_clear()
     with pytest.raises(ConfigError, match=re.escape(message)):
         registry.config_from_dict(tiny.DENSE)
