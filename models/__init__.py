@@ -72,7 +72,7 @@ def load_model(checkpoint: Checkpoint, where: str = "checkpoint") -> Model:
         # Cheap, and before the first build: a config far larger than its weights would take minutes to build.
         if (fewest := config.fewest_weights()) > len(checkpoint.weights):
             raise ConfigError(
-                f"the config is of at least {fewest} weights, but there are only {len(checkpoint.weights)}"
+                f"the config needs at least {fewest} weights, but there are only {len(checkpoint.weights)}"
             )
         return with_weights(lambda: build(config), checkpoint.weights)
     except ConfigError as error:
@@ -86,7 +86,7 @@ def with_weights(make: Callable[[], AnyModule], weights: dict[str, Tensor]) -> A
         ConfigError: weights are missing, unknown or of another shape.
     """
     with torch.device("meta"):
-        model = make()  # shapes without memory: a config cannot make us allocate what the file lacks
+        model = make()  # shapes without memory: a config cannot ask for memory that the file does not fill
     check_state_dict(model, weights, "weights")
     model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -157,7 +157,7 @@ class Model(nn.Module):
         Raises:
             ConfigError: the model has no such graph.
         """
-        raise ConfigError(f"a {self.config.architecture} is not to be had as one graph that holds all experts")
+        raise ConfigError(f"a {self.config.architecture} cannot be built as one graph that holds all experts")
 
 
 def routed_by_tails(

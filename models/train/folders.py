@@ -278,7 +278,7 @@ def _sort_out(where: Path, split: str, files: list[_File]) -> _Split:
     others = [file for file in others if file not in tables]
     left_out = [_count(each, *what) for each, what in ((others, NO_IMAGE), (hidden, HIDDEN)) if each]
     if absent := sorted(set(class_of) - {file.parts[-1] for file in images}):
-        left_out.append(f"{len(absent)} of {ANNOTATIONS}, which are not there (first: {absent[0]})")
+        left_out.append(f"{len(absent)} named in {ANNOTATIONS} but missing (first: {absent[0]})")
     return _Split(where, {class_id: by_class[class_id] for class_id in sorted(by_class)}, left_out)
 
 

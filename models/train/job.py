@@ -128,11 +128,11 @@ def check_out(out: Path, epochs: int, resume: bool, force: bool) -> Checkpoint |
     training = finished.header.training
     done = training.get("epochs_done", 0)
     if done < training.get("recipe", {}).get("epochs", done):
-        return None  # killed between its first checkpoint and its first state
+        return None  # the run was killed between its first checkpoint and its first state
     if done < epochs:
         raise DataError(
-            f"{out}: is finished after {done} epochs, its learning rate at zero, so --resume has nothing to go on "
-            f"from; --from {out} --out ANOTHER trains it further"
+            f"{out}: is finished after {done} epochs, with its learning rate at zero, so there is nothing to resume; "
+            f"--from {out} --out ANOTHER trains it further"
         )
     return finished
 
@@ -162,7 +162,7 @@ def _model(job: Job, training: dict[str, Any]) -> Model:
 def _teacher(job: Job, training: dict[str, Any]) -> Teacher | None:
     """Loads the teacher, if there is one, and records it in ``training``."""
     if job.answers and not (job.teacher and job.recipe.views):
-        raise DataError("--answers keeps what a --teacher says of a number of --views: give both")
+        raise DataError("--answers keeps a --teacher's answers to a number of --views: give both")
     if job.teacher is None:
         return None
     model, header = load_checkpoint(job.teacher)
@@ -170,7 +170,7 @@ def _teacher(job: Job, training: dict[str, Any]) -> Teacher | None:
     if header.preprocessing != job.preprocessing:
         raise DataError(
             f"{job.teacher}: takes images as {header.preprocessing}, this model as {job.preprocessing}; "
-            "both see the same view of an image"
+            "teacher and student must take the same view of an image"
         )
     # a teacher answers in the precision that it was trained in, whatever its student's is
     precision = header.training.get("recipe", {}).get("precision", "fp32")

@@ -83,7 +83,7 @@ def test_a_config_far_larger_than_its_weights_is_refused_before_anything_is_buil
     huge = {**checkpoint.header.model, "width": 65536, "depth": 65536, "experts": 65536}
     checkpoint.header.model = huge
     with pytest.raises(
-        CheckpointError, match=r"birds\.pt: the config is of at least 65536 weights, but there are only"
+        CheckpointError, match=r"birds\.pt: the config needs at least 65536 weights, but there are only"
     ):
         models.load_model(checkpoint, "birds.pt")
     checkpoint.header.model = {**huge, "depth": 2}

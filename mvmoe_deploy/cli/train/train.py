@@ -1,4 +1,4 @@
-"""``mvmoe-train`` itself: train a model on folders of images."""
+"""``mvmoe-train train``, the default sub-command: trains a model on folders of images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
                    help="folder with train/ and val/ (CLASS/*.JPEG in each), or with train.zip and val.zip; with "
                    "--val-share, class folders alone will do; an optional classes.tsv names the classes")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.pt or .safetensors)")
-    p.add_argument("--model", default="mvmoe_6x64", help=", ".join(architecture.form for architecture in named))
+    p.add_argument("--model", default="mvmoe_6x64",
+                   help="name of a shape: " + ", ".join(architecture.form for architecture in named))  # fmt: skip
     p.add_argument("--from", dest="start_from", type=Path, metavar="CKPT",
                    help="start from this model, or from its dense baseline (upcycling)")  # fmt: skip
     shape = p.add_argument_group("shape of the model")

@@ -90,7 +90,7 @@ LAYOUTS: dict[str, tuple[Tree, dict[str, list[int]], list[str]]] = {
     "annotated, an image away": (
         {"images/val_0.JPEG": picture(1), "val_annotations.txt": b"val_0.JPEG\tn2\nval_1.JPEG\tn2\n"},
         {"n2": [1]},
-        ["1 of val_annotations.txt, which are not there (first: val_1.JPEG)"],
+        ["1 named in val_annotations.txt but missing (first: val_1.JPEG)"],
     ),
     "sorted into classes, the annotations left": (
         {**TWO, "val_annotations.txt": b"a.png\tn1\n"}, BY_CLASS, []

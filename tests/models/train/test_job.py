@@ -169,7 +169,7 @@ def test_training_images_are_read_after_everything_else_was_checked(tmp_path: Pa
     for wrong, message in (
         ({"start_from": tmp_path / "none.pt"}, "none.pt: no such file"),
         ({"teacher": tmp_path / "none.pt"}, "none.pt: no such file"),
-        ({"answers": tmp_path}, "--answers keeps what a --teacher says"),
+        ({"answers": tmp_path}, "--answers keeps a --teacher's answers to"),
     ):
         with pytest.raises(Exception, match=message):
             train(job(tmp_path / "x.pt", reader, **wrong))

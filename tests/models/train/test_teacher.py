@@ -243,10 +243,10 @@ def test_what_does_not_fit_is_refused(
     save(class_ids=["x", *good.header.class_ids[1:]])
     assert "other.pt: was trained on other classes" in fails(capsys, student(data, other, out))
     save(preprocessing=msgspec.structs.replace(good.header.preprocessing, mean=(0.1, 0.1, 0.1)))
-    assert "both see the same view of an image" in fails(capsys, student(data, other, out))
+    assert "teacher and student must take the same view of an image" in fails(capsys, student(data, other, out))
     for change, message in (
         ({"width": 9}, "'stem.weight' has shape [8, 3, 3, 3], the config asks for [9, 3, 3, 3]"),
-        ({"blocks": 60000}, "the config is of at least 180000 weights, but there are only"),
+        ({"blocks": 60000}, "the config needs at least 180000 weights, but there are only"),
         ({"width": 10**9}, "width is 1000000000, more than 65536"),
         ({"width": "8"}, "width is '8', must be of type int"),
         ({"depth": 8}, "resnet has no field 'depth'"),
