@@ -49,7 +49,7 @@ def test_every_piece_agrees_with_torch_at_any_batch(name: str, batch: int) -> No
 
 @pytest.mark.parametrize(("name", "largest"), [("separate", MAX_BATCH), ("single", 1)])
 def test_graphs_say_the_largest_batch(name: str, largest: int) -> None:
-    """It is what executor_runner runs; see extension/runner_util/inputs.cpp in ExecuTorch."""
+    """executor_runner runs the largest batch; see extension/runner_util/inputs.cpp in ExecuTorch."""
     from executorch.runtime import Runtime
 
     opened = bundle(name)

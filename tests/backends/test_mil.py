@@ -167,7 +167,7 @@ def materialise(build: Callable[[Any], Any], x: np.ndarray, target: str) -> list
 
 @pytest.fixture(scope="module", params=ALL)
 def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, dict]:
-    """Of one deployment target: its name, each case's x, and what was interpreted."""
+    """For one deployment target: its name, each case's x, and the interpreted outputs."""
     target = request.param
     cases = {i: (floats(*shape), build) for i, (_, targets, shape, build, _) in enumerate(CASES) if target in targets}
     xs = {i: x for i, (x, _) in cases.items()}

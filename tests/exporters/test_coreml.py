@@ -32,7 +32,7 @@ CONFIG = tiny.moe_config(width=64, experts=2)
 DENSE = tiny.dense_config(width=64, depth=1)
 
 LARGEST_ERROR = {"fp32": 3e-6, "fp16": 4e-3, "int8": 8e-2, "palette6": 0.17, "palette4": 0.8}
-"""Of a piece, relative to its output's largest value; about twice what was seen here."""
+"""Largest error of a piece, relative to its output's largest value; about twice the largest error seen here."""
 
 
 def export(path: Path, config: models.ViTConfig = CONFIG, *, source: Source | None = None, **options: Any) -> Bundle:
@@ -108,7 +108,7 @@ def test_segments_for_more_than_one_expert_per_image(tmp_path: Path) -> None:
 
 
 class CompleteConvRouted(tiny.ConvRouted):
-    """With what the protocol asks for beyond k = 1."""
+    """A conv model that also has the methods that the protocol needs for k > 1."""
 
     attention_module = expert_module = head_module = torch.nn.Module.forward
 
@@ -159,7 +159,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def test_a_packed_package_stores_every_weight_once(tmp_path: Path) -> None:
-    """At the size of a real model: weights and program together."""
+    """The limit holds at a real model's size, for weights and program together."""
     model = models.build(models.config_from_name("mvmoe_12x192")).eval()
     converted = coreml.convert(job(model, tmp_path, layout="packed", minimum_deployment_target="iOS18"))
     distinct = sum(parameter.numel() for parameter in model.parameters())

@@ -203,7 +203,7 @@ print(hashlib.sha256(executorch.lower(executorch.export(xnnpack.rewrite(trunk), 
 
 
 def test_exporting_twice_gives_the_same_bytes() -> None:
-    """In another process, whose sets and dicts of strings have another order."""
+    """The trunk is exported again in another process, whose sets of strings have another order."""
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(executorch_bundles.__file__).parent)}
     output = subprocess.run(
         [sys.executable, "-c", SAME_AGAIN], env=environment, check=True, capture_output=True, text=True

@@ -123,7 +123,7 @@ def swap_experts(model: MobileVMoE) -> None:
 
 
 def flip(bit: int) -> Callable[[MobileVMoE], None]:
-    """Of the largest weight of an expert's first layer."""
+    """Flips a bit of the largest weight in an expert's first layer."""
 
     def edit(model: MobileVMoE) -> None:
         weight = model.moe_block(0).mlp.fc1.weight[1]
@@ -333,7 +333,7 @@ def test_an_outlier_channel_hides_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sure", [False, True], ids=["uncertain router", "sure router"])
 def test_renormalised_gates(k2: Exported, sure: bool) -> None:
-    """Of a sure router, gates sum to 1 anyway, but for images between two experts."""
+    """With a confident router, gates sum to 1 anyway, except for images between two experts."""
     model = k2.model
     assert isinstance(model, MobileVMoE)
     report = Written(k2.bundle, model).verify()

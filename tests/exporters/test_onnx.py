@@ -77,7 +77,7 @@ def test_the_dense_baseline_is_one_piece(dense_path: Path, dense_model: models.V
 
 
 def test_each_kind_of_piece_is_traced_once(k2: Exported) -> None:
-    """However many experts there are: trunk, router, attention and experts of two layers, head."""
+    """The number of traces does not depend on the experts: trunk, router, attention and experts of two layers, head."""
     assert k2.traces == 1 + 1 + 2 * 2 + 1
 
 
@@ -188,7 +188,7 @@ def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:
 
 
 def test_upcycled_experts_that_are_all_equal_keep_their_own_weights(dense_model: models.ViT, tmp_path: Path) -> None:
-    """The exporter merges equal constants: of a fresh upcycled model all experts' weights and half its zero biases."""
+    """The exporter merges equal constants: in a fresh upcycled model, all experts' weights and half its zero biases."""
     model = models.from_dense(models.build(dense_model.config), tiny.moe_config(experts=2)).eval()
     with kept_traces(tiny.moe_config(experts=2)):
         exported = Exported(model, tiny.header_for(model.config), tmp_path / "up.mvmoe")

@@ -48,7 +48,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def bundle(installed: None, moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """The tiny routed checkpoint's, by ``mvmoe-export``."""
+    """The bundle of the tiny routed checkpoint, exported by ``mvmoe-export``."""
     path = tmp_path / "toy.mvmoe"
     assert export.main([str(moe_checkpoint), "--target", "toy", "--out", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

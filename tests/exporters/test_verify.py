@@ -97,7 +97,7 @@ def test_a_wrong_expert_is_seen_however_sure_the_router_is(tmp_path: Path) -> No
 def test_one_flipped_bit(
     bundle_copy: Path, moe_model: models.ViT, graph: str, shape: tuple[int, ...], bit: int
 ) -> None:
-    """Of one weight among tens of thousands, in the exponent; the manifest's hash is of the damaged file."""
+    """The flipped bit is in the exponent of one weight among tens of thousands; the manifest has the damaged file's hash."""
     file, offset = stored(bundle_copy, graph, shape)
 
     def flip(values: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_pieces_that_are_right_and_put_together_wrongly(bundle_path: Path, moe_m
 
 
 def test_a_router_that_sends_images_elsewhere(bundle_copy: Path, moe_model: models.ViT) -> None:
-    """Seen at the trunk already, whose second output are the probabilities."""
+    """The fault shows at the trunk, whose second output is the probabilities."""
     assert isinstance(moe_model, models.MobileVMoE)
     with torch.no_grad():
         moe_model.router.linear.bias.add_(torch.tensor([0.0, 0.0, 0.01, 0.0]))
@@ -155,7 +155,7 @@ def test_a_router_that_sends_images_elsewhere(bundle_copy: Path, moe_model: mode
 
 
 def test_a_reference_of_nan_fails_too(bundle_path: Path, moe_model: models.ViT) -> None:
-    """Else a model that is broken in PyTorch would export without a word."""
+    """Otherwise a model that is broken in PyTorch would export without an error."""
     with torch.no_grad():
         moe_model.head.bias[0] = np.nan
     with pytest.raises(VerificationError):

@@ -53,7 +53,7 @@ def test_every_file_is_in_the_manifest_and_every_hash_is_right(bundle_path: Path
 
 
 def test_sha256sum_can_check_it(bundle_path: Path) -> None:
-    """The manifest's hashes are of the files' bytes, nothing else."""
+    """The manifest's hashes are those of the files' bytes, and of nothing else."""
     import hashlib
 
     for file in open_bundle(bundle_path).manifest.files:
@@ -123,7 +123,7 @@ def test_lazy_checking_names_a_damaged_expert_before_it_is_loaded(bundle_copy: P
 
 @pytest.mark.parametrize("link", ["file", "folder"])
 def test_a_symlink_that_leads_out_is_refused(bundle_copy: Path, tmp_path: Path, link: str) -> None:
-    """Although the target has the right bytes."""
+    """The link is refused although the file that it points to has the right bytes."""
     outside = tmp_path / "outside"
     outside.mkdir()
     shutil.move(bundle_copy / "trunk.bin", outside / "trunk.bin")
@@ -168,7 +168,7 @@ def test_a_graph_that_names_weights_outside_is_refused(bundle_copy: Path, tmp_pa
 
 
 def test_a_bundle_of_the_first_format_version_is_read(bundle_copy: Path) -> None:
-    """Its pieces have none of the fields that came with the second, and their graphs rank no classes."""
+    """Version 1's pieces have none of the fields that version 2 added, and their graphs rank no classes."""
     import onnx
 
     def edit(manifest: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: read back as written, and nothing foreign is believed or executed."""
+"""Checkpoints are read back as written, and nothing in a foreign file is trusted or executed."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_weights_that_are_none(checkpoint: Checkpoint, weights: Any, message: st
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_no_flipped_bit_changes_a_value(checkpoint: Checkpoint, suffix: str, tmp_path: Path) -> None:
-    """Of a .pt, zip's own fields beside the contents may be flipped unseen; what is read is then unchanged."""
+    """In a .pt file, flipped bits in zip's own fields may go unnoticed; the contents that are read are then unchanged."""
     path = tmp_path / f"moe{suffix}"
     checkpoints.save(path, checkpoint, "float16")
     content, whole = path.read_bytes(), checkpoints.load(path)
@@ -275,7 +275,7 @@ def test_no_flipped_bit_changes_a_value(checkpoint: Checkpoint, suffix: str, tmp
 
 
 def test_a_checkpoint_of_the_first_version_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Its .safetensors had no sha256: those of the zoo are such."""
+    """Version 1's .safetensors files, such as the zoo's, have no sha256."""
     raw = {**msgspec.to_builtins(checkpoint.header), "version": 1}
     weights = {name: tensor.contiguous() for name, tensor in checkpoint.weights.items()}
     save_file(weights, tmp_path / "old.safetensors", metadata={"mvmoe": json.dumps(raw)})

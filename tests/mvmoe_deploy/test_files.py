@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path: Path, error: type
 
 
 def test_a_file_that_cannot_be_synced_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk may show only there."""
+    """A full disk may show only when the file is synced."""
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"), atomic_file(tmp_path / "a") as temporary:
         temporary.write_text("half")

@@ -414,7 +414,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(10_001, 10_000), (20_000, 20_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
 def test_a_decompression_bomb_is_refused_from_its_header(size: tuple[int, int]) -> None:
-    """No warning either: between Pillow's own two limits it would print one."""
+    """Pillow's own warning, which it prints between its two limits, does not appear either."""
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
         patch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded it"))
@@ -449,7 +449,7 @@ SHORT = {  # rows of 8 pixels of a picture of 8 × 8
 
 @pytest.mark.parametrize("kind", [*SHORT, "JPEG", "JPEG, grey"])
 def test_a_stream_that_ends_early_and_well_is_refused(kind: str, tmp_path: Path) -> None:
-    """Pillow says nothing of these."""
+    """Pillow reports no error for these files."""
     if kind in SHORT:
         content = SHORT[kind]
     else:
@@ -593,7 +593,7 @@ def test_whatever_bytes_are_damaged_it_decodes_or_says_so(data: st.DataObject) -
 
 
 def test_many_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
-    """Each opening changes them for a moment; unlocked, one thread restores what another had changed."""
+    """Each opening changes the filters for a moment; without a lock, one thread restores what another had changed."""
     file = tmp_path / "x.png"
     Image.new("RGB", (4, 4)).save(file)
     before, real = list(warnings.filters), Image.open

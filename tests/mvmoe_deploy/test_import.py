@@ -1,4 +1,4 @@
-"""What a device has to import."""
+"""The packages that a device has to import."""
 
 from __future__ import annotations
 

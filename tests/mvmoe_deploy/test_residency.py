@@ -95,7 +95,7 @@ def test_no_more_leave_than_needed(load: FakeLoader) -> None:
 
 
 def test_evicted_tails_are_freed_before_the_next_is_loaded(load: FakeLoader) -> None:
-    """Otherwise a device would need room for one more than its budget."""
+    """Otherwise a device would need room for one more expert than its budget allows."""
     residency = Residency(load, [10] * 3, max_resident=1)
     alive: list[int] = []
     load.during = lambda: (gc.collect(), alive.append(len(load.alive)))  # type: ignore[assignment, func-returns-value]

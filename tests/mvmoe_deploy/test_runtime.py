@@ -114,7 +114,7 @@ def test_top_is_bounded_by_the_number_of_classes(bundle_path: Path) -> None:
 
 
 def test_a_batch_is_grouped_by_expert(bundle_path: Path, expected: np.ndarray) -> None:
-    """The same as one by one, and each expert runs once."""
+    """A batch gives the same results as its images one by one, and each expert runs once."""
     batch = tiny.inputs().numpy()
     with mvmoe_deploy.load(bundle_path) as runtime:
         logits, routed = runtime.run(batch)
@@ -205,7 +205,7 @@ def test_a_byte_budget_holds_as_many_tails_as_fit(bundle_path: Path) -> None:
 
 
 def test_a_batch_takes_resident_experts_first(bundle_path: Path) -> None:
-    """Else loading expert 0 would evict expert 3, which is then loaded again for the same batch."""
+    """Otherwise loading expert 0 would evict expert 3, which would be loaded again for the same batch."""
     with mvmoe_deploy.load(bundle_path, max_resident=1) as runtime:
         runtime.run(tiny.inputs(1).numpy(), [[3]])
         runtime.run(tiny.inputs(2).numpy(), [[0], [3]])
@@ -390,7 +390,7 @@ def test_forced_experts_that_do_not_fit(bundle_path: Path, experts: Any, message
 
 
 def test_an_expert_forced_twice_is_refused(k2: Exported) -> None:
-    """Its output could be added once or twice; neither is what anyone means."""
+    """The expert's output could be added once or twice; neither is what a caller can mean."""
     with mvmoe_deploy.load(k2.path) as runtime, pytest.raises(ImageError, match="image 1 names an expert twice"):
         runtime.run(tiny.inputs(2).numpy(), np.array([[0, 1], [2, 2]]))
 
@@ -463,7 +463,7 @@ def test_what_is_in_use_when_a_runtime_closes_goes_afterwards(bundle_path: Path,
 
 
 def test_classes_are_ranked_alike_by_the_graph_and_in_numpy(bundle_path: Path) -> None:
-    """Up to five by the graph, more than that here."""
+    """The graph ranks up to five classes; the runtime ranks more than that."""
     with mvmoe_deploy.load(bundle_path) as runtime:
         for image in tiny.images(4):
             five, six = runtime.predict(image, top=5).top, runtime.predict(image, top=6).top
@@ -576,7 +576,7 @@ def test_what_cannot_be_an_answer_is_refused_by_name(
 
 
 def test_a_fake_that_answers_is_believed(bundle_path: Path) -> None:
-    """So that the cases above are refused for what they say; a class that is masked with minus infinity is fine."""
+    """The cases above are refused for their stated reason: a class that is masked with minus infinity is accepted."""
     bundle = open_bundle(bundle_path)
     assert Runtime(bundle, Fake()).predict(tiny.images(1)[0]).label == "thing 0"
     masked = Runtime(bundle, Fake(tail=[nan_at(LOGITS, 0, -np.inf)])).predict(tiny.images(1)[0], top=6)
@@ -673,7 +673,7 @@ def test_two_threads_share_one_pool(bundle_path: Path, expected: np.ndarray, tmp
 
 
 def test_onnxruntime_still_has_the_session_that_runs_without_checks(bundle_path: Path) -> None:
-    """A private attribute: where a release drops it, predictions go on, each 15 µs slower, and this test fails."""
+    """If a release drops the private attribute, predictions still work, each 15 µs slower, and this test fails."""
     session = onnxruntime.InferenceSession(str(bundle_path / "trunk.onnx"), providers=["CPUExecutionProvider"])
     assert bare_run(session) != session.run
     inputs = {"images": tiny.inputs(2).numpy()}

@@ -38,7 +38,7 @@ def test_the_stock_export_is_the_same_function(dense_model: models.ViT, dense_pa
 
 
 def test_the_graph_of_all_experts_is_the_routed_model(tmp_path: Path) -> None:
-    """In PyTorch and as exported, for a batch that uses several experts."""
+    """The two agree in PyTorch and as exported, for a batch that uses several experts."""
     config = tiny.moe_config(moe_layers=2, depth=3)
     model = tiny.lively_model(config)
     assert isinstance(model, models.MobileVMoE)

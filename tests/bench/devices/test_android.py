@@ -130,7 +130,7 @@ def input_sizes(bundle: Path) -> dict[str, list[int]]:
 
 
 def check(results: Results) -> None:
-    """What both runners must lead to: a routed bundle's pieces and their sum, against the dense baseline."""
+    """Checks the result of either runner: a routed bundle's pieces and their sum, against the dense baseline."""
     rows = {row.name: row for row in results.rows}
     tails = [f"moe/expert_{expert:02d}" for expert in range(tiny.EXPERTS)]
     assert list(rows) == ["dense", "moe", "moe/trunk", *tails]
@@ -184,7 +184,7 @@ def test_executorch_bundles_with_executor_runner(
 
 
 def test_pieces_take_turns(phone: Phone, bundle_path: Path) -> None:
-    """Each is the first once, if there are enough passes for that."""
+    """Each piece is the first in one pass, if there are enough passes for that."""
     phone.measure(bundle_path)
     graphs = [run.split()[-3] for run in phone.runs]
     passes = [graphs[start : start + 1 + tiny.EXPERTS] for start in range(0, len(graphs), 1 + tiny.EXPERTS)]

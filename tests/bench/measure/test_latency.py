@@ -17,7 +17,7 @@ from mvmoe_deploy.bench.results import Estimate
 
 
 class Clock:
-    """Moves only when told to."""
+    """A clock that moves only when told to."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

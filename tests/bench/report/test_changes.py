@@ -1,4 +1,4 @@
-"""A regression is called one only if it is beyond the noise."""
+"""A change counts as a regression only if it is beyond the noise."""
 
 from __future__ import annotations
 

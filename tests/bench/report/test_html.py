@@ -117,7 +117,7 @@ def test_pages_stay_small(pages: dict[str, Path]) -> None:
 
 
 def test_charts_of_one_page_do_not_share_ids() -> None:
-    """A clip path of one would cut another."""
+    """Otherwise a clip path of one chart would cut another chart."""
     import re
 
     ids = [each for chart in charts(synthetic.results()) for each in re.findall(r'\bid="([^"]*)"', chart.svg)]

@@ -17,7 +17,7 @@ from mvmoe_deploy.bench.selfcheck.bars import Figure
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the bundles of this module's tests lie, exported once."""
+    """Folder of the bundles for this module's tests, which are exported once."""
     return tmp_path_factory.mktemp("bars")
 
 
@@ -63,7 +63,7 @@ def test_a_bar_is_met_up_to_it(value: float, met: bool) -> None:
 
 
 def test_all_figures_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what takes processes and minutes replaced; memory is told apart by configuration."""
+    """Steps that take processes and minutes are replaced by fakes; memory depends on the configuration."""
     sizes = {"moe": 30_000_000, "dense": 40_000_000, "all-experts": 60_000_000}
     monkeypatch.setattr(bars, "export_time", lambda folder: Figure("export", 1.0, 2.5, ""))
     monkeypatch.setattr(bars, "cold_start", lambda routed, whole, folder: [Figure("cold start", 0.5, 0.8, whole.name)])
