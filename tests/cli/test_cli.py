@@ -315,7 +315,7 @@ def test_bench_refuses(bundle_path: Path, tmp_path: Path, capsys: pytest.Capture
     assert "give it no models" in fails(capsys, bench.main, bundle_path, "--suite", "paper")
     assert "--scales is for --suite" in fails(capsys, bench.main, bundle_path, "--scales", "6x64")
     assert "'x' is not of the form" in fails(capsys, bench.main, "--suite", "paper", "--scales", "x")
-    assert "need a routed checkpoint" in fails(capsys, bench.main, bundle_path, "--baselines", "stock")
+    assert "are made from a routed checkpoint" in fails(capsys, bench.main, bundle_path, "--baselines", "stock")
     assert "unknown baseline 'fast'" in fails(capsys, bench.main, "--baselines", "fast")
     assert "unknown backend 'tpu'" in fails(capsys, bench.main, "--backends", "tpu")
 

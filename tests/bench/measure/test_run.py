@@ -286,7 +286,7 @@ def test_torch_runs_a_checkpoint_as_the_bundle_does(moe_checkpoint: Path, moe: C
 
 
 def test_baselines_need_a_routed_checkpoint(dense_checkpoint: Path, dense_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="need a routed checkpoint"):
+    with pytest.raises(ConfigError, match="are made from a routed checkpoint"):
         prepare([dense_path], tmp_path, baselines=["all-experts"])
     with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
         prepare([dense_checkpoint], tmp_path, backends=["tpu"])
