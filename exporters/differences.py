@@ -30,7 +30,14 @@ LEAST_CHANNEL = 0.1
 """A channel that hardly varies is judged by this share of the median channel's size."""
 
 UNDECIDED = 0.1
-"""A router whose probabilities differ by less than this share of 1/E is judged as if they differed by it."""
+"""Least unit for a router's errors, in nats: a router that prefers its experts by less hardly decides."""
+
+UNLIKELY = 1e-4
+"""A less probable expert is treated as if it had this probability: it is never the first choice, its gate adds next to
+nothing, and half precision keeps only a few bits of it."""
+
+LEAST_PROBABILITY = 1e-30
+"""Lower bound for probabilities, because an underflow to 0 has no logarithm."""
 
 LAST_BIT = float(np.finfo(np.float32).eps)
 """The last bit of a float32 number, relative to the number."""
@@ -158,17 +165,26 @@ def channel_errors(actual: Array, expected: Array) -> Doubles:
 
 
 def router_errors(actual: Array, expected: Array) -> Doubles:
-    """Errors of a router's probabilities ``[B, E]`` in units of what tells experts apart.
+    """Errors of the logarithms of a router's probabilities ``[B, E]``, in *margins*.
 
-    The unit is the expert's root mean square over the images or the image's standard deviation over the experts,
-    whichever is less, so that neither a confident router nor a popular expert hides another expert's error. It is at
-    least a tenth of 1/E, for a router that hardly decides.
+    Logarithms, because the route depends on the ratio of two probabilities, and a gate matters by its ratio to what it
+    should be. The margin is how many nats the best expert is ahead of the second: in the image itself or in the median
+    image, whichever is larger. An image at the border between two experts has no margin of its own, but it cannot be
+    computed more exactly than other images.
     """
-    values = expected.astype(np.float64)
-    usual = np.sqrt((values**2).mean(axis=0, keepdims=True))
-    scale = np.minimum(usual, values.std(axis=1, keepdims=True))
-    result: NDArray[np.float64] = np.abs(actual - values) / np.maximum(scale, UNDECIDED / values.shape[1])
+    scores = np.log(np.maximum(expected.astype(np.float64), LEAST_PROBABILITY))
+    if scores.shape[1] < 2:
+        return np.abs(actual - expected.astype(np.float64))
+    best = np.sort(scores, axis=1)[:, -2:]
+    own = best[:, 1:] - best[:, :1]
+    error = np.abs(likely_scores(actual) - likely_scores(expected))
+    result: NDArray[np.float64] = error / np.maximum(np.maximum(own, np.median(own)), UNDECIDED)
     return result
+
+
+def likely_scores(probabilities: Array) -> Doubles:
+    """Logarithms of a router's probabilities ``[B, E]``, each at least that of :data:`UNLIKELY`."""
+    return np.asarray(np.log(np.maximum(probabilities.astype(np.float64), UNLIKELY)))
 
 
 def check_probabilities(values: Array, where: str, side: str) -> None:

@@ -12,8 +12,8 @@ class Tolerance:
     Attributes:
         logits: largest error of a logit, in spreads.
         probabilities: largest error of a class's probability.
-        channels: largest error of tokens and features, in units of their channel's scale, and of a router's
-            probabilities, in units of what tells experts apart.
+        channels: largest error of tokens and features, in units of their channel's scale, and of the logarithms of a
+            router's probabilities, in margins between its two best experts.
         margin: if PyTorch prefers one class or route to another by at most this many spreads, the two are a tie and
             either is right.
         agreement: least share of images with the same top-1 class, and of images routed alike, ties aside.

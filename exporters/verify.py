@@ -24,6 +24,7 @@ from mvmoe_deploy.exporters.exporter import exporter_of, weights_reader_of
 from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 from mvmoe_deploy.exporters.weights import StoredWeights, same_weights, whose
+from mvmoe_deploy.images import Preprocessing, nearest_image
 from mvmoe_deploy.runtime import RoutedBatch, Runtime, top_k
 
 Array = NDArray[np.floating[Any]]
@@ -43,9 +44,6 @@ and from 0, where the expert itself would not show."""
 SEEN = 2.0
 """Experts count as told apart if their outputs differ by at least this many tolerances. A correct bundle may already be
 off by one tolerance, so a wrong expert is then still off by another."""
-
-LEAST_PROBABILITY = 1e-30
-"""Lower bound for probabilities, because an underflow to 0 has no logarithm."""
 
 
 class PieceResult(msgspec.Struct):
@@ -258,7 +256,7 @@ def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> 
         ]
     if name == "probabilities":
         worst = float(differences.router_errors(actual, expected).max())
-        return [Measure("of what tells experts apart in the router's probabilities", worst, tolerance.channels)]
+        return [Measure("of the router's margin, in logarithms of its probabilities", worst, tolerance.channels)]
     worst = float(differences.channel_errors(actual, expected).max(initial=0.0))
     return [Measure(f"of a channel's scale in {name}", worst, tolerance.channels)]
 
@@ -405,7 +403,7 @@ def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance:
     bundle = runtime.bundle
     assert split.routing is not None
     few = images[:IMAGES_PER_EXPERT]
-    between = images_between_experts(split, images)
+    between = images_between_experts(split, images, bundle.manifest.preprocessing)
     if len(between):
         right = split.model(between).detach().numpy()
         wanted = top_k(_reference_probabilities(split, between), split.routing.k)
@@ -419,12 +417,17 @@ def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance:
     return max(each.tolerances for each in measure(LOGITS, wrong, right, tolerance))
 
 
-def images_between_experts(split: SplitModel, images: Tensor, count: int = 4, halvings: int = 6) -> Tensor:
+def images_between_experts(
+    split: SplitModel, images: Tensor, preprocessing: Preprocessing, count: int = 4, halvings: int = 6
+) -> Tensor:
     """Blends of two images each, near the point where the router changes its mind; none if all are routed alike.
+
+    Blends are rounded to 8 bits per channel, as images are: some bundles take pixels.
 
     Args:
         split: the reference.
         images: preprocessed images, ``[n, 3, S, S]``.
+        preprocessing: how these images were preprocessed.
         count: number of blends.
         halvings: how near to that point: within 2^-halvings of the way from one image to the other.
     """
@@ -439,7 +442,7 @@ def images_between_experts(split: SplitModel, images: Tensor, count: int = 4, ha
     others = np.flatnonzero((found != found[0]).any(axis=1))[:count].tolist()
     near, far = some[:1].expand(len(others), -1, -1, -1), some[others]
     for _ in range(halvings if others else 0):
-        middle = (near + far) / 2
+        middle = torch.from_numpy(nearest_image(((near + far) / 2).numpy(), preprocessing))
         alike = torch.from_numpy((routes(middle) == found[0]).all(axis=1))[:, None, None, None]
         near, far = torch.where(alike, middle, near), torch.where(alike, far, middle)
     return near
@@ -494,7 +497,8 @@ def route_flips(
         found: experts that the bundle chose, ``[B, k]``.
         tolerance: its margin says what is a tie.
     """
-    scores = np.log(np.maximum(probabilities.astype(np.float64), LEAST_PROBABILITY))
+    likely = differences.likely_scores(probabilities)
+    scores = np.log(np.maximum(probabilities.astype(np.float64), differences.LEAST_PROBABILITY))
     # a router that hardly decides is judged as if its scores differed by a tenth
     spread = np.maximum(differences.logit_scale(scores).spread[:, 0], differences.UNDECIDED)
     flips = []
@@ -503,7 +507,7 @@ def route_flips(
         if lost != gained:
             best = max(lost - gained, key=lambda expert: scores[image, expert])
             least = min(gained - lost, key=lambda expert: scores[image, expert])
-            margin = float(scores[image, best] - scores[image, least]) / float(spread[image])
+            margin = float(likely[image, best] - likely[image, least]) / float(spread[image])
             chosen = wanted[image].tolist(), found[image].tolist()
             flips.append(Change(image, *chosen, margin, margin <= tolerance.margin))
     return flips

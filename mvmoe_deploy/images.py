@@ -165,6 +165,14 @@ def denormalise(images: NDArray[np.float32], preprocessing: Preprocessing) -> ND
     return pixels.astype(np.uint8)
 
 
+def nearest_image(images: NDArray[np.float32], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """The normalised 8-bit image that is nearest to any input, both float32 ``[..., 3, size, size]``."""
+    channels = (3, 1, 1)
+    values = (images - preprocessing.bias.reshape(channels)) / preprocessing.scale.reshape(channels)
+    pixels = np.rint(values).clip(0, 255).astype(np.uint8)
+    return normalise(np.moveaxis(pixels, -3, -1), preprocessing)
+
+
 def preprocess(source: ImageSource, preprocessing: Preprocessing, name: str = "image") -> NDArray[np.float32]:
     """An image → the model's input, float32 ``[3, size, size]``.
 

@@ -31,8 +31,9 @@ from mvmoe_deploy.quiet import quiet
 CONFIG = tiny.moe_config(width=64, experts=2)
 DENSE = tiny.dense_config(width=64, depth=1)
 
-LARGEST_ERROR = {"fp32": 3e-6, "fp16": 4e-3, "int8": 8e-2, "palette6": 0.17, "palette4": 0.8}
-"""Largest error of a piece, relative to its output's largest value; about twice the largest error seen here."""
+LARGEST_ERROR = {"fp32": 0.3, "fp16": 0.25, "int8": 0.35, "palette6": 0.5, "palette4": 0.8}
+"""Largest error of a piece, as a share of what the exporter allows at that precision: about twice the largest share seen
+here, which is 0.14, 0.13, 0.17, 0.25 and 0.40. Deeper models, which tolerances were measured on, come nearer to 1."""
 
 
 def export(path: Path, config: models.ViTConfig = CONFIG, *, source: Source | None = None, **options: Any) -> Bundle:
@@ -49,8 +50,8 @@ def export(path: Path, config: models.ViTConfig = CONFIG, *, source: Source | No
 
 
 def worst(bundle: Bundle) -> float:
-    """The largest relative error that verification saw in a piece."""
-    return max(piece["max_error"] for piece in bundle.manifest.verification["pieces"])
+    """The largest error that verification saw in a piece, as a share of what is allowed."""
+    return float(max(piece["tolerances"] for piece in bundle.manifest.verification["pieces"]))
 
 
 def ops(package: Package) -> set[str]:
@@ -139,7 +140,7 @@ def test_separate_packages(tmp_path: Path) -> None:
     assert [spec.shape for spec in tail.inputs] == [[1, 17, 64], [1]]
     assert 2 * tail.parameters * 0.98 <= tail.weight_bytes <= 2 * tail.parameters
     on_disk = {file.relative_to(bundle.path).as_posix() for file in bundle.path.rglob("*") if file.is_file()}
-    assert on_disk == {file.path for file in bundle.manifest.files} | {"manifest.json"}
+    assert on_disk == {file.path for file in bundle.manifest.files} | {"manifest.json", "manifest.sha256"}
 
 
 def job(model: models.ViT, folder: Path, **options: Any) -> Job[CoreMLOptions]:

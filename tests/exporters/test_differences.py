@@ -1,0 +1,61 @@
+"""The units that outputs are judged in: what a unit hides, and what it blows up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mvmoe_deploy.exporters.differences import router_errors
+from mvmoe_deploy.exporters.precision import FP16
+from mvmoe_deploy.exporters.verify import route_flips
+
+Doubles = NDArray[np.float64]
+
+
+def softmax(scores: Doubles) -> Doubles:
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+
+
+def router_scores(experts: int, size: float) -> Doubles:
+    """Scores ``[16, E]`` in nats; image 0 lies at the border between its two best experts."""
+    scores = size * np.random.default_rng(experts).standard_normal((16, experts))
+    first, second = np.argsort(-scores[0])[:2]
+    scores[0, second] = scores[0, first] - 1e-3
+    return scores
+
+
+@pytest.mark.parametrize("experts", [2, 3, 10])
+@pytest.mark.parametrize("size", [0.03, 0.3, 2.0, 20.0])
+def test_what_half_precision_does_to_a_router_passes_and_exchanged_experts_do_not(experts: int, size: float) -> None:
+    """Each score is off by half a percent of what scores vary by, whatever the images' margins are."""
+    scores = router_scores(experts, size)
+    off = np.where(np.random.default_rng(0).random(scores.shape) < 0.5, -0.005, 0.005) * size
+    found = softmax(scores + off).astype(np.float16).astype(np.float32)
+    assert router_errors(found, softmax(scores)).max() <= FP16.tolerance.channels
+    exchanged = softmax(scores)[:, [1, 0, *range(2, experts)]]
+    assert router_errors(exchanged, softmax(scores)).max() > 2 * FP16.tolerance.channels
+
+
+def test_an_image_at_the_border_is_judged_like_any_other() -> None:
+    """Of two experts at 0.51 to 0.49 the usual margin is 2 nats, so that 0.02 nats are a hundredth."""
+    scores = np.array([[0.04, 0.0], *([2.0, 0.0], [0.0, 2.0]) * 4])
+    found = scores + np.array([0.02, 0.0])
+    errors = router_errors(softmax(found), softmax(scores))
+    assert errors[0] == pytest.approx([0.0049, 0.0051], abs=1e-4)
+
+
+def test_an_expert_that_is_never_chosen_hides_no_exchange_of_the_others() -> None:
+    scores = np.array([[0.1, 0.0, -9.0], [0.0, 0.1, -9.0]] * 4)
+    errors = router_errors(softmax(scores[:, [1, 0, 2]]), softmax(scores))
+    assert errors.max() == pytest.approx(1.0, rel=0.01)
+
+
+def test_which_of_two_unlikely_experts_comes_next_is_a_tie() -> None:
+    """Half precision turns both into 0."""
+    probabilities = np.array([[1.0, 1e-9, 1e-12]])
+    (flip,) = route_flips(probabilities, np.array([[0, 1]]), np.array([[0, 2]]), FP16.tolerance)
+    assert flip.tie
+    (flip,) = route_flips(probabilities, np.array([[0]]), np.array([[1]]), FP16.tolerance)
+    assert not flip.tie
