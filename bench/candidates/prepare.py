@@ -156,7 +156,7 @@ def prepare(
             routed = path
     if baselines:
         if routed is None:
-            raise ConfigError(f"baselines {', '.join(baselines)}: need a routed checkpoint to be made from; give one")
+            raise ConfigError(f"baselines {', '.join(baselines)}: these are made from a routed checkpoint; give one")
         for baseline in baselines:
             made += _baseline(baseline, routed, folder, backends, group, progress)
     return made
