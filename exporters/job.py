@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import Manifest, Piece, TensorSpec
+from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 
@@ -94,6 +95,20 @@ def describe_piece(
         expert=piece.expert,
         layer=piece.layer,
         function=function,
+    )
+
+
+def refusal(piece: str, who: str, reason: Exception) -> ExportError:
+    """The error where what was written of a piece cannot be run: an operator, say, that its backend does not know.
+
+    Args:
+        piece: its name.
+        who: the backend, or what it says of itself.
+        reason: why.
+    """
+    return ExportError(
+        f"{piece}: {who} refuses what was written of it ({reason}); if the model is your own, write this part of it "
+        "with other operators (docs/adding-an-architecture.md)"
     )
 
 

@@ -17,7 +17,7 @@ import mvmoe_deploy
 from mvmoe_deploy import bundle as bundles
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, Expert, Manifest, Source
-from mvmoe_deploy.checkpoint import Header
+from mvmoe_deploy.checkpoint import Header, check_header
 from mvmoe_deploy.errors import ConfigError, ExportError, ImageError
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
@@ -66,7 +66,7 @@ def export_checkpoint(
         model,
         header,
         target,
-        Path(out) if out else Path(f"{Path(checkpoint).stem}-{target}.mvmoe"),
+        out or f"{Path(checkpoint).stem}-{target}.mvmoe",
         source=source,
         options=options,
         images=images,
@@ -89,7 +89,7 @@ def export_model(
     model: nn.Module | SplitModel,
     header: Header,
     target: str,
-    out: Path,
+    out: str | Path,
     *,
     source: Source | None = None,
     options: Options | None = None,
@@ -112,12 +112,17 @@ def export_model(
         progress: called with each step.
 
     Raises:
+        CheckpointError: the header contradicts itself.
         ConfigError: there is no such target.
-        ExportError: the model cannot be converted, or ``out`` exists.
+        ExportError: the model cannot be split or converted, returns another number of logits than the header names
+            classes, or ``out`` exists.
+        ImageError: the images cannot be used.
         VerificationError: the written pieces do not agree with PyTorch; no bundle is written.
     """
     options = complete_options(options, target)
     convert = converter_of(target)
+    out = Path(out)
+    check_header(header)
     if out.exists():
         if not force:
             raise ExportError(f"{out}: exists already; --force replaces it, --out names another")
@@ -128,6 +133,7 @@ def export_model(
         progress("splitting")
         size = header.preprocessing.size
         pieces = model if isinstance(model, SplitModel) else split_model(model, size, options.separate_router)
+        _check_classes(pieces, header)
         manifest = _manifest(header, target, options, pieces.routing, source or Source("", "0" * 64))
         converted = convert(
             Job(
@@ -172,6 +178,10 @@ def verification_images(preprocessing: Preprocessing, images: str | Path | Tenso
         ImageError: the folder does not exist or holds no image, or an image cannot be read.
     """
     if isinstance(images, Tensor):
+        expected = [3, preprocessing.size, preprocessing.size]
+        if images.dtype != torch.float32 or list(images.shape[1:]) != expected or not len(images):
+            kind = f"{str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
+            raise ImageError(f"images to verify with are {kind}, expected float32 [n, {', '.join(map(str, expected))}]")
         return images, "given"
     if images is None:
         pixels = synthetic_pixels(preprocessing.size, SYNTHETIC_IMAGES)
@@ -200,6 +210,13 @@ def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:
     fields = fields / fields.std(axis=(1, 2, 3), keepdims=True)
     pixels: NDArray[np.uint8] = (128 + 60 * fields).clip(0, 255).astype(np.uint8)
     return pixels
+
+
+def _check_classes(split: SplitModel, header: Header) -> None:
+    last = split.pieces[-1]
+    classes = last(*last.inputs.values())[0].shape[-1]
+    if classes != len(header.class_names):
+        raise ExportError(f"the model returns {classes} logits, but the header names {len(header.class_names)} classes")
 
 
 def _manifest(

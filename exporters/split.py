@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Role, Routing, piece_name
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.errors import ExportError, first_line
 
 
 class PerImageRouted(Protocol):
@@ -148,21 +148,28 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
 
     Raises:
         ExportError: the model gives a reason why it cannot be split (``cannot_split``). A V-MoE does: it has no tails,
-            and if it were exported whole, an image's logits would depend on its batch.
+            and if it were exported whole, an image's logits would depend on its batch. Or the model lacks something
+            that :class:`PerImageRouted` asks for, or a piece fails or returns something else than it should.
     """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"a {type(model).__name__} is no model: a torch.nn.Module is exported")
     if reason := getattr(model, "cannot_split", ""):
         raise ExportError(reason)
     model.eval()
+    _check_weights(model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, image_size, image_size, generator=generator)
-    reference = model
+    logits = _tried("model", model, [images], [LOGITS])[0]
+    whole = model  # below, ``model`` is what offers the protocol
     if not is_routed(model):
-        return SplitModel(reference, None, [PieceModule("model", model, {IMAGES: images}, [LOGITS])])
+        return SplitModel(model, None, [PieceModule("model", model, {IMAGES: images}, [LOGITS])])
+    _check_protocol(model)
     routing = Routing(model.experts, model.k, model.moe_layers, "separate" if separate_router else "fused")
-    trunk, router = model.trunk_module(), model.router_module()
-    with torch.no_grad():
-        tokens = trunk(images)
+    trunk, router = _made(model, "trunk_module"), _made(model, "router_module")
+    (tokens,) = _tried("trunk", trunk, [images], [TOKENS])
+    _tried("router", router, [tokens], [PROBABILITIES], {PROBABILITIES: (2, model.experts)})
     gate = torch.tensor([0.25, 0.75])
+    shapes = {LOGITS: tuple(logits.shape)}
     if separate_router:
         pieces = [
             PieceModule("trunk", trunk, {IMAGES: images}, [TOKENS]),
@@ -172,21 +179,99 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
         pieces = [PieceModule("trunk", RoutedTrunk(trunk, router), {IMAGES: images}, [TOKENS, PROBABILITIES])]
     if model.k == 1:
         for expert in range(model.experts):
-            tail = model.tail_module(expert)
+            tail = _made(model, "tail_module", expert)
             pieces.append(PieceModule("tail", tail, {TOKENS: tokens, GATE: gate}, [LOGITS], expert))
+            _tried(pieces[-1].name, tail, [tokens, gate], [LOGITS], shapes)
     else:
         # The chosen experts' outputs add up within each layer, so a layer cannot be part of any one expert's graph.
         for layer in range(model.moe_layers):
-            attention = model.attention_module(layer)
-            pieces.append(
-                PieceModule("attention", attention, {TOKENS: tokens}, ["residual", "expert_input"], None, layer)
-            )
-            tokens, expert_input = pieces[-1](tokens)
+            attention = _made(model, "attention_module", layer)
+            outputs = ["residual", "expert_input"]
+            pieces.append(PieceModule("attention", attention, {TOKENS: tokens}, outputs, None, layer))
+            tokens, expert_input = _tried(pieces[-1].name, attention, [tokens], outputs)
             for expert in range(model.experts):
-                module = model.expert_module(expert, layer)
+                module = _made(model, "expert_module", expert, layer)
                 inputs = {"expert_input": expert_input, GATE: gate}
                 pieces.append(PieceModule("expert_layer", module, inputs, ["addend"], expert, layer))
-        pieces.append(PieceModule("head", model.head_module(), {TOKENS: tokens}, [LOGITS]))
-    for piece in pieces:
-        piece.module.eval()
-    return SplitModel(reference, routing, pieces)
+                added = {"addend": tuple(tokens.shape)}
+                _tried(pieces[-1].name, module, [expert_input, gate], ["addend"], added)
+        head = _made(model, "head_module")
+        pieces.append(PieceModule("head", head, {TOKENS: tokens}, [LOGITS]))
+        _tried("head", head, [tokens], [LOGITS], shapes)
+    return SplitModel(whole, routing, pieces)
+
+
+PROTOCOL = "what a routed model offers is PerImageRouted in mvmoe_deploy.exporters.split"
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+            raise ExportError(f"weight {name!r} is {kind}; a model is exported as float32 on cpu: model.float().cpu()")
+
+
+def _check_protocol(model: PerImageRouted) -> None:
+    """Numbers and methods that the pieces are made from are there."""
+    for name in ("experts", "k", "moe_layers"):
+        value = getattr(model, name, None)
+        if type(value) is not int or value < 1:
+            found = f"{name} is {value!r}" if hasattr(model, name) else f"has no attribute {name!r}"
+            raise ExportError(f"{type(model).__name__}: {found}, expected a positive integer; {PROTOCOL}")
+    if model.k > model.experts:
+        raise ExportError(f"{type(model).__name__}: k is {model.k}, but there are only {model.experts} experts")
+    needed = ("tail_module",) if model.k == 1 else ("attention_module", "expert_module", "head_module")
+    for name in needed:
+        if not callable(getattr(model, name, None)):
+            raise ExportError(f"{type(model).__name__}: has no {name}, which k = {model.k} needs; {PROTOCOL}")
+
+
+def _made(model: PerImageRouted, method: str, *arguments: int) -> nn.Module:
+    """What a model's method makes, ready to be traced."""
+    call = f"{type(model).__name__}.{method}({', '.join(map(str, arguments))})"
+    try:
+        module = getattr(model, method)(*arguments)
+    except Exception as error:  # the model is anybody's
+        raise ExportError(f"{call} failed ({type(error).__name__}: {first_line(error)})") from error
+    if not isinstance(module, nn.Module):
+        raise ExportError(f"{call} returns a {type(module).__name__}, expected a torch.nn.Module; {PROTOCOL}")
+    return module.eval()
+
+
+def _tried(
+    where: str,
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Tensor]:
+    """Runs a module once: what cannot run, or returns something else, is refused before anything is converted.
+
+    Args:
+        where: the piece, for errors.
+        module: a model or a piece of it.
+        inputs: a batch of 2.
+        outputs: what it returns, by name.
+        shapes: of those that are known.
+
+    Raises:
+        ExportError: it fails, or returns something else than float32 tensors, or of other shapes.
+    """
+    try:
+        with torch.no_grad():
+            result = module(*inputs)
+    except Exception as error:  # the model is anybody's
+        raise ExportError(f"{where}: fails in PyTorch ({type(error).__name__}: {first_line(error)})") from error
+    tensors = list(result) if isinstance(result, tuple) else [result]
+    if len(tensors) != len(outputs) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        found = ", ".join(type(value).__name__ for value in tensors)
+        raise ExportError(f"{where}: returns {found}, expected {len(outputs)} tensor(s): {', '.join(outputs)}")
+    for name, tensor in zip(outputs, tensors, strict=True):
+        shape = list(tensor.shape)
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {shape}"
+        if tensor.dtype != torch.float32 or not shape or shape[0] != 2 or (name == LOGITS and len(shape) != 2):
+            wanted = "[2, classes]" if name == LOGITS else "[2, …]"
+            raise ExportError(f"{where}: returns {name} as {kind} for 2 images, expected float32 {wanted}")
+        if shapes and tuple(shape) != shapes.get(name, tuple(shape)):
+            raise ExportError(f"{where}: returns {name} of shape {shape}, the rest of the model {list(shapes[name])}")
+    return tensors

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import LOGITS, Bundle
-from mvmoe_deploy.errors import MvmoeError, VerificationError, first_line
+from mvmoe_deploy.errors import BackendError, MvmoeError, VerificationError, first_line
 from mvmoe_deploy.exporters import differences
 from mvmoe_deploy.exporters.exporter import exporter_of, weights_reader_of
+from mvmoe_deploy.exporters.job import refusal
 from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
 from mvmoe_deploy.exporters.weights import StoredWeights, same_weights, whose
@@ -203,13 +204,15 @@ def check_piece(
     """Compares one piece with its torch module's outputs for the same inputs.
 
     Raises:
-        VerificationError: the piece cannot be loaded or run, returns another shape or values that are not finite, or
-            is out of tolerance.
+        ExportError: the backend refuses to load or run the piece.
+        VerificationError: the piece fails, returns another shape or values that are not finite, or is out of tolerance.
     """
     where = f"{bundle.path.name}: {piece.name}"
     written = bundle.piece(piece.role, piece.expert, piece.layer)
     try:
         actual = backend.load(written)(*(tensor.numpy() for tensor in inputs))
+    except BackendError as error:
+        raise refusal(piece.name, backend.name, error) from error
     except MvmoeError:
         raise
     except Exception as error:

@@ -263,7 +263,8 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
         if not path.exists():
             raise BundleError(f"{path}: no such bundle")
         if not file.is_file():
-            raise BundleError(f"{path}: not a bundle (a directory with a {MANIFEST})")
+            hint = "a zip of one: unpack it" if _is_zip(path) else f"a directory with a {MANIFEST}"
+            raise BundleError(f"{path}: not a bundle ({hint})")
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{file}: is larger than {MAX_MANIFEST_BYTES >> 20} MB; not a manifest")
         data = file.read_bytes()
@@ -309,6 +310,13 @@ def _recorded_digest(path: Path) -> str | None:
         return ""
     match = re.fullmatch(rb"([0-9a-f]{64}) [ *]manifest\.json\r?\n?", file.read_bytes())
     return match[1].decode() if match else ""
+
+
+def _is_zip(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def is_bundle(path: Path) -> bool:
@@ -358,8 +366,9 @@ def check_file(directory: Path, file: File) -> None:
     try:
         if not path.is_file():
             raise BundleError(f"{path}: missing from the bundle; export again or copy it again")
-        if not path.resolve().is_relative_to(directory.resolve()):
-            raise BundleError(f"{path}: leads outside the bundle")
+        # A file that is a link is fine: hubs keep files in a store beside their folders, and its sha256 is checked here
+        if not path.parent.resolve().is_relative_to(directory.resolve()):
+            raise BundleError(f"{path}: lies in a folder that is a link out of the bundle; copy the bundle")
         size = path.stat().st_size
         if size != file.bytes:
             raise BundleError(

@@ -89,11 +89,13 @@ def save(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32") -> No
         dtype: ``float32``, or ``float16`` to halve the file; weights are read back as float32.
 
     Raises:
-        CheckpointError: the file name has another suffix.
+        CheckpointError: the file name has another suffix, or the header contradicts itself.
     """
     import torch
 
     path = Path(path)
+    check_header(checkpoint.header, str(path))
+    _check_config(checkpoint.header, str(path))
     stored = getattr(torch, dtype)
     weights = {n: t.detach().to("cpu", stored).clone().contiguous() for n, t in checkpoint.weights.items()}
     if path.suffix == ".pt":
@@ -125,17 +127,15 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     with open_file(path) as contents:
         raw, weights = _parts(contents)
-        version = raw.get("version")
-        if version not in READABLE or type(version) is not int:
-            readable = " and ".join(map(str, READABLE))
-            raise CheckpointError(f"{path}: format version {str(version)[:20]!r}, this release reads {readable}")
+        version = _check_version(raw.get("version"), str(path))
         if version > 1 and path.suffix == ".safetensors" and "sha256" not in contents.metadata:
             raise CheckpointError(f"{path}: damaged: its header lacks its sha256")
         try:
             header = msgspec.convert(raw, Header)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"{path}: {first_line(error)}") from None
-        _check_header(header, path)
+        _check_config(header, str(path))
+        _check_groups(header, str(path))
         return Checkpoint(header, {n: torch.from_numpy(array) for n, array in contents.arrays(weights).items()})
 
 
@@ -166,23 +166,58 @@ def _parts(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
     return raw, weights
 
 
-def _check_header(header: Header, path: Path) -> None:
+def check_header(header: Header, where: str = "header") -> None:
+    """Checks a header that was made in memory, whose fields nothing has looked at.
+
+    ``header.model`` may be anything that JSON can hold: a foreign model says there what it likes.
+
+    Args:
+        header: as for :func:`save`, or of a model to be exported.
+        where: what to call it in errors.
+
+    Raises:
+        CheckpointError: a field is of the wrong type, or fields contradict each other.
+    """
+    try:
+        msgspec.convert(msgspec.to_builtins(header), Header)
+    except (msgspec.ValidationError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {first_line(error)}") from None
+    if header.format != FORMAT:
+        raise CheckpointError(f"{where}: format is {header.format[:60]!r}, expected {FORMAT!r}; use new_header")
+    _check_version(header.version, where)
+    _check_groups(header, where)
+
+
+def _check_version(version: object, where: str) -> int:
+    if type(version) is not int or version not in READABLE:
+        readable = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{where}: format version {str(version)[:20]!r}, this release reads {readable}")
+    return version
+
+
+def _check_groups(header: Header, where: str) -> None:
+    """Classes and super-classes belong together."""
     classes = len(header.class_names)
     if len(header.class_ids) != classes:
-        raise CheckpointError(f"{path}: {len(header.class_ids)} class_ids but {classes} class_names")
-    if not isinstance(header.model.get("architecture"), str):
-        raise CheckpointError(f"{path}: model.architecture is not a string")
-    for name in ("classes", "image_size"):
-        if type(header.model.get(name)) is not int:
-            raise CheckpointError(f"{path}: model.{name} is not an integer")
-    if header.model["classes"] != classes:
-        raise CheckpointError(f"{path}: the model has {header.model['classes']} classes, but {classes} are named")
-    if header.model["image_size"] != header.preprocessing.size:
-        raise CheckpointError(
-            f"{path}: the model takes images of size {header.model.get('image_size')}, "
-            f"preprocessing gives {header.preprocessing.size}"
-        )
+        raise CheckpointError(f"{where}: {len(header.class_ids)} class_ids but {classes} class_names")
     if header.superclasses is not None:
         names, of_class = header.superclasses.names, header.superclasses.of_class
         if len(of_class) != classes or not all(0 <= s < len(names) for s in of_class):
-            raise CheckpointError(f"{path}: superclasses.of_class does not give one super-class per class")
+            raise CheckpointError(f"{where}: superclasses.of_class does not give one super-class per class")
+
+
+def _check_config(header: Header, where: str) -> None:
+    """The model's config, which must be one of this project's, belongs to the rest."""
+    classes = len(header.class_names)
+    if not isinstance(header.model.get("architecture"), str):
+        raise CheckpointError(f"{where}: model.architecture is not a string")
+    for name in ("classes", "image_size"):
+        if type(header.model.get(name)) is not int:
+            raise CheckpointError(f"{where}: model.{name} is not an integer")
+    if header.model["classes"] != classes:
+        raise CheckpointError(f"{where}: the model has {header.model['classes']} classes, but {classes} are named")
+    if header.model["image_size"] != header.preprocessing.size:
+        raise CheckpointError(
+            f"{where}: the model takes images of size {header.model.get('image_size')}, "
+            f"preprocessing gives {header.preprocessing.size}"
+        )

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mvmoe_deploy.errors import MvmoeError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -40,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Makes errors name the final path instead of the temporary one, or of none.
+    """Makes the system's errors name the final path instead of the temporary one, or of none.
 
     The error for a full disk comes from the write call, which knows no file name.
     """
@@ -71,7 +73,11 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_killed(path)
     with _named(path), _temporary(path, ".tmp") as temporary:
-        yield temporary
+        try:
+            yield temporary
+        except MvmoeError as error:  # it names what is being written, as _named lets errors of the system do
+            error.args = tuple(str(arg).replace(temporary.name, path.name) for arg in error.args)
+            raise
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Bundle, Manifest, Piece
-from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.errors import BackendError, ExportError, first_line
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
-from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
+from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.images import Preprocessing
@@ -472,7 +472,11 @@ def _purpose(piece: PieceModule, manifest: Manifest) -> str:
 def _manifest_piece(
     piece: PieceModule, graph: str, files: list[Path], function: str | None, job: Job[CoreMLOptions]
 ) -> Piece:
-    """The manifest entry of a piece: its batch is 1, and its bytes are those that its weights take in the package."""
+    """The manifest entry of a piece: its batch is 1, and its bytes are those that its weights take in the package.
+
+    Raises:
+        ExportError: the package holds something that the interpreter does not know, such as an operator.
+    """
     described = describe_piece(
         piece,
         graph,
@@ -484,9 +488,8 @@ def _manifest_piece(
         [msgspec.structs.replace(spec, shape=[1, *spec.shape[1:]]) for spec in specs]
         for specs in (described.inputs, described.outputs)
     ]
-    return msgspec.structs.replace(
-        described,
-        inputs=one[0],
-        outputs=one[1],
-        weight_bytes=read_package(job.directory / graph).program(function).weight_bytes,
-    )
+    try:
+        weight_bytes = read_package(job.directory / graph).program(function).weight_bytes
+    except BackendError as error:
+        raise refusal(piece.name, "the coreml backend", error) from error
+    return msgspec.structs.replace(described, inputs=one[0], outputs=one[1], weight_bytes=weight_bytes)

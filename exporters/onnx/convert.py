@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,13 +15,16 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
+from mvmoe_deploy.backends.onnx_graph import check_graph
+from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Bundle, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.exporter import Options
-from mvmoe_deploy.exporters.job import Converted, Job, describe_piece
+from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.models.architectures.vit import Attention
+from mvmoe_deploy.quiet import quiet
 
 OPSET = 23
 """The first ONNX version that has Attention as one operator."""
@@ -112,7 +113,8 @@ def convert(job: Job[Options]) -> Converted:
     """Writes one ``.onnx`` file per piece and the weight files that these refer to.
 
     Raises:
-        ExportError: a module cannot be traced, or the layout does not fit the model or precision.
+        ExportError: a module cannot be traced, runtimes would refuse its graph, or the layout does not fit the model
+            or precision.
     """
     pieces: list[Piece] = []
     half, swappable = job.options.precision == "fp16", job.options.layout == "swappable"
@@ -152,8 +154,23 @@ def convert(job: Job[Options]) -> Converted:
             path = job.directory / f"{piece.name}.onnx"
             files = _write_graph(graph.clone(), path, state, stores, half)
             pieces.append(_describe(piece, graph, path.name, files, job))
+    _check_graphs(pieces, job.directory)
     versions = {m.__name__: m.__version__ for m in (onnx, onnxruntime, onnxscript)}
     return Converted(pieces, {**versions, "opset": str(OPSET)})
+
+
+def _check_graphs(pieces: list[Piece], directory: Path) -> None:
+    """Asks of every graph what a runtime will ask before it runs it.
+
+    Raises:
+        ExportError: a model of somebody else with an operator, say, that runtimes refuse.
+    """
+    for piece in pieces:
+        sizes = {path: (directory / path).stat().st_size for path in piece.files}
+        try:
+            check_graph((directory / piece.graph).read_bytes(), piece, sizes)
+        except GraphError as error:
+            raise refusal(piece.name, "onnxruntime's backend", error) from None
 
 
 def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
@@ -174,10 +191,8 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
         ExportError: the module cannot be traced.
     """
     batch = torch.export.Dim("batch", min=1)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecations inside the exporter itself
+        with quiet(), torch.no_grad():  # of deprecations inside the exporter itself; what goes wrong it raises
             program = torch.onnx.export(
                 module,
                 tuple(piece.inputs.values()),
@@ -189,7 +204,8 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({first_line(error)})") from error
+        reason = error.__cause__ or error  # torch.onnx's own message says which of its steps failed, and no more
+        raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({first_line(reason)})") from error
     assert program is not None
     model: ir.Model = program.model
     # Stack traces of the exporting machine take ten times the graph's size and reveal private paths.

@@ -13,6 +13,7 @@ A bundle that the caller trusts, or whose digest is pinned, is loaded without it
 from __future__ import annotations
 
 import math
+import operator
 import posixpath
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -51,14 +52,40 @@ MAX_KNOWN = 256
 """Most integers of a tensor whose values are followed, such as shapes, axes and indices."""
 
 LIMIT = 1 << 31
+"""Bound of extents and of integers that are computed: even summed over 2³¹ of them, they stay within 64 bits."""
+
+BOOL = 9
+"""TensorProto.DataType of what a comparison gives; no constant, input or output of a graph has it."""
+
+SIZES = {**BITS, BOOL: 8}
 
 
 class Value(msgspec.Struct, gc=False):
-    """A tensor in the graph: its type, its shape for one image, and its integers where shapes depend on them."""
+    """A tensor in the graph.
+
+    Attributes:
+        dtype: TensorProto.DataType.
+        shape: for one image.
+        known: its integers, where they are known before it runs: shapes may depend on them.
+        span: smallest and largest that its integers can be, where only that is known: what a router chooses.
+    """
 
     dtype: int
     shape: tuple[int, ...]
     known: tuple[int, ...] | None = None
+    span: tuple[int, int] | None = None
+
+    def moved(self, shape: tuple[int, ...], known: tuple[int, ...] | None = None) -> Value:
+        """Some or all of its elements in another shape."""
+        return Value(self.dtype, shape, known, self.span if self.known is None else self.bounds())
+
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        if self.known:
+            return min(self.known), max(self.known)
+        if self.span is None:
+            raise GraphError("depends on integers without known bounds")
+        return self.span
 
 
 class Operation(msgspec.Struct, gc=False):
@@ -82,6 +109,14 @@ class Operation(msgspec.Struct, gc=False):
         if value.known is None:
             raise GraphError("depends on integers that are not known before it runs")
         return value.known
+
+    def number_input(self, index: int) -> Value:
+        """An input of floats, or of integers that are bounded."""
+        value = self.input(index)
+        if value.dtype == INT64:
+            value.bounds()
+            return value
+        return self.float_input(index)
 
     def float_input(self, index: int) -> Value:
         value = self.input(index)
@@ -225,7 +260,7 @@ def _follow(graph: Graph, values: dict[str, Value]) -> None:
     for index, node in enumerate(graph.nodes):
         rule = RULES.get(node.op)
         if rule is None:
-            raise GraphError(f"uses the operator {node.op[:60]!r}, which no export of this project has")
+            raise GraphError(f"uses the operator {node.op[:60]!r}, which graphs of bundles may not have")
         infer, least, most, attributes = rule
         try:
             if not least <= len(node.inputs) <= most or not attributes.issuperset(node.attributes):
@@ -249,7 +284,7 @@ def _follow(graph: Graph, values: dict[str, Value]) -> None:
                 raise GraphError(f"{name!r} is declared otherwise than it is computed")
             values[name] = value
             elements = math.prod(value.shape)
-            size = elements * BITS[value.dtype] // 8
+            size = elements * SIZES[value.dtype] // 8
             work += elements
             alive += size
             gone = last_use.get(name, index)
@@ -333,6 +368,39 @@ def _binary(x: Operation) -> Result:
     return [Value(_same(values), _broadcast([value.shape for value in values]))], 0
 
 
+def _arithmetic(x: Operation) -> Result:
+    """Of floats, or of integers that stay within bounds."""
+    a, b = x.number_input(0), x.number_input(1)
+    shape, dtype = _broadcast([a.shape, b.shape]), _same([a, b])
+    if dtype != INT64:
+        return [Value(dtype, shape)], 0
+    combine = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}[x.node.op]
+    return [_bounded(shape, [combine(one, other) for one in a.bounds() for other in b.bounds()])], 0
+
+
+def _bounded(shape: tuple[int, ...], ends: Sequence[int]) -> Value:
+    """Integers that lie between the least and the greatest of ``ends``."""
+    low, high = min(ends), max(ends)
+    _require(low > -LIMIT and high < LIMIT, "computes integers that are too large")
+    return Value(INT64, shape, None, (low, high))
+
+
+def _equal(x: Operation) -> Result:
+    values = [x.input(0), x.input(1)]
+    _require(_same(values) in (INT64, FLOAT), "compares neither integers nor floats")
+    return [Value(BOOL, _broadcast([value.shape for value in values]))], 0
+
+
+def _cumsum(x: Operation) -> Result:
+    data, places = x.number_input(0), x.known(1)
+    x.integer("exclusive", 0, 0, 1), x.integer("reverse", 0, 0, 1)
+    _require(x.input(1).shape in ((), (1,)))
+    extent = data.shape[_axis(places[0], len(data.shape))]
+    if data.dtype != INT64:
+        return [Value(data.dtype, data.shape)], 0
+    return [_bounded(data.shape, [0, *data.bounds(), *(end * extent for end in data.bounds())])], 0
+
+
 def _prelu(x: Operation) -> Result:
     value = x.float_input(0)
     _require(_broadcast([value.shape, x.float_input(1).shape]) == value.shape)
@@ -342,7 +410,9 @@ def _prelu(x: Operation) -> Result:
 def _cast(x: Operation) -> Result:
     value, to = x.input(0), x.integer("to", 0, 1, 22)
     _require(to in BITS and to not in (INT4, UINT4) and value.dtype not in (INT4, UINT4), f"casts to type {to}")
-    return [Value(to, value.shape, value.known if to == INT64 else None)], 0
+    if to != INT64:
+        return [Value(to, value.shape)], 0
+    return [Value(to, value.shape, value.known, (0, 1) if value.dtype == BOOL else value.span)], 0
 
 
 def _softmax(x: Operation) -> Result:
@@ -448,7 +518,7 @@ def _layer_norm(x: Operation) -> Result:
 
 
 def _reduce(x: Operation) -> Result:
-    data = x.float_input(0)
+    data = x.number_input(0) if x.node.op == "ReduceSum" else x.float_input(0)
     x.integer("noop_with_empty_axes", 0, 0, 0)
     rank = len(data.shape)
     if "axes" in x.node.attributes:
@@ -457,7 +527,19 @@ def _reduce(x: Operation) -> Result:
         axes = _axes(x.known(1), rank) if x.optional(1) is not None else list(range(rank))
     keep = x.integer("keepdims", 1, 0, 1)
     shape = tuple(1 if i in axes else n for i, n in enumerate(data.shape) if keep or i not in axes)
+    if data.dtype == INT64:
+        count = math.prod(data.shape[axis] for axis in axes)
+        return [_bounded(shape, [end * count for end in data.bounds()])], math.prod(data.shape)
     return [Value(data.dtype, shape)], math.prod(data.shape)
+
+
+def _argmax(x: Operation) -> Result:
+    data = x.float_input(0)
+    axis = x.axis(len(data.shape), 0)
+    x.integer("select_last_index", 0, 0, 1)
+    keep = (1,) if x.integer("keepdims", 1, 0, 1) else ()
+    shape = (*data.shape[:axis], *keep, *data.shape[axis + 1 :])
+    return [_bounded(shape, [0, data.shape[axis] - 1])], math.prod(data.shape)
 
 
 def _shape(x: Operation) -> Result:
@@ -475,11 +557,13 @@ def _known(integers: Sequence[int], shape: tuple[int, ...] | None = None) -> Val
 def _gather(x: Operation) -> Result:
     data, places = x.input(0), x.input(1)
     axis = x.axis(len(data.shape), 0)
-    indices = [_axis(index, data.shape[axis]) for index in x.known(1)]
+    low, high = places.bounds()
+    extent = data.shape[axis]
+    _require(low >= -extent and high < extent, f"reads beyond the {extent} places of axis {axis}")
     shape = (*data.shape[:axis], *places.shape, *data.shape[axis + 1 :])
-    if data.known is not None and len(data.shape) == 1:
-        return [_known([data.known[index] for index in indices], shape)], 0
-    return [Value(data.dtype, shape)], 0
+    if data.known is not None and len(data.shape) == 1 and places.known is not None:
+        return [_known([data.known[index] for index in places.known], shape)], 0
+    return [data.moved(shape)], 0
 
 
 def _concat(x: Operation) -> Result:
@@ -492,7 +576,7 @@ def _concat(x: Operation) -> Result:
     shape[axis] = sum(value.shape[axis] for value in values)
     if rank == 1 and all(value.known is not None for value in values):
         return [_known([integer for value in values for integer in value.known or ()])], 0
-    return [Value(_same(values), tuple(shape))], 0
+    return [Value(_same(values), tuple(shape))], 0  # integers of several origins are followed no further
 
 
 def _split(x: Operation) -> Result:
@@ -505,7 +589,7 @@ def _split(x: Operation) -> Result:
         size = -(-data.shape[axis] // x.integer("num_outputs", count, count, count))
         parts = [min(size, data.shape[axis] - i * size) for i in range(count)]
     _require(len(parts) == count and min(parts) > 0 and sum(parts) == data.shape[axis])
-    return [Value(data.dtype, (*data.shape[:axis], part, *data.shape[axis + 1 :])) for part in parts], 0
+    return [data.moved((*data.shape[:axis], part, *data.shape[axis + 1 :])) for part in parts], 0
 
 
 def _slice(x: Operation) -> Result:
@@ -521,7 +605,7 @@ def _slice(x: Operation) -> Result:
         shape[axis] = len(range(*slice(start, end, step).indices(data.shape[axis])))
     if data.known is not None and rank == 1:
         return [_known(data.known[slice(starts[0], ends[0], steps[0])])], 0
-    return [Value(data.dtype, tuple(shape))], 0
+    return [data.moved(tuple(shape))], 0
 
 
 def _reshape(x: Operation) -> Result:
@@ -534,7 +618,7 @@ def _reshape(x: Operation) -> Result:
     if -1 in wanted:
         wanted[wanted.index(-1)] = total // rest
     _require(math.prod(wanted) == total)
-    return [Value(data.dtype, tuple(wanted), data.known)], 0
+    return [data.moved(tuple(wanted), data.known)], 0
 
 
 def _transpose(x: Operation) -> Result:
@@ -545,33 +629,33 @@ def _transpose(x: Operation) -> Result:
         else tuple(reversed(range(len(data.shape))))
     )
     _require(sorted(order) == list(range(len(data.shape))), "perm is not a permutation")
-    return [Value(data.dtype, tuple(data.shape[axis] for axis in order))], 0
+    return [data.moved(tuple(data.shape[axis] for axis in order))], 0
 
 
 def _flatten(x: Operation) -> Result:
     data = x.input(0)
     axis = x.integer("axis", 1, 0, len(data.shape))
-    return [Value(data.dtype, (math.prod(data.shape[:axis]), math.prod(data.shape[axis:])))], 0
+    return [data.moved((math.prod(data.shape[:axis]), math.prod(data.shape[axis:])))], 0
 
 
 def _squeeze(x: Operation) -> Result:
     data = x.input(0)
     axes = _axes(x.known(1), len(data.shape))
     _require(all(data.shape[axis] == 1 for axis in axes))
-    return [Value(data.dtype, tuple(n for i, n in enumerate(data.shape) if i not in axes), data.known)], 0
+    return [data.moved(tuple(n for i, n in enumerate(data.shape) if i not in axes), data.known)], 0
 
 
 def _unsqueeze(x: Operation) -> Result:
     data = x.input(0)
     rank = len(data.shape) + len(x.known(1))
     axes, rest = _axes(x.known(1), rank), iter(data.shape)
-    return [Value(data.dtype, tuple(1 if i in axes else next(rest) for i in range(rank)), data.known)], 0
+    return [data.moved(tuple(1 if i in axes else next(rest) for i in range(rank)), data.known)], 0
 
 
 def _expand(x: Operation) -> Result:
     data, wanted = x.input(0), x.known(1)
     _require(all(0 < n < LIMIT for n in wanted))
-    return [Value(data.dtype, _broadcast([data.shape, wanted]))], 0
+    return [data.moved(_broadcast([data.shape, wanted]))], 0
 
 
 def _pad(x: Operation) -> Result:
@@ -593,7 +677,8 @@ def _topk(x: Operation) -> Result:
     x.integer("largest", 1, 0, 1), x.integer("sorted", 1, 0, 1)
     _require(x.input(1).shape == (1,) and 1 <= count[0] <= data.shape[axis])
     shape = (*data.shape[:axis], count[0], *data.shape[axis + 1 :])
-    return [Value(data.dtype, shape), Value(INT64, shape)], 8 * math.prod(data.shape)
+    places = _bounded(shape, [0, data.shape[axis] - 1])
+    return [Value(data.dtype, shape), places], 8 * math.prod(data.shape)
 
 
 def _attention(x: Operation) -> Result:
@@ -730,8 +815,8 @@ RULES: dict[str, Rule] = {
         _rule(_activation, 1, 1),
     ),
     **dict.fromkeys(("Elu", "LeakyRelu", "Swish", "com.microsoft:QuickGelu"), _rule(_activation, 1, 1, "alpha")),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow"), _rule(_binary, 2, 2)),
-    **dict.fromkeys(("Max", "Min"), _rule(_binary, 2, 2)),
+    **dict.fromkeys(("Add", "Sub", "Mul"), _rule(_arithmetic, 2, 2)),
+    **dict.fromkeys(("Div", "Pow", "Max", "Min"), _rule(_binary, 2, 2)),
     **dict.fromkeys(("Softmax", "LogSoftmax"), _rule(_softmax, 1, 1, "axis")),
     **dict.fromkeys(("MaxPool", "AveragePool"), _rule(_pool, 1, 1, _POOL)),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _rule(_global_pool, 1, 1)),
@@ -739,6 +824,7 @@ RULES: dict[str, Rule] = {
         ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"),
         _rule(_reduce, 1, 2, "axes keepdims noop_with_empty_axes"),
     ),
+    "ArgMax": _rule(_argmax, 1, 1, "axis keepdims select_last_index"),
     "Attention": _rule(
         _attention, 3, 4, "is_causal kv_num_heads q_num_heads qk_matmul_output_mode scale softcap softmax_precision"
     ),
@@ -748,8 +834,10 @@ RULES: dict[str, Rule] = {
     "Concat": _rule(_concat, 1, 256, "axis"),
     "Conv": _rule(_convolution, 2, 3, _CONV),
     "ConvInteger": _rule(_conv_integer, 2, 4, _CONV),
+    "CumSum": _rule(_cumsum, 2, 2, "exclusive reverse"),
     "DequantizeLinear": _rule(_dequantise, 2, 3, "axis block_size output_dtype"),
     "DynamicQuantizeLinear": _rule(_dynamic_quantise, 1, 1),
+    "Equal": _rule(_equal, 2, 2),
     "Expand": _rule(_expand, 2, 2),
     "Flatten": _rule(_flatten, 1, 1, "axis"),
     "Gather": _rule(_gather, 2, 2, "axis"),

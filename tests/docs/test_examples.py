@@ -1,4 +1,4 @@
-"""The README's examples, run as they are written there."""
+"""Examples of the README and the other pages, run as they are written there."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 
+import mvmoe_deploy
+
 ROOT = Path(__file__).parents[2]
 
 
-def block(title: str) -> str:
-    """The fenced block behind the README's ``<!-- tested: TITLE -->``."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def block(title: str, page: str = "README.md") -> str:
+    """The fenced block behind a page's ``<!-- tested: TITLE -->``."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     match = re.search(rf"<!-- tested: {title} -->\n```\w+\n(.*?)```", text, re.DOTALL)
-    assert match, f"README.md has no block marked {title!r}"
+    assert match, f"{page} has no block marked {title!r}"
     return match[1]
 
 
@@ -70,3 +72,10 @@ def test_from_your_own_images(
             done.append(words[0])
     assert done == ["mvmoe-train"] * 4 + ["mvmoe-export"]
     assert (tmp_path / "photos.mvmoe" / "manifest.json").is_file()
+
+
+def test_a_model_of_your_own(tmp_path: Path) -> None:
+    code = block("own model", "docs/adding-an-architecture.md")
+    run([sys.executable, "-"], code, tmp_path)
+    with mvmoe_deploy.load(tmp_path / "mine.mvmoe") as runtime:
+        assert {score.label for score in runtime.predict(tiny.images(1)[0]).top} == {"cat", "dog", "car", "bus"}

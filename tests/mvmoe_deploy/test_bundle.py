@@ -121,24 +121,54 @@ def test_lazy_checking_names_a_damaged_expert_before_it_is_loaded(bundle_copy: P
         assert runtime.stats().resident == [0, 2, 1]
 
 
-@pytest.mark.parametrize("link", ["file", "folder"])
-def test_a_symlink_that_leads_out_is_refused(bundle_copy: Path, tmp_path: Path, link: str) -> None:
-    """The link is refused although the file that it points to has the right bytes."""
+def test_a_bundle_in_a_hubs_cache_runs(bundle_path: Path, tmp_path: Path) -> None:
+    """A folder of links into a store of files named by their hashes; what protects is that every file's is checked."""
+    store, folder = tmp_path / "blobs", tmp_path / "snapshots" / "moe.mvmoe"
+    store.mkdir()
+    folder.mkdir(parents=True)
+    for file in bundle_path.iterdir():
+        shutil.copy(file, store / bundles.sha256(file))
+        (folder / file.name).symlink_to(Path("../../blobs") / bundles.sha256(file))
+    image = tiny.images(1)[0]
+    with mvmoe_deploy.load(folder) as runtime, mvmoe_deploy.load(bundle_path) as plain:
+        assert runtime.predict(image).top == plain.predict(image).top
+    with open((folder / "expert_01.bin").resolve(), "r+b") as blob:
+        blob.write(b"other")
+    with pytest.raises(BundleError, match=r"expert_01\.bin: sha256 differs"):
+        mvmoe_deploy.load(folder)
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "/dev/zero", "/"])
+def test_a_link_to_something_else_is_refused(bundle_copy: Path, target: str) -> None:
+    (bundle_copy / "trunk.bin").unlink()
+    (bundle_copy / "trunk.bin").symlink_to(target)
+    with pytest.raises(BundleError, match=r"trunk\.bin: (has \d+ bytes, manifest|missing)"):
+        mvmoe_deploy.load(bundle_copy)
+
+
+def test_a_folder_that_leads_out_is_refused(bundle_copy: Path, tmp_path: Path) -> None:
+    """Although what lies in it has the right bytes."""
     outside = tmp_path / "outside"
     outside.mkdir()
     shutil.move(bundle_copy / "trunk.bin", outside / "trunk.bin")
-    if link == "file":
-        (bundle_copy / "trunk.bin").symlink_to(outside / "trunk.bin")
-    else:
-        (bundle_copy / "sub").symlink_to(outside)
+    (bundle_copy / "sub").symlink_to(outside)
 
-        def edit(manifest: dict[str, Any]) -> None:
-            text = json.dumps(manifest).replace('"trunk.bin"', '"sub/trunk.bin"')
-            manifest.update(json.loads(text))
+    def edit(manifest: dict[str, Any]) -> None:
+        text = json.dumps(manifest).replace('"trunk.bin"', '"sub/trunk.bin"')
+        manifest.update(json.loads(text))
 
-        tiny.edit_manifest(bundle_copy, edit)
-    with pytest.raises(BundleError, match=r"trunk\.bin: leads outside the bundle"):
+    tiny.edit_manifest(bundle_copy, edit)
+    with pytest.raises(BundleError, match=r"trunk\.bin: lies in a folder that is a link out of the bundle"):
         mvmoe_deploy.load(bundle_copy)
+
+
+def test_a_zip_of_a_bundle_is_told_apart(bundle_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "moe.mvmoe"), "zip", bundle_path))
+    with pytest.raises(BundleError, match=r"moe\.mvmoe\.zip: not a bundle \(a zip of one: unpack it\)"):
+        open_bundle(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(BundleError, match=r"not a bundle \(a directory with a manifest\.json\)"):
+        open_bundle(path)
 
 
 def test_a_bundle_reached_through_a_symlink_is_fine(bundle_path: Path, tmp_path: Path) -> None:
