@@ -201,7 +201,13 @@ class Residency:
     def ledger(self) -> Ledger:
         """Counts and resident experts, all taken at the same moment."""
         with self._changed:
-            return Ledger(self._hits, self._misses, self._evictions, list(self._slots), self._bytes())
+            return Ledger(
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+                resident=list(self._slots),
+                resident_bytes=self._bytes(),
+            )
 
     def clear(self) -> None:
         """Drops every expert, one in use once it is released; from now on no expert stays resident."""

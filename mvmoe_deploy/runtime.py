@@ -266,8 +266,18 @@ class Runtime:
         timings = {"preprocess": preprocessed, **timings}
         best = [Score(manifest.class_names[i], manifest.class_ids[i], probability) for i, probability in ranked]
         if not experts:
-            return Prediction(best, None, None, None, experts, gates, timings)
-        return Prediction(best, experts[0], manifest.experts[experts[0]].name, gates[0], experts, gates, timings)
+            return Prediction(
+                top=best, expert=None, expert_name=None, gate=None, experts=experts, gates=gates, timings=timings
+            )
+        return Prediction(
+            top=best,
+            expert=experts[0],
+            expert_name=manifest.experts[experts[0]].name,
+            gate=gates[0],
+            experts=experts,
+            gates=gates,
+            timings=timings,
+        )
 
     def run(self, batch: Floats, experts: NDArray[np.integer] | None = None) -> tuple[Floats, RoutedBatch | None]:
         """Runs preprocessed images, grouped by expert.
@@ -319,7 +329,13 @@ class Runtime:
         swapping = {piece.graph: piece.shared_bytes for pieces in self._expert_pieces for piece in pieces}
         fixed = sum(piece.weight_bytes for piece in self._fixed) + sum(swapping.values())
         return Stats(
-            ledger.hits, ledger.misses, ledger.evictions, ledger.resident, ledger.resident_bytes, fixed, unfreed
+            hits=ledger.hits,
+            misses=ledger.misses,
+            evictions=ledger.evictions,
+            resident=ledger.resident,
+            resident_bytes=ledger.resident_bytes,
+            fixed_bytes=fixed,
+            unfreed_bytes=unfreed,
         )
 
     def _run_image(

@@ -265,10 +265,12 @@ def _open_safetensors(path: Path, file: IO[bytes], size: int) -> Contents:
         return np.frombuffer(values, np.uint8)
 
     tensors = {
-        name: Stored(entry.dtype, tuple(entry.shape), _contiguous(entry.shape), 0, name)
+        name: Stored(
+            kind=entry.dtype, shape=tuple(entry.shape), strides=_contiguous(entry.shape), offset=0, storage=name
+        )
         for name, entry in described.items()
     }
-    return Contents(path, size, tensors, metadata, read)
+    return Contents(path=path, size=size, values=tensors, metadata=metadata, read=read)
 
 
 def _contiguous(shape: list[int]) -> tuple[int, ...]:
@@ -339,7 +341,7 @@ def _open_pt(path: Path, file: IO[bytes], size: int) -> Contents:
             raise CheckpointError(f"{path}: damaged: the values {name[:80]!r} are missing")
         return np.frombuffer(_entry(path, archive, name), np.uint8)
 
-    return Contents(path, size, values, {}, read)
+    return Contents(path=path, size=size, values=values, metadata={}, read=read)
 
 
 def _entry(path: Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -429,7 +431,7 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: obj
     numbers = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or not all(type(number) is int for number in numbers):
         raise pickle.UnpicklingError("a tensor is described in an unknown way")
-    return Stored(storage.kind, tuple(shape), tuple(strides), offset, storage.key)
+    return Stored(kind=storage.kind, shape=tuple(shape), strides=tuple(strides), offset=offset, storage=storage.key)
 
 
 def _ordered_dict(*items: object) -> _Dict:

@@ -151,14 +151,18 @@ def prepare(
             continue
         for backend in backends:
             name = stem if len(backends) == 1 else f"{stem} {backend}"
-            made.append(_of_backend(path, backend, folder, name, group, progress))
+            made.append(
+                _of_backend(path=path, backend=backend, folder=folder, name=name, group=group, progress=progress)
+            )
         if routed is None and baselines and load_checkpoint(path)[0].config.routes == "images":
             routed = path
     if baselines:
         if routed is None:
             raise ConfigError(f"baselines {', '.join(baselines)}: these are made from a routed checkpoint; give one")
         for baseline in baselines:
-            made += _baseline(baseline, routed, folder, backends, group, progress)
+            made += _baseline(
+                baseline=baseline, checkpoint=routed, folder=folder, backends=backends, group=group, progress=progress
+            )
     return made
 
 
@@ -205,10 +209,17 @@ def _baseline(
     path = _random("dense", config.dense, config, folder)
     if baseline == "dense":
         return [
-            _of_backend(path, b, folder, "dense" if len(backends) == 1 else f"dense {b}", group, progress)
+            _of_backend(
+                path=path,
+                backend=b,
+                folder=folder,
+                name="dense" if len(backends) == 1 else f"dense {b}",
+                group=group,
+                progress=progress,
+            )
             for b in backends
         ]
-    return [_stock(load_checkpoint(path)[0], header, folder, group, progress)]
+    return [_stock(dense=load_checkpoint(path)[0], header=header, folder=folder, group=group, progress=progress)]
 
 
 def _random(baseline: str, shape: ModelConfig | None, of: ModelConfig, folder: Path) -> Path:

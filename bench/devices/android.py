@@ -340,10 +340,18 @@ def measure(
         for file in [runner, *sorted(runner.parent.glob("*.so"))]:
             adb.run("push", str(file), str(folder / file.name), timeout=timeout)
         adb.shell("chmod", "755", str(folder / runner.name))
-        place = Place(adb, folder, folder / runner.name, threads, timeout)
+        place = Place(adb=adb, folder=folder, runner=folder / runner.name, threads=threads, timeout=timeout)
         names = unique([path.stem for path in paths])
         measured = [
-            _push(adb, bundle, name, folder / f"bundle{number}", Path(local), images, timeout)
+            _push(
+                adb=adb,
+                bundle=bundle,
+                name=name,
+                folder=folder / f"bundle{number}",
+                local=Path(local),
+                images=images,
+                timeout=timeout,
+            )
             for number, (bundle, name) in enumerate(zip(bundles, names, strict=True))
         ]
         before = describe(adb)

@@ -57,7 +57,13 @@ def measure_cold_start(
     result = {}
     for name, samples in taken.items():
         interpreter, imports, load, first_run = (list(column) for column in zip(*samples, strict=True))
-        result[name] = ColdStart(interpreter, imports, load, first_run, median_estimate([sum(s) for s in samples]))
+        result[name] = ColdStart(
+            interpreter=interpreter,
+            imports=imports,
+            load=load,
+            first_run=first_run,
+            total=median_estimate([sum(s) for s in samples]),
+        )
     return result
 
 

@@ -46,7 +46,7 @@ class Timed:
         """The latency record of one candidate."""
         samples = self.samples[name]
         p50, p90, p99 = (quantile_estimate(samples, percent) for percent in (50, 90, 99))
-        verdict = noise.judge(samples, p50, self.stable, self.since, self.until)
+        verdict = noise.judge(samples=samples, p50=p50, stable=self.stable, since=self.since, until=self.until)
         return Latency(
             first=self.first[name], warmup=self.warmup, p50=p50, p90=p90, p99=p99, noise=verdict, samples=samples
         )
@@ -94,7 +94,7 @@ def interleave(
         elapsed = max(clock() - started, 1e-9)
         progress(done, max(rounds, round(done * min_seconds / elapsed), done))
     first = {name: values[0] for name, values in warmup.items()}
-    return Timed(samples, first, count, stable, since, noise.now())
+    return Timed(samples=samples, first=first, warmup=count, stable=stable, since=since, until=noise.now())
 
 
 def _settled(values: Sequence[float]) -> bool:

@@ -55,7 +55,11 @@ def now() -> Moment:
     all_cores, process = psutil.cpu_times(), psutil.Process().cpu_times()
     busy = sum(getattr(all_cores, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
     return Moment(
-        time.monotonic(), busy, process.user + process.system, getattr(all_cores, "steal", 0.0), _throttle_count()
+        at=time.monotonic(),
+        busy=busy,
+        own=process.user + process.system,
+        steal=getattr(all_cores, "steal", 0.0),
+        throttled=_throttle_count(),
     )
 
 

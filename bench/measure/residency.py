@@ -82,7 +82,7 @@ def measure_residency(
     points = []
     total = len(MIXES) * (c.experts - c.k + 1)
     for mix in MIXES:
-        images, experts = _images_of(c, mix, count, super_classes, predictions)
+        images, experts = _images_of(c=c, mix=mix, count=count, super_classes=super_classes, length=predictions)
         for resident in range(c.k, c.experts + 1):
             request = _Request(c, threads, mix, resident, str(pixels), images, experts)
             what = f"{c.name}: measuring residency failed"

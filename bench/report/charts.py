@@ -98,17 +98,45 @@ def _accuracy(results: Results) -> Iterable[Chart]:
     here, there = "measured top-1, %", "ImageNet top-1, %"
     if with_flops := [(row, row.flops / 1e6, top1) for row, top1 in measured if row.flops]:
         caption = "Top-1 accuracy of the exported models on the labelled images of this run."
-        yield _scatter("accuracy", "Accuracy against FLOPs", here, flops, with_flops, caption)
+        yield _scatter(
+            key="accuracy",
+            title="Accuracy against FLOPs",
+            y_label=here,
+            x_label=flops,
+            points=with_flops,
+            caption=caption,
+        )
     if from_paper := [(row, row.paper.mflops, top1) for row, top1 in published if row.paper]:
         caption = "Figure 3a of arXiv 2309.04354: accuracy of these scales trained on ImageNet. Not measured here."
-        yield _scatter("accuracy", "Accuracy against FLOPs, as published", there, flops, from_paper, caption)
+        yield _scatter(
+            key="accuracy",
+            title="Accuracy against FLOPs, as published",
+            y_label=there,
+            x_label=flops,
+            points=from_paper,
+            caption=caption,
+        )
     if measured:
         points = [(row, row.warm.p50, top1) for row, top1 in measured]
-        yield _scatter("accuracy", "Latency against accuracy", here, latency, points, "Up and to the left is better.")
+        yield _scatter(
+            key="accuracy",
+            title="Latency against accuracy",
+            y_label=here,
+            x_label=latency,
+            points=points,
+            caption="Up and to the left is better.",
+        )
     elif published:
         points = [(row, row.warm.p50, top1) for row, top1 in published]
         caption = "Latency measured here, with random weights; accuracy from arXiv 2309.04354, figure 3a."
-        yield _scatter("accuracy", "Measured latency, published accuracy", there, latency, points, caption)
+        yield _scatter(
+            key="accuracy",
+            title="Measured latency, published accuracy",
+            y_label=there,
+            x_label=latency,
+            points=points,
+            caption=caption,
+        )
 
 
 def _scatter(

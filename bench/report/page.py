@@ -57,11 +57,11 @@ def html(results: Results) -> str:
     drawn, tabulated = charts(results), tables(results)
     sections = [
         _Section(
-            key,
-            title,
-            text,
-            [chart for chart in drawn if chart.key == key],
-            [_cells(table) for table in tabulated if table.key == key],
+            key=key,
+            title=title,
+            text=text,
+            charts=[chart for chart in drawn if chart.key == key],
+            tables=[_cells(table) for table in tabulated if table.key == key],
         )
         for key, (title, text) in SECTIONS.items()
     ]

@@ -161,7 +161,7 @@ def _work(results: Results) -> Table:
         "MMACs are those of the model as defined; counted MMACs are those of the exported graphs, whose last block "
         "computes only one token."
     )
-    return Table("work", "Work and accuracy", headers, rows, note)
+    return Table(key="work", title="Work and accuracy", headers=headers, rows=rows, note=note)
 
 
 def _measured(results: Results) -> Table:
@@ -186,7 +186,7 @@ def _measured(results: Results) -> Table:
     if noisy := [row for row in results.rows if noise_reasons(row)]:
         note += f"\n{NOISY} Do not quote the times of these rows:"
         note += "".join(f"\n{display_name(row)}: {'; '.join(noise_reasons(row))}" for row in noisy)
-    return Table("measured", "Measured", headers, rows, note)
+    return Table(key="measured", title="Measured", headers=headers, rows=rows, note=note)
 
 
 def _cold_start(results: Results) -> Table:
@@ -195,7 +195,13 @@ def _cold_start(results: Results) -> Table:
     for row in results.rows:
         if row.cold_start:
             rows.append([display_name(row), *cold_start_medians(row).values(), interval(row.cold_start.total)])
-    return Table("cold-start", "Cold start", headers, rows, "Values are medians over fresh processes.")
+    return Table(
+        key="cold-start",
+        title="Cold start",
+        headers=headers,
+        rows=rows,
+        note="Values are medians over fresh processes.",
+    )
 
 
 def cold_start_medians(row: Row) -> dict[str, float]:
@@ -236,7 +242,7 @@ def _memory(results: Results) -> Table:
             rows.append([display_name(row), moment, at.resident, *sizes])
         rows.append([display_name(row), "peak", None, None, None, _millions(row.memory.peak), None])
     note = "Memory is counted beyond that of the process before the model was opened."
-    return Table("memory", "Memory", headers, rows, note)
+    return Table(key="memory", title="Memory", headers=headers, rows=rows, note=note)
 
 
 def _throughput(results: Results) -> Table:
@@ -248,7 +254,7 @@ def _throughput(results: Results) -> Table:
         rows.append([display_name(row), *(by_batch.get(batch) for batch in batches)])
     headers = ["model", *(f"batch {batch}" for batch in batches)]
     note = "Values are medians; batches are grouped by expert. The intervals are in the JSON and the CSV."
-    return Table("throughput", "Images per second", headers, rows, note)
+    return Table(key="throughput", title="Images per second", headers=headers, rows=rows, note=note)
 
 
 def _residency(results: Results) -> Table:
@@ -258,7 +264,13 @@ def _residency(results: Results) -> Table:
         for row in results.rows
         for at in row.residency
     ]
-    return Table("residency", "Residency", headers, rows, "A prediction's milliseconds include loading on a miss.")
+    return Table(
+        key="residency",
+        title="Residency",
+        headers=headers,
+        rows=rows,
+        note="A prediction's milliseconds include loading on a miss.",
+    )
 
 
 def _routing(results: Results) -> Table:
@@ -289,7 +301,7 @@ def _without_empty_columns(table: Table) -> Table | None:
         return None
     kept = [c for c in range(len(table.headers)) if any(row[c] is not None for row in table.rows)]
     rows = [[row[c] for c in kept] for row in table.rows]
-    return Table(table.key, table.title, [table.headers[c] for c in kept], rows, table.note)
+    return Table(key=table.key, title=table.title, headers=[table.headers[c] for c in kept], rows=rows, note=table.note)
 
 
 def _millions(value: float | None) -> float | None:

@@ -62,8 +62,10 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
     )
     for threads in (1, 2):
         for scale in ("12x192", "6x64"):
-            yield _in_fresh_process("routed_against_dense", scale, threads, rounds, folder)
-    yield _in_fresh_process("routed_against_stock", "12x192", 1, rounds, folder)
+            yield _in_fresh_process(
+                function="routed_against_dense", scale=scale, threads=threads, rounds=rounds, folder=folder
+            )
+    yield _in_fresh_process(function="routed_against_stock", scale="12x192", threads=1, rounds=rounds, folder=folder)
     whole = _all_experts("12x192", folder)
     a, b, c = ([_memory(each) for _ in range(5)] for each in (of_bundle(routed.path), of_bundle(dense.path), whole))
     yield Figure(
@@ -79,10 +81,10 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
         f"{statistics.median(a) / 1e6:.1f} MB / {statistics.median(c) / 1e6:.1f} MB",
     )
     yield from cold_start(of_bundle(routed.path), whole, folder)
-    yield _in_fresh_process("expert_switch", "12x192", 1, rounds, folder)
-    yield _in_fresh_process("swappable_switch", "12x192", 1, rounds, folder)
-    yield _in_fresh_process("swappable_warm", "12x192", 1, rounds, folder)
-    yield _in_fresh_process("predict_overhead", "12x192", 1, rounds, folder)
+    yield _in_fresh_process(function="expert_switch", scale="12x192", threads=1, rounds=rounds, folder=folder)
+    yield _in_fresh_process(function="swappable_switch", scale="12x192", threads=1, rounds=rounds, folder=folder)
+    yield _in_fresh_process(function="swappable_warm", scale="12x192", threads=1, rounds=rounds, folder=folder)
+    yield _in_fresh_process(function="predict_overhead", scale="12x192", threads=1, rounds=rounds, folder=folder)
     code = (
         "import sys, mvmoe_deploy; print(sum(m in sys.modules for m in ('torch', 'onnx', 'executorch', 'coremltools')))"
     )
@@ -127,11 +129,11 @@ def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) ->
     with mvmoe_deploy.load(routed.path, threads=threads) as a, mvmoe_deploy.load(dense.path, threads=threads) as b:
         samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds).samples
     return _latency_figure(
-        f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}",
-        samples,
-        "routed",
-        "dense",
-        1.05,
+        what=f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}",
+        samples=samples,
+        a="routed",
+        b="dense",
+        bar=1.05,
     )
 
 
@@ -156,7 +158,7 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
         }
         samples = interleave(candidates, rounds).samples
     what = f"routed p50 / stock torch.onnx.export of the dense baseline, {scale}, {counted(threads, 'thread')}"
-    return _latency_figure(what, samples, "routed", "stock", 1.0)
+    return _latency_figure(what=what, samples=samples, a="routed", b="stock", bar=1.0)
 
 
 def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeats: int = 20) -> Iterator[Figure]:
@@ -191,7 +193,9 @@ def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     tails = _Tails(routed, threads)
     samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
-    return _latency_figure(f"expert switch / warm tail run, {scale}", samples, "switch", "warm", 6.0)
+    return _latency_figure(
+        what=f"expert switch / warm tail run, {scale}", samples=samples, a="switch", b="warm", bar=6.0
+    )
 
 
 def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -200,7 +204,7 @@ def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Fig
     swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
     samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
     what = f"expert switch, swappable / warm standalone tail run, {scale}"
-    return _latency_figure(what, samples, "switch", "warm", 2.0)
+    return _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=2.0)
 
 
 def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -212,7 +216,9 @@ def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figur
     a, b = (mvmoe_deploy.load(path, threads=threads) for path in paths)
     candidates = {"swappable": lambda _: a.run(batch), "standalone": lambda _: b.run(batch)}
     samples = interleave(candidates, rounds).samples
-    return _latency_figure(f"warm total, swappable / standalone, {scale}", samples, "swappable", "standalone", 1.05)
+    return _latency_figure(
+        what=f"warm total, swappable / standalone, {scale}", samples=samples, a="swappable", b="standalone", bar=1.05
+    )
 
 
 class _Tails:

@@ -91,7 +91,7 @@ def measure(
     images = directory / "images.npy"
     np.save(images, normalise(synthetic_pixels(size, IMAGES), Preprocessing(size))[:, None])
     progress(f"timing: {rounds} rounds")
-    samples = measure_exports(bundles, files, images, rounds, threads)
+    samples = measure_exports(bundles=bundles, methods=files, images=images, rounds=rounds, threads=threads)
     times = {
         name: dict(zip(("p50", "p90", "p99"), np.percentile(values, [50, 90, 99]).tolist(), strict=True))
         for name, values in samples.items()

@@ -68,7 +68,15 @@ def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, dev
     pixels = torch.randint(0, 256, (20 * count, 3, 32, 32), dtype=torch.uint8)  # more than the caches hold
     images = ImageSet(pixels, labels.repeat(20), ids, [])
     header = checkpoints.new_header(config.to_dict(), ids, ids, Preprocessing(size=32))
-    trainer = Trainer(build(config), header, images, images, recipe, Path("unwritten.pt"), device)  # only run() saves
+    trainer = Trainer(
+        model=build(config),
+        header=header,
+        train=images,
+        val=images,
+        recipe=recipe,
+        out=Path("unwritten.pt"),
+        device=device,
+    )  # only run() saves
     trainer.steps_per_epoch = steps
     bare = build(config).to(device).train()
     bare_optimizers = optimizers(bare, recipe)
@@ -89,4 +97,12 @@ def measure(model: str, patch: int, recipe: Recipe, steps: int, rounds: int, dev
     samples = interleave({"training": lambda _: trainer.train_epoch(), "bare": bare_loop}, rounds).samples
     ratios = [b / t for t, b in zip(samples["training"], samples["bare"], strict=True)]
     training, base = (1e3 * count / statistics.median(samples[name]) for name in ("training", "bare"))
-    return Speed(model, patch, training, base, statistics.median(ratios), samples["training"], samples["bare"])
+    return Speed(
+        model=model,
+        patch=patch,
+        images_per_second=training,
+        bare_images_per_second=base,
+        ratio=statistics.median(ratios),
+        milliseconds=samples["training"],
+        bare_milliseconds=samples["bare"],
+    )

@@ -400,4 +400,12 @@ def dense_mlp(experts: Experts, expert: int) -> Mlp:
     return mlp
 
 
-register(Architecture(MobileVMoEConfig, MobileVMoE, "mvmoe_DEPTHxWIDTH", ("mvmoe_12x192", "mvmoe_6x64"), paper_heads))
+register(
+    Architecture(
+        config=MobileVMoEConfig,
+        model=MobileVMoE,
+        form="mvmoe_DEPTHxWIDTH",
+        examples=("mvmoe_12x192", "mvmoe_6x64"),
+        derived=paper_heads,
+    )
+)

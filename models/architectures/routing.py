@@ -52,8 +52,10 @@ def route(logits: Tensor, k: int, factor: float, order: str, training: bool) -> 
     tokens, experts = logits.shape
     noisy_logits = with_noise(logits) if training else logits
     gates, chosen = select(noisy_logits.softmax(-1), k)
-    kept = dispatch(gates, chosen, experts, capacity(tokens, k, factor, experts), order)
-    return TokenRouting(logits, noisy_logits, gates, chosen, kept, kept)
+    kept = dispatch(
+        gates=gates, chosen=chosen, experts=experts, places=capacity(tokens, k, factor, experts), order=order
+    )
+    return TokenRouting(logits=logits, noisy_logits=noisy_logits, gates=gates, chosen=chosen, kept=kept, run=kept)
 
 
 def with_noise(logits: Tensor) -> Tensor:

@@ -272,4 +272,6 @@ def paper_heads(given: dict[str, int]) -> dict[str, int]:
     return {"heads": SCALES.get((depth, width), max(1, width // 64))}
 
 
-register(Architecture(ViTConfig, ViT, "vit_DEPTHxWIDTH", ("vit_12x192",), paper_heads))
+register(
+    Architecture(config=ViTConfig, model=ViT, form="vit_DEPTHxWIDTH", examples=("vit_12x192",), derived=paper_heads)
+)

@@ -139,7 +139,9 @@ class TokenMoEBlock(nn.Module):
         batch, tokens, width = normed.shape
         # float32 even under autocast, because rounded logits would tie
         logits = self.router(normed).float().flatten(0, 1)
-        routing = route(logits, config.k, config.capacity_factor, config.order, self.training)
+        routing = route(
+            logits=logits, k=config.k, factor=config.capacity_factor, order=config.order, training=self.training
+        )
         if n is not None:
             # Tokens whose output is not read are routed as well, because in training they took places and counted in
             # the losses. If only the other tokens were routed, C and the overflow would change, and so would the
@@ -277,4 +279,6 @@ class VMoE(ViT):
         return VMoEGraph(self)
 
 
-register(Architecture(VMoEConfig, VMoE, "vmoe_DEPTHxWIDTH", ("vmoe_12x192",), paper_heads))
+register(
+    Architecture(config=VMoEConfig, model=VMoE, form="vmoe_DEPTHxWIDTH", examples=("vmoe_12x192",), derived=paper_heads)
+)

@@ -150,23 +150,23 @@ def analyse_images(
     margins = top2[:, 0] - (top2[:, 1] if experts > 1 else 0)
     names = [f"expert {index}" for index in range(experts)] if superclasses is None else superclasses.names
     return ImageAnalysis(
-        len(labels),
-        float(right.double().mean()),
-        None if routed_right is None else float(routed_right.double().mean()),
-        None if routed_right is None else _mean(right[routed_right]),
-        None if routed_right is None else _mean(right[~routed_right]),
-        None if forced is None else float(forced.right.double().mean()),
-        names,
-        class_names,
-        None if superclasses is None else superclasses.of_class,
-        _order(heat, None if superclasses is None else torch.tensor(superclasses.of_class)),
-        heat.tolist(),
-        routing.load().tolist(),
-        None if wanted is None else (torch.bincount(wanted, minlength=experts) / len(labels)).tolist(),
-        [_mean(right[first == expert]) for expert in range(experts)],
-        _histogram(top2[:, 0], routed_right),
-        _histogram(margins, routed_right),
-        np.percentile(margins.double().numpy(), [1, 10, 50, 90]).tolist(),
+        images=len(labels),
+        accuracy=float(right.double().mean()),
+        router_accuracy=None if routed_right is None else float(routed_right.double().mean()),
+        accuracy_routed_right=None if routed_right is None else _mean(right[routed_right]),
+        accuracy_routed_wrong=None if routed_right is None else _mean(right[~routed_right]),
+        accuracy_if_right=None if forced is None else float(forced.right.double().mean()),
+        expert_names=names,
+        class_names=class_names,
+        superclass_of=None if superclasses is None else superclasses.of_class,
+        order=_order(heat, None if superclasses is None else torch.tensor(superclasses.of_class)),
+        heat=heat.tolist(),
+        load=routing.load().tolist(),
+        fair_load=None if wanted is None else (torch.bincount(wanted, minlength=experts) / len(labels)).tolist(),
+        expert_accuracy=[_mean(right[first == expert]) for expert in range(experts)],
+        gates=_histogram(top2[:, 0], routed_right),
+        margins=_histogram(margins, routed_right),
+        margin_percentiles=np.percentile(margins.double().numpy(), [1, 10, 50, 90]).tolist(),
     )
 
 
@@ -179,15 +179,15 @@ def analyse_tokens(predictions: Predictions, class_names: list[str]) -> TokenAna
     heat /= torch.bincount(predictions.labels, minlength=len(class_names)).clamp(min=1)[:, None, None]
     touched = routing.used.sum(-1)  # [n, layers]
     return TokenAnalysis(
-        images,
-        float(predictions.right.double().mean()),
-        class_names,
-        _order(heat[:, -1], None),
-        heat.transpose(0, 1).tolist(),
-        routing.choices.mean(0).tolist(),
-        routing.overflow.tolist(),
-        [torch.bincount(layer, minlength=experts + 1).tolist() for layer in touched.T],
-        touched.double().mean(0).tolist(),
+        images=images,
+        accuracy=float(predictions.right.double().mean()),
+        class_names=class_names,
+        order=_order(heat[:, -1], None),
+        heat=heat.transpose(0, 1).tolist(),
+        load=routing.choices.mean(0).tolist(),
+        overflow=routing.overflow.tolist(),
+        touched=[torch.bincount(layer, minlength=experts + 1).tolist() for layer in touched.T],
+        mean_touched=touched.double().mean(0).tolist(),
     )
 
 

@@ -87,7 +87,16 @@ def capacity_curve(
                 assert isinstance(found.routing, TokenRoutes)
                 gain = None if order == "vanilla" else paired_difference(found.right, by_order["vanilla"].right)
                 accuracy, overflow = float(found.right.double().mean()), float(found.routing.overflow.mean())
-                points.append(CapacityPoint(factor, order, accuracy, overflow, model.config.flops(), gain))
+                points.append(
+                    CapacityPoint(
+                        factor=factor,
+                        order=order,
+                        accuracy=accuracy,
+                        overflow=overflow,
+                        flops=model.config.flops(),
+                        gain=gain,
+                    )
+                )
                 progress(len(points))
     finally:
         model.config = was

@@ -155,7 +155,14 @@ def paired_difference(right: Tensor, base: Tensor, resamples: int = 100_000, see
     )
     low, high = np.percentile(100 * (counts[:, 0] - counts[:, 1]) / total, [2.5, 97.5])
     p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Difference(100 * (gained - lost) / total, float(low), float(high), float(p_value), gained, lost)
+    return Difference(
+        points=100 * (gained - lost) / total,
+        low=float(low),
+        high=float(high),
+        p_value=float(p_value),
+        gained=gained,
+        lost=lost,
+    )
 
 
 def routing_of(header: Header, model: Model) -> str:
@@ -199,23 +206,43 @@ def needs(model: Model, predictions: Predictions) -> Needs:
     used = experts_used(model, predictions)
     if used is None:
         everything = BYTES * parameters
-        return Needs(flops, parameters, parameters, 0, 0.0, 0, everything, everything, everything)
+        return Needs(
+            flops=flops,
+            parameters=parameters,
+            active_parameters=parameters,
+            expert_mlps=0,
+            touched=0.0,
+            most_touched=0,
+            image_bytes=everything,
+            most_image_bytes=everything,
+            all_bytes=everything,
+        )
     count = used[0].numel()
     touched = used.sum((1, 2))
     mean, most = float(touched.double().mean()), int(touched.max())
     if expert is None:
-        return Needs(flops, parameters, None, count, mean, most, None, None, None)
+        return Needs(
+            flops=flops,
+            parameters=parameters,
+            active_parameters=None,
+            expert_mlps=count,
+            touched=mean,
+            most_touched=most,
+            image_bytes=None,
+            most_image_bytes=None,
+            all_bytes=None,
+        )
     shared = parameters - count * expert
     return Needs(
-        flops,
-        parameters,
-        shared + mean * expert,
-        count,
-        mean,
-        most,
-        BYTES * (shared + mean * expert),
-        BYTES * (shared + most * expert),
-        BYTES * (shared + int(used.any(0).sum()) * expert),
+        flops=flops,
+        parameters=parameters,
+        active_parameters=shared + mean * expert,
+        expert_mlps=count,
+        touched=mean,
+        most_touched=most,
+        image_bytes=BYTES * (shared + mean * expert),
+        most_image_bytes=BYTES * (shared + most * expert),
+        all_bytes=BYTES * (shared + int(used.any(0).sum()) * expert),
     )
 
 

@@ -89,7 +89,15 @@ def _draw_images(a: ImageAnalysis, path: Path, title: str) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(heat_width, 7.5))
     heat = np.array(a.heat)
     group_of = None if a.superclass_of is None else np.array(a.superclass_of)
-    _heat_columns(left, [heat], a.order, a.class_names, group_of, columns, ["share of the class's images by expert"])
+    _heat_columns(
+        figure=left,
+        heats=[heat],
+        order=a.order,
+        class_names=a.class_names,
+        group_of=group_of,
+        columns=columns,
+        titles=["share of the class's images by expert"],
+    )
     tall = max(2.0, 0.26 * experts)
     load, accuracy, gates, margins = right.subplots(4, 1, height_ratios=(tall, tall, 2, 2))
     places = np.arange(experts)
@@ -139,7 +147,15 @@ def _draw_tokens(a: TokenAnalysis, path: Path, title: str) -> None:
     figure = _figure(heat_width + 7, height)
     left, right = figure.subfigures(1, 2, width_ratios=(heat_width, 7))
     titles = [f"MoE layer {layer}" for layer in range(layers)]
-    _heat_columns(left, list(np.array(a.heat)), a.order, a.class_names, None, columns, titles)
+    _heat_columns(
+        figure=left,
+        heats=list(np.array(a.heat)),
+        order=a.order,
+        class_names=a.class_names,
+        group_of=None,
+        columns=columns,
+        titles=titles,
+    )
     panels = right.subplots(layers, 2, squeeze=False)
     for layer, (load, touched) in enumerate(panels):
         load.bar(range(experts), 100 * np.array(a.load[layer]), 0.7, color=BLUE)

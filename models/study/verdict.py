@@ -80,15 +80,15 @@ def traces(
     if forced_answers is not None:
         forced = 100 * float(((forced_answers == labels).double() - right.double()).mean())
     return Traces(
-        len(labels),
-        float(gain.mean()),
-        interval[0],
-        interval[1],
-        float(sent_right.double().mean()),
-        float((groups[dense_answers] == groups[labels]).double().mean()),
-        mean(gain[sent_right]),
-        mean(gain[~sent_right]),
-        forced,
+        images=len(labels),
+        points=float(gain.mean()),
+        low=interval[0],
+        high=interval[1],
+        router=float(sent_right.double().mean()),
+        dense_knows=float((groups[dense_answers] == groups[labels]).double().mean()),
+        points_sent_right=mean(gain[sent_right]),
+        points_sent_wrong=mean(gain[~sent_right]),
+        points_forced=forced,
     )
 
 

@@ -62,7 +62,7 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> View:
     if recipe.mixup:
         partner = torch.randperm(count, generator=generator)
         share = torch._sample_dirichlet(torch.full((count, 2), recipe.mixup), generator=generator)[:, 0]
-    return View(mirrored, shift, window, colours, partner, share)
+    return View(mirrored=mirrored, shift=shift, window=window, colours=colours, partner=partner, share=share)
 
 
 def augment(images: Tensor, view: View, recipe: Recipe) -> Tensor:

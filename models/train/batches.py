@@ -107,8 +107,8 @@ def batches_of(
         ConfigError: the recipe limits the number of views, but the source is endless.
     """
     if isinstance(source, Endless):
-        return EndlessBatches(source, recipe, preprocessing, device, teacher)
-    return ImageBatches(source, recipe, preprocessing, device, teacher)
+        return EndlessBatches(source=source, recipe=recipe, preprocessing=preprocessing, device=device, teacher=teacher)
+    return ImageBatches(images=source, recipe=recipe, preprocessing=preprocessing, device=device, teacher=teacher)
 
 
 class Shown:

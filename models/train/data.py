@@ -49,7 +49,13 @@ class ImageSet:
         if count >= total:
             return self
         rows = torch.from_numpy(evenly_spaced(total, count))
-        return ImageSet(self.pixels[rows], self.labels[rows], self.class_ids, self.skipped, self.left_out)
+        return ImageSet(
+            pixels=self.pixels[rows],
+            labels=self.labels[rows],
+            class_ids=self.class_ids,
+            skipped=self.skipped,
+            left_out=self.left_out,
+        )
 
 
 def normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -155,7 +155,13 @@ def read_images(
         for place, index in enumerate(kept):  # in place, because a copy could be too large
             pixels[place] = pixels[index]
         pixels = pixels[: len(kept)]
-    return ImageSet(torch.from_numpy(pixels), torch.from_numpy(labels), class_ids, skipped, left_out)
+    return ImageSet(
+        pixels=torch.from_numpy(pixels),
+        labels=torch.from_numpy(labels),
+        class_ids=class_ids,
+        skipped=skipped,
+        left_out=left_out,
+    )
 
 
 def has_split(data: Path, split: str) -> bool:

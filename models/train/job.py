@@ -98,9 +98,23 @@ def train(
         raise DataError("training and validation images are of different classes")
     ids = job.val.class_ids
     header = checkpoints.new_header(
-        job.config.to_dict(), ids, job.class_names or ids, job.preprocessing, superclasses, training
+        model=job.config.to_dict(),
+        class_ids=ids,
+        class_names=job.class_names or ids,
+        preprocessing=job.preprocessing,
+        superclasses=superclasses,
+        training=training,
     )
-    trainer = Trainer(model, header, images, job.val, job.recipe, job.out, job.device, teacher)
+    trainer = Trainer(
+        model=model,
+        header=header,
+        train=images,
+        val=job.val,
+        recipe=job.recipe,
+        out=job.out,
+        device=job.device,
+        teacher=teacher,
+    )
     if job.force and not job.resume:
         trainer.state_path.unlink(missing_ok=True)
     if job.resume and trainer.resume():

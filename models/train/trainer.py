@@ -65,7 +65,9 @@ class Trainer:
         self.log_path = out.with_name(out.name + ".jsonl")
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
-        self.batches = batches_of(train, recipe, header.preprocessing, self.device, teacher)
+        self.batches = batches_of(
+            source=train, recipe=recipe, preprocessing=header.preprocessing, device=self.device, teacher=teacher
+        )
         self.steps_per_epoch = max(1, self.batches.images // recipe.batch)
         self.optimizers = optimizers(model, recipe)
         superclasses = header.superclasses
@@ -224,12 +226,12 @@ class Trainer:
             **({key: value for key, value in self.history[-1].items() if key != "epoch"} if self.history else {}),
         }
         header = checkpoints.new_header(
-            self.header.model,
-            self.header.class_ids,
-            self.header.class_names,
-            self.header.preprocessing,
-            self.header.superclasses,
-            training,
+            model=self.header.model,
+            class_ids=self.header.class_ids,
+            class_names=self.header.class_names,
+            preprocessing=self.header.preprocessing,
+            superclasses=self.header.superclasses,
+            training=training,
         )
         return Checkpoint(header, dict(self.model.state_dict()))
 

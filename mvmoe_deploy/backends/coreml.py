@@ -51,7 +51,7 @@ class CoreMLBackend:
             raise BackendError(
                 f"{path}: takes inputs {sorted(features)}, manifest.json says {[spec.name for spec in piece.inputs]}"
             )
-        return one_image_at_a_time(predict, piece, images, self._bundle, str(path))
+        return one_image_at_a_time(predict=predict, piece=piece, images=images, bundle=self._bundle, where=str(path))
 
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> CoreMLBackend:

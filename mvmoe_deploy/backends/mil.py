@@ -169,13 +169,13 @@ class Package:
                 steps.append(step)
         inputs = {each.name: _tensor_type(each.type, f"{where}: input {each.name}") for each in functions[name].inputs}
         return Program(
-            where,
-            {key: declared for key, declared in inputs.items() if declared is not None},
-            list(block.outputs),
-            self._images(name),
-            constants,
-            steps,
-            sum(blobs.values()),
+            where=where,
+            inputs={key: declared for key, declared in inputs.items() if declared is not None},
+            outputs=list(block.outputs),
+            images=self._images(name),
+            constants=constants,
+            steps=steps,
+            weight_bytes=sum(blobs.values()),
         )
 
     def _images(self, function: str) -> frozenset[str]:
@@ -223,7 +223,9 @@ class ReferenceBackend:
         if piece.graph not in self._packages:
             self._packages[piece.graph] = read_package(self._bundle.path / piece.graph)
         program = self._packages[piece.graph].program(piece.function)
-        return one_image_at_a_time(program, piece, program.images, self._bundle, program.where)
+        return one_image_at_a_time(
+            predict=program, piece=piece, images=program.images, bundle=self._bundle, where=program.where
+        )
 
 
 def open_backend(bundle: Bundle, threads: int | None = 1) -> ReferenceBackend:
@@ -312,7 +314,7 @@ def _read_value(value: MIL_pb2.Value, weights: NDArray[np.uint8], blobs: dict[in
     if declared is None or None in declared.shape:
         raise BackendError(f"{where}: has a constant that is not a tensor of fixed shape")
     if value.WhichOneof("value") == "blobFileValue":
-        data = _read_blob(value.blobFileValue, declared, weights, blobs, where)
+        data = _read_blob(reference=value.blobFileValue, declared=declared, weights=weights, blobs=blobs, where=where)
     else:
         data = _read_immediate(value.immediateValue.tensor, declared)
     count = math.prod(size or 0 for size in declared.shape)

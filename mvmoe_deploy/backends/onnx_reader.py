@@ -125,7 +125,7 @@ def _model(data: bytes) -> Graph:
 
 
 def _graph(data: bytes, opset: int) -> Graph:
-    result = Graph(opset, [], [], {}, {}, {})
+    result = Graph(opset=opset, nodes=[], constants=[], inputs={}, outputs={}, values={})
     declared = {0x5A: result.inputs, 0x62: result.outputs, 0x6A: result.values}
     for tag, value in _fields(data):
         if tag == 0x0A:
@@ -228,13 +228,15 @@ def _constant(data: bytes) -> Constant:
     if not external:
         if entries or raw is None or len(raw) != size:
             raise GraphError(f"constant {name!r} has not as many bytes as its shape says")
-        return Constant(name, dtype, tuple(shape), raw, None, 0, size)
+        return Constant(name=name, dtype=dtype, shape=tuple(shape), raw=raw, location=None, offset=0, length=size)
     if raw is not None or entries.keys() != {"location", "offset", "length"}:
         raise GraphError(f"constant {name!r} does not say where it lies")
     offset, length = (int(n) if n.isascii() and n.isdigit() else -1 for n in (entries["offset"], entries["length"]))
     if offset < 0 or length != size:
         raise GraphError(f"constant {name!r} has not as many bytes as its shape says")
-    return Constant(name, dtype, tuple(shape), b"", entries["location"], offset, length)
+    return Constant(
+        name=name, dtype=dtype, shape=tuple(shape), raw=b"", location=entries["location"], offset=offset, length=length
+    )
 
 
 @functools.lru_cache(1024)

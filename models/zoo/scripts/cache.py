@@ -131,7 +131,15 @@ def load(folder: Path, fonts: list[FontRow], classes: list[CharacterClass]) -> G
         raise DataError(f"{folder}: rendered from other tables of fonts and classes; {command}")
     shape = (len(SPLITS), len(classes))
     start, count = index["start"].reshape(shape), index["count"].reshape(shape)
-    return Glyphs(pictures, classes, index["label"], index["face"], start, count, meta["sha256"])
+    return Glyphs(
+        pictures=pictures,
+        classes=classes,
+        label=index["label"],
+        face=index["face"],
+        start=start,
+        count=count,
+        sha256=meta["sha256"],
+    )
 
 
 def locate(fonts: Iterable[FontRow], root: Path | None = None) -> list[Path]:

@@ -76,7 +76,13 @@ def faces_in(package: str, path: Path) -> Iterator[tuple[Face, set[int]]]:
             names = font["name"]
             family = names.getDebugName(16) or names.getDebugName(1) or path.stem
             style = names.getDebugName(17) or names.getDebugName(2) or ""
-            face = Face(package, path.name, index, " ".join(family.split()), " ".join(style.split()))
+            face = Face(
+                package=package,
+                file=path.name,
+                index=index,
+                family=" ".join(family.split()),
+                style=" ".join(style.split()),
+            )
             yield face, set(font.getBestCmap() or ())
     except (TTLibError, OSError, KeyError, AssertionError, ValueError):
         return

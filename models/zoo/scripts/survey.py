@@ -103,7 +103,7 @@ def survey(
     rows = [FontRow(s.face, split[design[i]], s.licence) for i, s in enumerate(surveyed)]
     training = [i for i in range(len(surveyed)) if split[design[i]] == "train"]
     merged = look_alikes([surveyed[i] for i in training], list(scripts))
-    classes = _classes(merged, surveyed, design, split, scripts)
+    classes = _classes(merged=merged, surveyed=surveyed, design=design, split=split, scripts=scripts)
     return rows, classes, licences
 
 

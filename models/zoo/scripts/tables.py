@@ -67,7 +67,9 @@ def read_fonts(path: Path = HERE / "fonts.tsv") -> list[FontRow]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines()[1:]:
         package, file, index, family, style, split, licence = line.split("\t")
-        rows.append(FontRow(Face(package, file, int(index), family, style), split, licence))
+        rows.append(
+            FontRow(Face(package=package, file=file, index=int(index), family=family, style=style), split, licence)
+        )
     return rows
 
 

@@ -61,7 +61,13 @@ def recipe(epochs: int, seed: int = 0) -> Recipe:
 def source(glyphs: Glyphs, seed: int, workers: int = 0) -> Endless:
     """Training samples for :class:`mvmoe_deploy.models.train.trainer.Trainer`."""
     samples = Characters(glyphs, "train", seed)
-    return Endless(samples, [each.id for each in glyphs.classes], samples.identity, SAMPLES_PER_EPOCH, workers)
+    return Endless(
+        samples=samples,
+        class_ids=[each.id for each in glyphs.classes],
+        identity=samples.identity,
+        samples_per_epoch=SAMPLES_PER_EPOCH,
+        workers=workers,
+    )
 
 
 def fixed(samples: Characters, per_class: int) -> ImageSet:
@@ -114,9 +120,16 @@ def train(
     notes = {"data": images.identity, "endless": True, "gates": WITHOUT_GATES if sharpen else "in training too"}
     names = [each.name for each in glyphs.classes]
     header = checkpoints.new_header(
-        config.to_dict(), images.class_ids, names, PREPROCESSING, superclasses if config.routes else None, notes
+        model=config.to_dict(),
+        class_ids=images.class_ids,
+        class_names=names,
+        preprocessing=PREPROCESSING,
+        superclasses=superclasses if config.routes else None,
+        training=notes,
     )
-    trainer = Trainer(model, header, images, fixed(Characters(glyphs, "val"), 1), how, out)
+    trainer = Trainer(
+        model=model, header=header, train=images, val=fixed(Characters(glyphs, "val"), 1), recipe=how, out=out
+    )
     if force and not resume:
         trainer.state_path.unlink(missing_ok=True)
     if resume:

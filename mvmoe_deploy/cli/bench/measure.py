@@ -100,7 +100,15 @@ def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Res
     backends, baselines = _list(args.backends), _list(args.baselines)
     images, plan = choose_images(args.images, args.data), _plan(args)
     if args.suite:
-        return measure_suite(choose_scales(args.scales), images, plan, folder, backends, baselines, progress=progress)
+        return measure_suite(
+            scales=choose_scales(args.scales),
+            images=images,
+            plan=plan,
+            folder=folder,
+            backends=backends,
+            baselines=baselines,
+            progress=progress,
+        )
     given = args.models or [models.ZOO / "dense.safetensors", models.ZOO / "moe.safetensors"]
     prepared = prepare(given, folder, backends, baselines, progress=lambda what: progress(what, 0, 1))
     return measure(prepared, images, plan, progress)

@@ -59,7 +59,14 @@ def run(args: argparse.Namespace) -> None:
         def progress(done: int) -> None:
             bar.update(done - bar.n)
 
-        curve = capacity_curve(model, images, header.preprocessing, factors, args.batch, progress)
+        curve = capacity_curve(
+            model=model,
+            images=images,
+            preprocessing=header.preprocessing,
+            factors=factors,
+            batch=args.batch,
+            progress=progress,
+        )
     if args.plot:
         draw_capacity(curve, args.plot, args.checkpoint.name)
     if args.json:

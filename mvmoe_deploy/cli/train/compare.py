@@ -136,13 +136,13 @@ def _verdicts(
                 experts=experts,
             ).top[:, 0]
         found = traces(
-            predictions.labels,
-            predictions.top[:, 0],
-            dense.top[:, 0],
-            routing.chosen[:, 0],
-            groups,
-            (d.low, d.high),
-            forced,
+            labels=predictions.labels,
+            answers=predictions.top[:, 0],
+            dense_answers=dense.top[:, 0],
+            sent=routing.chosen[:, 0],
+            groups=groups,
+            interval=(d.low, d.high),
+            forced_answers=forced,
         )
         said[name] = verdict(found, times_seen(header.training))
     return said

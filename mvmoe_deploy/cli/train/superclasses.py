@@ -79,5 +79,5 @@ def run(args: argparse.Namespace) -> None:
     for index, name in enumerate(names):
         members = [header.class_names[c] for c in range(len(groups)) if groups[c] == index]
         print(f"{index}: {name} ({len(members)})\n   {', '.join(members)}")
-    draw_confusion(matrix, groups, names, header.class_names, plot)
+    draw_confusion(matrix=matrix, groups=groups, group_names=names, class_names=header.class_names, path=plot)
     print(f"wrote {args.out} and {plot}")

@@ -68,7 +68,7 @@ def test_all_figures_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bars, "export_time", lambda folder: Figure("export", 1.0, 2.5, ""))
     monkeypatch.setattr(bars, "cold_start", lambda routed, whole, folder: [Figure("cold start", 0.5, 0.8, whole.name)])
     monkeypatch.setattr(bars, "_memory", lambda c: next(size for name, size in sizes.items() if c.name.endswith(name)))
-    monkeypatch.setattr(bars, "_in_fresh_process", lambda name, *_: Figure(name, 0.5, 1.0, ""))
+    monkeypatch.setattr(bars, "_in_fresh_process", lambda function, **_: Figure(function, 0.5, 1.0, ""))
     dense = bars.of_bundle(bars._exported("mvmoe_2x32", folder)[1].path)
     monkeypatch.setattr(bars, "_all_experts", lambda *_: msgspec.structs.replace(dense, name="all-experts"))
     found = {figure.what: figure for figure in bars.measure_all(3, folder)}
