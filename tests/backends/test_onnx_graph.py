@@ -248,7 +248,7 @@ EDITS: list[tuple[str, Callable[[onnx.ModelProto], object], str]] = [
     ("a fixed batch", lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 1), "declares input x"),
     ("another output name", lambda m: setattr(m.graph.output[0], "name", "r"), "has outputs"),
     ("a value declared otherwise", otherwise_declared, "'r' is declared otherwise"),
-    ("an optional value", lambda m: m.graph.value_info.add(name="r").type.optional_type.elem_type.tensor_type.SetInParent(), "something else than a tensor"),
+    ("an optional value", lambda m: m.graph.value_info.add(name="r").type.optional_type.elem_type.tensor_type.SetInParent(), "a value is not a tensor"),
     ("a reference to a function's attribute", lambda m: m.graph.node[0].attribute.add(name="alpha", ref_attr_name="a", type=1), "a field"),
     ("an overload", lambda m: setattr(m.graph.node[0], "overload", "x"), "has a field"),
 ]  # fmt: skip
