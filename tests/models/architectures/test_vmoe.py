@@ -146,8 +146,8 @@ def test_overflow_gets_a_zero_output(dense_model: models.ViT) -> None:
 def test_a_batch_in_which_nothing_has_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     real = vmoe.route
 
-    def full(*arguments: Any) -> TokenRouting:
-        routing = real(*arguments)
+    def full(**arguments: Any) -> TokenRouting:
+        routing = real(**arguments)
         routing.kept = routing.run = torch.zeros_like(routing.kept)
         return routing
 
