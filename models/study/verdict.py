@@ -167,10 +167,3 @@ def times_seen(training: dict[str, Any], distinct: int | None = None) -> float |
     if training.get("endless") or not isinstance(epochs, int) or not isinstance(images, int):
         return None
     return epochs * images / (distinct or images)
-
-
-def interval_of(right: Tensor, base: Tensor) -> tuple[float, float]:
-    """95 % interval of the difference of two accuracies on the same images, in points (normal approximation)."""
-    gain = 100 * (right.double() - base.double())
-    half = 1.96 * float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else float("inf")
-    return float(gain.mean()) - half, float(gain.mean()) + half

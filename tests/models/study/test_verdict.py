@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mvmoe_deploy.models.study.verdict import interval_of, times_seen, traces, verdict
+from mvmoe_deploy.models.study.comparison import paired_difference
+from mvmoe_deploy.models.study.verdict import times_seen, traces, verdict
 
 N, CLASSES = 20_000, 20
 GROUPS = torch.arange(CLASSES) // 10  # two super-classes
@@ -23,7 +24,8 @@ def predictions(dense=0.7, right=0.75, wrong=0.75, router=0.9, forced=None, seed
 
     answers = torch.where(sent_right, answer(right), answer(wrong))
     dense_answers = answer(dense)
-    interval = interval_of(answers == labels, dense_answers == labels)
+    difference = paired_difference(answers == labels, dense_answers == labels)
+    interval = (difference.low, difference.high)
     forced_answers = None if forced is None else answer(forced)
     return traces(labels, answers, dense_answers, sent, GROUPS, interval, forced_answers)
 
