@@ -32,6 +32,12 @@ LEAST_CHANNEL = 0.1
 UNDECIDED = 0.1
 """Least unit for a router's errors, in nats: a router that prefers its experts by less hardly decides."""
 
+USUAL_MARGIN = 0.5
+"""How far the best of ten normally distributed scores is ahead of the second on average, in standard deviations."""
+
+NORMAL_DEVIATION = 0.6745
+"""Median absolute deviation of a normal distribution, in standard deviations."""
+
 UNLIKELY = 1e-4
 """A less probable expert is treated as if it had this probability: it is never the first choice, its gate adds next to
 nothing, and half precision keeps only a few bits of it."""
@@ -170,15 +176,20 @@ def router_errors(actual: Array, expected: Array) -> Doubles:
     Logarithms, because the route depends on the ratio of two probabilities, and a gate matters by its ratio to what it
     should be. The margin is how many nats the best expert is ahead of the second: in the image itself or in the median
     image, whichever is larger. An image at the border between two experts has no margin of its own, but it cannot be
-    computed more exactly than other images.
+    computed more exactly than other images. Nor can a router of many experts, whose two best are always close: the
+    margin is at least what ten experts with scores of the same spread would have. The spread is taken from the median
+    absolute deviation, so that experts which are never chosen do not widen it.
     """
     scores = np.log(np.maximum(expected.astype(np.float64), LEAST_PROBABILITY))
     if scores.shape[1] < 2:
         return np.abs(actual - expected.astype(np.float64))
     best = np.sort(scores, axis=1)[:, -2:]
     own = best[:, 1:] - best[:, :1]
-    error = np.abs(likely_scores(actual) - likely_scores(expected))
-    result: NDArray[np.float64] = error / np.maximum(np.maximum(own, np.median(own)), UNDECIDED)
+    right = likely_scores(expected)
+    error = np.abs(likely_scores(actual) - right)
+    deviation = np.median(np.abs(right - np.median(right, axis=1, keepdims=True)), axis=1)
+    least = max(float(np.median(own)), USUAL_MARGIN * float(np.median(deviation)) / NORMAL_DEVIATION, UNDECIDED)
+    result: NDArray[np.float64] = error / np.maximum(own, least)
     return result
 
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mvmoe_deploy.exporters.differences import router_errors
-from mvmoe_deploy.exporters.precision import FP16
+from mvmoe_deploy.exporters.precision import FP16, FP32
 from mvmoe_deploy.exporters.verify import route_flips
 
 Doubles = NDArray[np.float64]
@@ -44,6 +44,15 @@ def test_an_image_at_the_border_is_judged_like_any_other() -> None:
     found = scores + np.array([0.02, 0.0])
     errors = router_errors(softmax(found), softmax(scores))
     assert errors[0] == pytest.approx([0.0049, 0.0051], abs=1e-4)
+
+
+@pytest.mark.parametrize("experts", [10, 200, 1000])
+def test_a_router_is_judged_alike_however_many_experts_it_has(experts: int) -> None:
+    """The two best of a thousand scores are five times as close as those of ten, but rounding is the same."""
+    scores = np.random.default_rng(experts).standard_normal((64, experts))
+    rounding = 1e-5 * np.sign(np.random.default_rng(0).standard_normal(scores.shape))
+    assert router_errors(softmax(scores + rounding), softmax(scores)).max() <= FP32.tolerance.channels
+    assert router_errors(softmax(scores + 10 * rounding), softmax(scores)).max() > FP32.tolerance.channels
 
 
 def test_an_expert_that_is_never_chosen_hides_no_exchange_of_the_others() -> None:
