@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import mvmoe_deploy
 from mvmoe_deploy import bundle as bundles
-from mvmoe_deploy.backends import open_backend
+from mvmoe_deploy.backends import native_path, open_backend
 from mvmoe_deploy.bundle import Bundle, Expert, Manifest, Source
 from mvmoe_deploy.checkpoint import Header, check_header
-from mvmoe_deploy.errors import ConfigError, ExportError, ImageError
+from mvmoe_deploy.errors import ConfigError, ExportError, ImageError, as_text
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.split import SplitModel, split_model
@@ -82,7 +82,7 @@ def read_checkpoint(path: str | Path) -> tuple[nn.Module, Header, Source]:
         CheckpointError: the checkpoint cannot be read.
     """
     model, header = load_checkpoint(path)
-    return model, header, Source(Path(path).name, bundles.sha256(Path(path)))
+    return model, header, Source(as_text(Path(path).name), bundles.sha256(Path(path)))
 
 
 def export_model(
@@ -114,6 +114,7 @@ def export_model(
     Raises:
         CheckpointError: the header contradicts itself.
         ConfigError: there is no such target.
+        BackendError: ``out`` is not UTF-8.
         ExportError: the model cannot be split or converted, returns another number of logits than the header names
             classes, or ``out`` exists.
         ImageError: the images cannot be used.
@@ -122,6 +123,7 @@ def export_model(
     options = complete_options(options, target)
     convert = converter_of(target)
     out = Path(out)
+    native_path(out)  # before the work, because an engine will have to open it
     check_header(header)
     if out.exists():
         if not force:
@@ -192,7 +194,7 @@ def verification_images(preprocessing: Preprocessing, images: str | Path | Tenso
         raise ImageError(f"{folder}: holds no images")
     # evenly spaced, since the files are sorted by class folder
     files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
-    return torch.from_numpy(np.stack([preprocess(file, preprocessing) for file in files])), str(folder.name)
+    return torch.from_numpy(np.stack([preprocess(file, preprocessing) for file in files])), as_text(folder.name)
 
 
 def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ MAX_LINE = 300
 MAX_MESSAGE = 2000
 """Longest message, in characters; the longest intended one lists two dozen names."""
 
+_UNDECODED = re.compile("[\udc80-\udcff]+")
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
@@ -18,7 +19,7 @@ class MvmoeError(Exception):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = as_text(super().__str__())
         if len(text) > MAX_MESSAGE:  # it quotes something unreasonably long
             text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
         if text.isprintable():
@@ -58,6 +59,10 @@ class CheckFailed(MvmoeError):  # noqa: N818  (it says what happened)
     """A check that ran and failed. The command line exits with 1."""
 
 
+class AnswerError(CheckFailed, BackendError):
+    """A model's answer that cannot be one: NaN, infinite, no probabilities, or a class that does not exist."""
+
+
 class VerificationError(CheckFailed):
     """An export whose pieces do not agree with the PyTorch checkpoint."""
 
@@ -68,6 +73,18 @@ class RegressionError(CheckFailed):
 
 class DataError(MvmoeError):
     """A training data folder that cannot be used."""
+
+
+def as_text(name: str) -> str:
+    """A file's name as text that can be stored and shown.
+
+    In a locale without UTF-8, Python keeps a name's other bytes as surrogates, which no file of text can hold. They are
+    decoded as UTF-8 here; bytes that are not UTF-8 appear as Python escapes.
+    """
+    text = _UNDECODED.sub(
+        lambda found: found[0].encode(errors="surrogateescape").decode(errors="backslashreplace"), name
+    )
+    return text.encode(errors="backslashreplace").decode()
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.backends import Backend, LoadedPiece, check_threads, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.errors import BackendError, BudgetError, ImageError
+from mvmoe_deploy.errors import AnswerError, BackendError, BudgetError, ImageError
 from mvmoe_deploy.images import ImageSource, preprocess
 from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 
@@ -244,7 +244,8 @@ class Runtime:
         Raises:
             ImageError: the image cannot be read.
             BundleError: a tail that is needed is missing or damaged.
-            BackendError: a piece failed, or its output is impossible (see the message).
+            BackendError: a piece failed.
+            AnswerError: a piece's output is impossible (see the message).
         """
         pieces = self._open_pieces()
         manifest = self.bundle.manifest
@@ -293,7 +294,8 @@ class Runtime:
         Raises:
             ImageError: the batch has a wrong shape or dtype, or values that are not finite.
             BundleError: a tail that is needed is missing or damaged.
-            BackendError: a piece failed, or its output is impossible (see the message).
+            BackendError: a piece failed.
+            AnswerError: a piece's output is impossible (see the message).
         """
         pieces = self._open_pieces()
         size = self.bundle.manifest.preprocessing.size
@@ -375,20 +377,20 @@ class Runtime:
         if not fine.all():
             raise self._no_answer([] if experts is None else list(experts[int(fine.argmin())]))
 
-    def _no_answer(self, experts: list[int]) -> BackendError:
+    def _no_answer(self, experts: list[int]) -> AnswerError:
         """The error for an image whose logits, or the classes ranked from them, are impossible."""
         if self._routing is None:
             piece = self.bundle.piece("model")
         else:
             piece = self.bundle.piece("tail", int(experts[0])) if self._one_expert else self.bundle.piece("head")
-        return BackendError(
+        return AnswerError(
             f"{self.bundle.path / piece.graph}: {piece.name} returned logits or classes that are NaN, infinite or "
             "out of range; export again"
         )
 
-    def _no_probabilities(self, row: list[float]) -> BackendError:
+    def _no_probabilities(self, row: list[float]) -> AnswerError:
         piece = self.bundle.piece("trunk" if self._fused_router else "router")
-        return BackendError(
+        return AnswerError(
             f"{self.bundle.path / piece.graph}: {piece.name} does not return probabilities: "
             f"they are {min(row):.4g} to {max(row):.4g} and sum to {sum(row):.4g}; export again"
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import mvmoe_deploy
 from mvmoe_deploy import targets
+from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.bench.results import Kind, Paper, Row
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
@@ -159,7 +160,9 @@ class BareGraph:
 
         from mvmoe_deploy.backends.onnxruntime import session_options
 
-        self._session = ort.InferenceSession(c.path, session_options(threads), providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            native_path(c.path), session_options(threads), providers=["CPUExecutionProvider"]
+        )
         self._input = self._session.get_inputs()[0].name
         self._preprocessing, self._path = c.preprocessing, c.path
 

@@ -12,13 +12,14 @@ from torch import nn
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import targets
+from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.bench.candidates.baselines import RANDOM, export_stock, random_checkpoint
 from mvmoe_deploy.bench.candidates.configuration import BASELINES, TORCH, Configuration, backend_names
 from mvmoe_deploy.bench.candidates.macs import count_bundle, count_graph
 from mvmoe_deploy.bench.results import Kind
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.errors import ConfigError
+from mvmoe_deploy.errors import ConfigError, as_text
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
 from mvmoe_deploy.models import Model, ModelConfig, config_from_dict, load_checkpoint
 
@@ -43,7 +44,7 @@ def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = N
     of_class = {c: index for index, expert in enumerate(manifest.experts) for c in expert.classes}
     classes = len(manifest.class_ids)
     return Configuration(
-        name=name or path.stem,
+        name=name or as_text(path.stem),
         group=group,
         kind=kind or ("mobile-vmoe" if routing else "dense"),
         backend=targets.get(manifest.target).backend().name,
@@ -92,7 +93,7 @@ def of_checkpoint(path: Path, name: str = "", group: str = "") -> Configuration:
     groups = header.superclasses
     size = path.stat().st_size
     return Configuration(
-        name=name or path.stem,
+        name=name or as_text(path.stem),
         group=group,
         kind=kinds.get(config.routes, "dense"),
         backend=TORCH.name,
@@ -142,9 +143,11 @@ def prepare(
         for name in names:
             if name not in known:
                 raise ConfigError(f"unknown {what} {name!r}: expected one of {', '.join(known)}")
+    for path in given:
+        native_path(path)  # it is passed on to engines and to other processes
     made: list[Configuration] = []
     routed: Path | None = None
-    stems = unique([path.stem for path in given])
+    stems = unique([as_text(path.stem) for path in given])
     for path, stem in zip(given, stems, strict=True):
         if path.is_dir():
             made.append(of_bundle(path, stem, group))

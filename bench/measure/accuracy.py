@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, Opened
 from mvmoe_deploy.bench.results import Accuracy
-from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.errors import AnswerError, DataError
 from mvmoe_deploy.images import Preprocessing, evenly_spaced, normalise
 
 BATCH = 32
@@ -67,12 +67,17 @@ def measure_accuracy(
         pixels: decoded images, ``[n, H, W, 3]``.
         labels: their classes ``[n]``, from :func:`labels_for`.
         progress: called with the number of finished images and their total number.
+
+    Raises:
+        AnswerError: logits are not finite.
     """
     top1 = top5 = routed_well = 0
     heat = np.zeros((len(c.class_ids), c.experts), int)
     for start in range(0, len(pixels), BATCH):
         truth = labels[start : start + BATCH]
         logits, routed = model.run(np.ascontiguousarray(normalise(pixels[start : start + BATCH], c.preprocessing)))
+        if not np.isfinite(logits.max(axis=1)).all():  # the runtime refuses them itself; other engines do not
+            raise AnswerError(f"{c.name}: logits are NaN or infinite for some images, so that it has no accuracy")
         best = logits.argsort(axis=1)[:, ::-1]
         top1 += int((best[:, 0] == truth).sum())
         top5 += int((best[:, :5] == truth[:, None]).any(axis=1).sum())

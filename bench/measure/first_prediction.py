@@ -9,6 +9,7 @@ import time
 
 STARTED = time.monotonic()
 
+import os  # noqa: E402
 import sys  # noqa: E402
 
 
@@ -41,7 +42,7 @@ def graph(path: str, image: str, threads: int, mean: str, std: str) -> list[floa
     imported = time.monotonic()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(os.fsencode(path).decode(), options, providers=["CPUExecutionProvider"])
     loaded = time.monotonic()
     scale = [np.array([float(each) for each in text.split(",")], np.float32) for text in (mean, std)]
     batch = ((pixels / np.float32(255) - scale[0]) / scale[1]).transpose(2, 0, 1)[None]

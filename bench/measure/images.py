@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, read_labelled
-from mvmoe_deploy.errors import ImageError
+from mvmoe_deploy.errors import ImageError, as_text
 from mvmoe_deploy.images import ImageSource, Preprocessing, evenly_spaced, to_pixels
 
 MAX_IMAGES = 256
@@ -44,13 +44,13 @@ def choose_images(folder: Path | None, data: Path | None = None) -> Images:
     from mvmoe_deploy.imagefiles import image_files
 
     if data:
-        return Images([], f"validation images of {data.name}", data)
+        return Images([], f"validation images of {as_text(data.name)}", data)
     if not folder:
         return Images(list(synthetic_pixels(256, SYNTHETIC_IMAGES)), "synthetic (seed 0)")
     files = image_files(folder)
     if not files:
         raise ImageError(f"{folder}: holds no images")
-    return Images(files, f"{len(files)} of {folder.name}")
+    return Images(files, f"{len(files)} of {as_text(folder.name)}")
 
 
 class Shown:

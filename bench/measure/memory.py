@@ -112,21 +112,21 @@ def proportional_set_size() -> int:
 
 def _now() -> dict[str, int]:
     """Reads the fields of smaps_rollup in bytes; file-backed is all that is not anonymous (files and shared memory)."""
-    lines = ROLLUP.read_text().splitlines()[1:]
+    lines = ROLLUP.read_text(encoding="utf-8").splitlines()[1:]
     return {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":", 1) for line in lines)}
 
 
 def _reset_peak() -> int:
     """Resets the peak to the current usage if the kernel allows it; returns the current usage."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return _status("VmHWM")
     return _status("VmRSS")
 
 
 def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 import mvmoe_deploy
-from mvmoe_deploy.backends import Backend, LoadedPiece, open_backend
+from mvmoe_deploy.backends import Backend, LoadedPiece, native_path, open_backend
 from mvmoe_deploy.bench.candidates.baselines import export_stock, random_checkpoint
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.candidates.prepare import of_bundle, prepare
@@ -148,7 +148,7 @@ def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) ->
     stock = folder / f"stock-{scale}.onnx"
     if not stock.exists():
         export_stock(build(config), stock)
-    session = ort.InferenceSession(str(stock), session_options(threads), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(native_path(stock), session_options(threads), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     batch = np.random.default_rng(0).standard_normal((1, 3, config.image_size, config.image_size)).astype(np.float32)
     with mvmoe_deploy.load(routed.path, threads=threads) as runtime:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Bundle, Manifest, Piece
 from mvmoe_deploy.errors import BackendError, ExportError, first_line
@@ -400,7 +401,7 @@ def _pack(packages: dict[str, PackageDraft], default: str, scratch: Path) -> Pac
     for name, package in packages.items():
         path = scratch / f"{name}.mlpackage"
         package.write(path)
-        descriptor.add_function(str(path), "main", name)
+        descriptor.add_function(native_path(path), "main", name)
     descriptor.default_function_name = default
     with quiet():
         ct.utils.save_multifunction(descriptor, str(scratch / PACKED))

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from mvmoe_deploy.checkpoint import Superclasses
-from mvmoe_deploy.errors import DataError, ImageError, first_line
+from mvmoe_deploy.errors import DataError, ImageError, as_text, first_line
 from mvmoe_deploy.imagefiles import HEAD, MAX_FILE_BYTES, claims_to_be_image, image_format, is_hidden, walk
 from mvmoe_deploy.images import Preprocessing, to_pixels
 from mvmoe_deploy.models.train.data import ImageSet
@@ -205,10 +205,10 @@ def _files_of_folder(folder: Path) -> list[_File]:
             raise ImageError(f"{path}: {error.strerror}") from None
 
     try:
-        paths = [(parts, folder.joinpath(*parts)) for parts in walk(folder)]
+        paths = [(tuple(map(as_text, parts)), folder.joinpath(*parts)) for parts in walk(folder)]
     except ImageError as error:
         raise DataError(str(error)) from None
-    return [_File(parts, _printable(str(path)), partial(read, path)) for parts, path in paths]
+    return [_File(parts, _printable(as_text(str(path))), partial(read, path)) for parts, path in paths]
 
 
 def _files_of_zip(path: Path, archive: zipfile.ZipFile) -> list[_File]:

@@ -12,7 +12,7 @@ import torch
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bundle import sha256
 from mvmoe_deploy.checkpoint import Checkpoint, Header, Superclasses
-from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.errors import DataError, as_text
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import Model, ModelConfig, build, from_dense, load_checkpoint
 from mvmoe_deploy.models.study.superclasses import random_groups
@@ -195,4 +195,4 @@ def _origin(job: Job, path: Path, header: Header) -> dict[str, Any]:
     """What the new checkpoint records about one that it is based on; both must have the same classes."""
     if header.class_ids != job.val.class_ids:
         raise DataError(f"{path}: was trained on other classes than those of this run")
-    return {"file": path.name, "sha256": sha256(path), "training": header.training}
+    return {"file": as_text(path.name), "sha256": sha256(path), "training": header.training}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.files import atomic_file
 
@@ -58,7 +59,7 @@ class Teacher:
                 answers = self._asked(batches())
                 if file is not None:
                     with atomic_file(file) as temporary:
-                        save_file({"answers": answers}, temporary)
+                        save_file({"answers": answers}, native_path(temporary))
             if file is not None:
                 answers = _kept(file, shape)
             self._answers[view] = answers
@@ -78,7 +79,7 @@ class Teacher:
 def _kept(file: Path, shape: tuple[int, int]) -> Tensor:
     """Reads answers that an earlier run kept. The file is mapped into memory, so that several runs share one copy."""
     try:
-        answers = load_file(file)["answers"]
+        answers = load_file(native_path(file))["answers"]
     except (SafetensorError, KeyError, OSError) as error:
         raise DataError(f"{file}: damaged ({error}); remove it, and the teacher is asked again") from None
     if answers.shape != shape or answers.dtype != torch.float16:

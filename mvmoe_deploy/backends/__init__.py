@@ -39,6 +39,21 @@ class Backend(Protocol):
         ...
 
 
+def native_path(path: str | os.PathLike[str]) -> str:
+    """A path for a library that is not written in Python and takes paths as UTF-8.
+
+    In a locale without UTF-8, Python keeps the bytes that it cannot decode as surrogates, which such a library refuses
+    with a message about something else.
+
+    Raises:
+        BackendError: the path is not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise BackendError(f"{path}: not UTF-8, as its reader needs; rename the file or folder") from None
+
+
 MAX_THREADS_PER_CPU = 4
 """Largest number of threads per CPU. More threads only wait for each other: 256 on two CPUs take a thousand times as
 long as one."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mvmoe_deploy.backends import LoadedPiece, OutputCheck
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck, native_path
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 from mvmoe_deploy.images import denormalise
@@ -33,7 +33,7 @@ class CoreMLBackend:
 
         path = self._bundle.path / piece.graph
         try:
-            model = coremltools.models.MLModel(str(path), function_name=piece.function)
+            model = coremltools.models.MLModel(native_path(path), function_name=piece.function)
         except Exception as error:  # Core ML's own errors arrive as RuntimeError, coremltools' as anything
             raise BackendError(f"{path}: Core ML cannot load it ({first_line(error)})") from None
         features = _input_features(model.get_spec(), piece.function)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece, OutputCheck
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck, native_path
 from mvmoe_deploy.backends.xnnpack_graph import check_graph
 from mvmoe_deploy.bundle import Bundle, Piece, TensorSpec
 from mvmoe_deploy.errors import BackendError, first_line
@@ -68,7 +68,7 @@ class ExecuTorchBackend:
             self._sound.add(piece.graph)
         try:
             # Loading by path maps the file; a program loaded from bytes would read them after Python has freed them.
-            program = self._runtime.load_program(path)
+            program = self._runtime.load_program(native_path(path))
             if method not in program.method_names:
                 raise BackendError(f"{path}: has no method {method!r}, which manifest.json names; export again")
             _check_signature(program.metadata(method), piece, path)

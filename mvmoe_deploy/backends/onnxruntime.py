@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece, OutputCheck
+from mvmoe_deploy.backends import LoadedPiece, OutputCheck, native_path
 from mvmoe_deploy.backends.onnx_graph import check_graph
 from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import Bundle, Piece
@@ -101,9 +101,9 @@ class OnnxRuntimeBackend:
     def _session(self, piece: Piece) -> ort.InferenceSession:
         path = self._path(piece)
         self._check(piece)
-        options = self._ready_options if piece.optimised else self._options
+        options, native = self._ready_options if piece.optimised else self._options, native_path(path)
         try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(native, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the bindings raise a dozen unrelated types
             raise BackendError(f"{path}: onnxruntime {ort.__version__} cannot load it ({first_line(error)})") from None
 

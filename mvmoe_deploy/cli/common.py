@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import functools
 import io
+import locale
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from mvmoe_deploy import __version__
-from mvmoe_deploy.errors import BackendError, CheckFailed, MvmoeError
+from mvmoe_deploy.errors import BackendError, CheckFailed, MvmoeError, first_line
 
 if TYPE_CHECKING:
     from mvmoe_deploy.checkpoint import Header
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
+UTF_8 = ("utf-8", "utf8", "cp65001")
 
 
 class Command(Protocol):
@@ -57,6 +59,15 @@ def command(main: Callable[[list[str] | None], None]) -> Command:
             return BAD_INPUT
         except BrokenPipeError:  # whoever reads the output, such as head, has read enough
             return 128 + 13  # the exit code that a shell reports for a program that SIGPIPE ended
+        except UnicodeError as error:
+            encoding = locale.getpreferredencoding(False)  # UTF-8 in Python's UTF-8 mode
+            if encoding.lower() in UTF_8:
+                raise  # a fault of this project
+            _complain(
+                f"error: a library cannot work in this locale, whose encoding is {encoding} ({first_line(error)}); "
+                "set PYTHONUTF8=1"
+            )
+            return BAD_INPUT
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _complain(f"error: {where}{error.strerror or error}")

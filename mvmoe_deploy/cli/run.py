@@ -24,7 +24,8 @@ examples:
 
 An image that cannot be read is reported on standard error, and with --json also in its record. The other images are
 still classified.
-exit status: 0 all images were classified, 1 some could not be read, 2 none could, or the bundle or an option is bad
+exit status: 0 all images were classified; 1 some could not be read, or the model's answer is impossible, such as NaN;
+2 none could be read, or the bundle or an option is bad
 """
 
 STDIN = "-"

@@ -237,7 +237,7 @@ def test_run_takes_folders_patterns_and_standard_input(
     assert images(tmp_path / "photos") == [str(odd), str(inner / "without a name")]
     assert images(tmp_path / "photos" / "**" / "*[!t]") == [str(odd), *2 * [str(inner / "without a name")]]
     assert images(odd) == [str(odd)]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo.read_bytes())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo.read_bytes()), encoding="utf-8"))
     assert images("-") == ["-"]
     assert "standard input: not an image" in fails(capsys, run.main, bundle_path, "-")
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mvmoe_deploy import __version__
-from mvmoe_deploy.cli.common import Command, command_group, parser, positive_int
+from mvmoe_deploy.cli.common import Command, command, command_group, parser, positive_int
 from mvmoe_deploy.errors import DataError
 
 
@@ -190,3 +190,22 @@ def test_a_name_that_is_no_text_is_printed_as_it_is() -> None:
         [sys.executable, "-P", "-c", PRINTS.replace('"dense', 'sys.argv[2] + "dense'), "1", b"\xff"], capture_output=True, check=False,
     )  # fmt: skip
     assert done.stdout.startswith(b"\xffdense") and done.stderr == b""
+
+
+@pytest.mark.parametrize("locale", ["ANSI_X3.4-1968", "UTF-8"])
+def test_a_library_that_needs_another_locale(
+    locale: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch reads its own templates in the locale's encoding. In UTF-8 such an error would be this project's."""
+
+    @command
+    def main(argv: list[str] | None = None) -> None:
+        b"\xe2".decode("ascii")
+
+    monkeypatch.setattr("locale.getpreferredencoding", lambda change: locale)
+    if locale == "UTF-8":
+        with pytest.raises(UnicodeDecodeError):
+            main([])
+        return
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("error: a library cannot work in this locale, whose encoding is ANSI")

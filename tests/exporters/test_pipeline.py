@@ -22,6 +22,7 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import (
+    BackendError,
     BundleError,
     CheckpointError,
     ConfigError,
@@ -319,3 +320,15 @@ def test_a_kill_leaves_no_bundle_and_nothing_a_reader_takes_for_one(
 def test_models_in_memory_need_no_checkpoint(moe_model: models.ViT, tmp_path: Path) -> None:
     manifest = export_model(moe_model, tiny.header_for(moe_model.config), "onnx", tmp_path / "x.mvmoe").manifest
     assert (manifest.source.checkpoint, manifest.source.sha256) == ("", "0" * 64)
+
+
+def test_names_that_python_could_not_decode(moe_checkpoint: Path, tmp_path: Path) -> None:
+    """As in a locale without UTF-8; the manifest is text, so that it holds what the bytes mean."""
+    checkpoint = tmp_path / "m\udcc3\udcb6.pt"
+    checkpoint.write_bytes(moe_checkpoint.read_bytes())
+    bundle = export_checkpoint(checkpoint, "onnx", tmp_path / "m\udcc3\udcb6.mvmoe")
+    assert bundle.manifest.source is not None
+    assert bundle.manifest.source.checkpoint == "mö.pt"
+    assert (tmp_path / "mö.mvmoe").is_dir()
+    with pytest.raises(BackendError, match=r"\\xfc\.mvmoe: not UTF-8"):
+        export_checkpoint(checkpoint, "onnx", tmp_path / "\udcfc.mvmoe")

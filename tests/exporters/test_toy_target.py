@@ -59,14 +59,14 @@ def bundle(installed: None, moe_checkpoint: Path, tmp_path: Path, capsys: pytest
 
 
 def test_it_takes_less_than_80_lines() -> None:
-    assert sum(1 for line in SOURCE.read_text().splitlines() if line.strip()) < 80
+    assert sum(1 for line in SOURCE.read_text(encoding="utf-8").splitlines() if line.strip()) < 80
 
 
 def test_the_document_quotes_it() -> None:
     quoted = [part.split("```")[0] for part in DOCUMENT.read_text().split("```python\n")[1:]]
     assert len(quoted) >= 4
     for part in quoted:
-        assert part in SOURCE.read_text()
+        assert part in SOURCE.read_text(encoding="utf-8")
 
 
 def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

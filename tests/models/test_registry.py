@@ -53,7 +53,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_it_is_one_short_file() -> None:
-    assert sum(1 for line in SOURCE.read_text().splitlines() if line.strip()) < 90
+    assert sum(1 for line in SOURCE.read_text(encoding="utf-8").splitlines() if line.strip()) < 90
 
 
 def test_the_document_quotes_it() -> None:
@@ -66,7 +66,7 @@ def test_the_document_quotes_it() -> None:
     ]
     assert len(quoted) >= 4
     for part in quoted:
-        assert " ".join(part.split()) in " ".join(SOURCE.read_text().split())
+        assert " ".join(part.split()) in " ".join(SOURCE.read_text(encoding="utf-8").split())
 
 
 @pytest.fixture(scope="module")

@@ -688,3 +688,27 @@ def test_without_it_a_session_runs_as_usual() -> None:
 
     session = Session()
     assert bare_run(session) == session.run  # type: ignore[arg-type]
+
+
+# paths
+
+
+def test_a_path_that_python_could_not_decode_still_leads_to_the_pieces(bundle_path: Path, tmp_path: Path) -> None:
+    """In a locale without UTF-8, an ü in a path becomes two surrogates, which onnxruntime takes for no string."""
+    folder = tmp_path / "tü"
+    folder.mkdir()
+    copy = Path(str(tiny.copy_of(bundle_path, folder)).replace("ü", "\udcc3\udcbc"))
+    with mvmoe_deploy.load(copy) as runtime, mvmoe_deploy.load(bundle_path) as usual:
+        image = tiny.images(1)[0]
+        assert runtime.predict(image).top == usual.predict(image).top
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such file names")
+def test_a_path_that_is_no_text_is_named(bundle_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "\udcfc"
+    folder.mkdir()
+    with pytest.raises(BackendError) as raised:
+        mvmoe_deploy.load(tiny.copy_of(bundle_path, folder))
+    assert str(raised.value).endswith(
+        r"\xfc/moe.mvmoe/trunk.onnx: not UTF-8, as its reader needs; rename the file or folder"
+    )

@@ -23,7 +23,7 @@ DATA = PHONE / "data"
 def main() -> int:
     scenario = json.loads((PHONE / "scenario.json").read_text())
     arguments = sys.argv[1:]
-    with open(PHONE / "calls.jsonl", "a") as calls:
+    with open(PHONE / "calls.jsonl", "a", encoding="utf-8") as calls:
         calls.write(json.dumps(arguments) + "\n")
     if arguments == ["devices"]:
         print("List of devices attached\n" + "".join(f"{s}\t{state}\n" for s, state in scenario["devices"].items()))

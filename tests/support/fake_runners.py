@@ -60,7 +60,7 @@ def onnxruntime_perf_test() -> int:
         return 1
     crash(args.model)
     print(f"Setting intra_op_num_threads to {args.x}")
-    with open(args.result, "a") as result:
+    with open(args.result, "a", encoding="utf-8") as result:
         for number in range(args.r):
             print(f"bundle,{milliseconds(args.model, number) / 1e3:g},52428800,97,{number}", file=result)
     print(
@@ -85,7 +85,7 @@ def crash(model: str) -> None:
 
 
 def log(message: str, level: str = "I") -> None:
-    with open(Path(os.environ["FAKE_ADB"]) / "logcat", "a") as file:
+    with open(Path(os.environ["FAKE_ADB"]) / "logcat", "a", encoding="utf-8") as file:
         print(f"11-23 02:00:00.123 {os.getpid():5} {os.getpid():5} {level} ExecuTorch: {message}", file=file)
 
 

@@ -137,7 +137,7 @@ def image_folder(root: Path, split: str, classes: int, per_class: int, size: int
 
 def write_superclasses(path: Path, classes: int, experts: int) -> Path:
     """A TSV that puts class c into group c modulo E."""
-    path.write_text("".join(f"n{label:04d}\tgroup {label % experts}\n" for label in range(classes)))
+    path.write_text("".join(f"n{label:04d}\tgroup {label % experts}\n" for label in range(classes)), encoding="utf-8")
     return path
 
 

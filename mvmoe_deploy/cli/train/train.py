@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mvmoe_deploy.cli.common import positive_int, progress_bar, read_split, thread_count
-from mvmoe_deploy.errors import ConfigError, DataError, first_line
+from mvmoe_deploy.errors import ConfigError, DataError, as_text, first_line
 
 if TYPE_CHECKING:
     from mvmoe_deploy.checkpoint import Superclasses
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
             print(found.describe(split))
         return images
 
-    notes = {"data": args.data.name, "held_out_per_class": args.hold_out}
+    notes = {"data": as_text(args.data.name), "held_out_per_class": args.hold_out}
     if args.val_share:
         notes["val_share"] = args.val_share
     job = Job(

@@ -62,7 +62,7 @@ class Phone:
     @staticmethod
     def _program(path: Path, content: str) -> Path:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         path.chmod(0o755)
         return path
 

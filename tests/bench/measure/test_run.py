@@ -290,6 +290,8 @@ def test_baselines_need_a_routed_checkpoint(dense_checkpoint: Path, dense_path: 
         prepare([dense_path], tmp_path, baselines=["all-experts"])
     with pytest.raises(ConfigError, match="unknown backend 'tpu'"):
         prepare([dense_checkpoint], tmp_path, backends=["tpu"])
+    with pytest.raises(BackendError, match=r"\\xfc: not UTF-8"):  # it could not be passed on to another process
+        prepare([tmp_path / "\udcfc"], tmp_path)
 
 
 def test_nothing_to_measure_is_said(moe: Configuration) -> None:

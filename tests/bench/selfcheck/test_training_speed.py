@@ -20,7 +20,7 @@ def test_training_beside_a_bare_loop(
     out = capsys.readouterr().out
     assert "vit_1x16" in out
     assert "of 2 steps each in turn, batch 4" in out
-    (speed,) = json.loads(Path("speed.json").read_text())
+    (speed,) = json.loads(Path("speed.json").read_text(encoding="utf-8"))
     taken, bare = speed["milliseconds"], speed["bare_milliseconds"]
     assert len(taken) == len(bare) == 3
     assert speed["ratio"] == statistics.median(b / t for t, b in zip(taken, bare, strict=True))

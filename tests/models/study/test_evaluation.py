@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -59,3 +60,19 @@ def test_outputs_that_are_not_finite_fail(
     assert output.err.splitlines()[-1].startswith("error: the model's outputs are NaN or infinite for some images")
     assert not (tmp_path / "groups.tsv").exists()
     assert run(saved(fine, routed, None)) == 0
+
+
+@pytest.mark.parametrize("file", ["trunk.bin", "tail_shared.bin"])
+def test_a_bundle_whose_outputs_are_not_finite_fails_too(
+    file: str, bundle_path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny.copy_of(bundle_path, tmp_path)
+    weights = broken / file
+    np.full(weights.stat().st_size // 4, np.nan, np.float32).tofile(weights)
+    tiny.rehash(broken)
+    assert train.main(["analyse", str(broken), "--data", str(data)]) == 1
+    message = {
+        "trunk.bin": "does not return probabilities",
+        "tail_shared.bin": "returned logits or classes that are NaN",
+    }
+    assert message[file] in capsys.readouterr().err

@@ -339,3 +339,11 @@ def test_tables_that_are_refused(content: bytes, message: str, tmp_path: Path) -
     (tmp_path / "classes.tsv").write_bytes(content)
     with pytest.raises(DataError, match=rf"classes\.tsv: .*{message}|classes\.tsv: {message}"):
         read_class_names(tmp_path, ["a", "b"])
+
+
+def test_a_class_that_python_could_not_decode(tmp_path: Path) -> None:
+    """As in a locale without UTF-8; checkpoints are text, so that they hold what the bytes mean."""
+    for name in ("gr\udcc3\udcbcn", "rot"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "val" / name / "0.png")
+    assert read_images(tmp_path, "val", Preprocessing(size=8)).class_ids == ["grün", "rot"]
