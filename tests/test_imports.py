@@ -19,6 +19,7 @@ FOLDERS = {
     f"{PACKAGE}.models": ROOT / "models",
     f"{PACKAGE}.exporters": ROOT / "exporters",
     f"{PACKAGE}.bench": ROOT / "bench",
+    f"{PACKAGE}.runtimes": ROOT / "runtimes",
 }
 """Where each part lies before it is installed; pyproject.toml says the same."""
 

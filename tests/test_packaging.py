@@ -51,12 +51,17 @@ def test_wheel_and_sdist_hold_every_module(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     (sdist,) = built.glob("*.tar.gz")
     names = set(zipfile.ZipFile(wheel).namelist())
-    packages = {"mvmoe_deploy": "mvmoe_deploy"} | {f: f"mvmoe_deploy/{f}" for f in ("models", "exporters", "bench")}
+    packages = {"mvmoe_deploy": "mvmoe_deploy"} | {
+        f: f"mvmoe_deploy/{f}" for f in ("models", "exporters", "bench", "runtimes")
+    }
     for folder, package in packages.items():
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder).as_posix()}" in names
+    for folder in ("src", "app"):
+        for file in (ROOT / "runtimes" / "web" / folder).glob("*"):
+            assert f"mvmoe_deploy/runtimes/web/{folder}/{file.name}" in names
     assert "mvmoe_deploy/py.typed" in names
-    assert not any(name.startswith(("models/", "bench/", "exporters/", "tests/")) for name in names)
+    assert not any(name.startswith(("models/", "bench/", "exporters/", "runtimes/", "tests/")) for name in names)
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "models/architectures/vit.py", "mvmoe_deploy/py.typed"} <= shipped
@@ -82,6 +87,8 @@ import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.
 from mvmoe_deploy.bench.candidates.suite import choose_scales
 assert len(choose_scales(None)) == 12
 assert (m.ZOO / "moe.safetensors").is_file()
+from mvmoe_deploy.runtimes import WEB
+assert (WEB / "src" / "index.js").is_file()
 print(mvmoe_deploy.__file__, m.__file__, len(m.SCALES), mvmoe_deploy.__version__)
 """
 """A module of every folder, and files that are no modules."""

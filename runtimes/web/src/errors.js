@@ -1,0 +1,26 @@
+// Everything that this package throws on purpose. A message says what was wrong, where, and what to do.
+
+/** The base of all errors below. */
+export class MvmoeError extends Error {
+  name = 'MvmoeError';
+}
+
+/** A bundle is missing, damaged, unsafe or of another version, or one of its files cannot be fetched. */
+export class BundleError extends MvmoeError {
+  name = 'BundleError';
+}
+
+/** The engine cannot be started, cannot load a piece, or gave an impossible answer. */
+export class BackendError extends MvmoeError {
+  name = 'BackendError';
+}
+
+/** An image, or a batch of preprocessed ones, cannot be used. */
+export class ImageError extends MvmoeError {
+  name = 'ImageError';
+}
+
+/** The memory budget cannot hold what it has to hold. */
+export class BudgetError extends MvmoeError {
+  name = 'BudgetError';
+}
