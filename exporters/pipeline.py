@@ -21,6 +21,7 @@ from mvmoe_deploy.checkpoint import Header, check_header
 from mvmoe_deploy.errors import ConfigError, ExportError, ImageError, as_text
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
+from mvmoe_deploy.exporters.selftest import write_selftest
 from mvmoe_deploy.exporters.split import SplitModel, split_model
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
@@ -41,6 +42,7 @@ def export_checkpoint(
     *,
     options: Options | None = None,
     images: str | Path | None = None,
+    selftest_from_images: bool = True,
     force: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Bundle:
@@ -52,6 +54,8 @@ def export_checkpoint(
         out: the bundle's directory; by default ``CHECKPOINT-TARGET.mvmoe`` in the working directory.
         options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
         images: folder of real images to verify (and calibrate) with; None for synthetic images.
+        selftest_from_images: whether the pictures of the self-test are cut from these images, which then lie in the
+            bundle for all who get it; otherwise they are drawn.
         force: replace an existing bundle.
         progress: called with each step.
 
@@ -70,6 +74,7 @@ def export_checkpoint(
         source=source,
         options=options,
         images=images,
+        selftest_from_images=selftest_from_images,
         force=force,
         progress=progress,
     )
@@ -94,6 +99,7 @@ def export_model(
     source: Source | None = None,
     options: Options | None = None,
     images: str | Path | Tensor | None = None,
+    selftest_from_images: bool = True,
     force: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Bundle:
@@ -108,6 +114,8 @@ def export_model(
         source: where the weights came from.
         options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
         images: folder of real images, or preprocessed images ``[n, 3, S, S]`` float32; None for synthetic images.
+        selftest_from_images: whether the pictures of the self-test are cut from the images of a folder, which then lie
+            in the bundle for all who get it; otherwise they are drawn.
         force: replace an existing bundle.
         progress: called with each step.
 
@@ -131,7 +139,7 @@ def export_model(
         if not bundles.is_bundle(out):
             raise ExportError(f"{out}: exists and is not a bundle, so --force does not replace it")
     with torch.no_grad(), atomic_directory(out, replace=force) as directory:
-        tensors, image_source = verification_images(header.preprocessing, images)
+        tensors, image_source, photos = verification_images(header.preprocessing, images)
         progress("splitting")
         size = header.preprocessing.size
         pieces = model if isinstance(model, SplitModel) else split_model(model, size, options.separate_router)
@@ -157,19 +165,27 @@ def export_model(
             options={**manifest.options, **converted.notes},
         )
         draft = Bundle(directory, manifest)
-        first, *others = [
-            verify(pieces, draft, open_backend(draft, name, threads=None), tensors, image_source, progress)
-            for name in converted.backends
-        ]
+        backends = [open_backend(draft, name, threads=None) for name in converted.backends]
+        first, *others = [verify(pieces, draft, backend, tensors, image_source, progress) for backend in backends]
         verification = {**msgspec.to_builtins(first), "verified_as_well_with": [report.backend for report in others]}
-        manifest = msgspec.structs.replace(manifest, verification=verification)
+        progress("self-test")
+        given = photos if selftest_from_images else []
+        selftest, *pictures = write_selftest(pieces, draft, backends[0], given, tensors)
+        manifest = msgspec.structs.replace(
+            manifest,
+            verification=verification,
+            selftest=selftest,
+            files=[*manifest.files, *bundles.describe_files(directory, [selftest, *pictures])],
+        )
         bundles.write_manifest(directory, manifest)
         progress("writing")
     return bundles.open_bundle(out)
 
 
-def verification_images(preprocessing: Preprocessing, images: str | Path | Tensor | None) -> tuple[Tensor, str]:
-    """Preprocessed images ``[n, 3, S, S]`` float32 and a description of their source.
+def verification_images(
+    preprocessing: Preprocessing, images: str | Path | Tensor | None
+) -> tuple[Tensor, str, list[Path]]:
+    """Preprocessed images ``[n, 3, S, S]`` float32, a description of their source, and their files if they have any.
 
     Args:
         preprocessing: the checkpoint's preprocessing.
@@ -184,17 +200,17 @@ def verification_images(preprocessing: Preprocessing, images: str | Path | Tenso
         if images.dtype != torch.float32 or list(images.shape[1:]) != expected or not len(images):
             kind = f"{str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}"
             raise ImageError(f"images to verify with are {kind}, expected float32 [n, {', '.join(map(str, expected))}]")
-        return images, "given"
+        return images, "given", []
     if images is None:
         pixels = synthetic_pixels(preprocessing.size, SYNTHETIC_IMAGES)
-        return torch.from_numpy(normalise(pixels, preprocessing)), "synthetic (seed 0)"
+        return torch.from_numpy(normalise(pixels, preprocessing)), "synthetic (seed 0)", []
     folder = Path(images)
     files = image_files(folder)
     if not files:
         raise ImageError(f"{folder}: holds no images")
     # evenly spaced, since the files are sorted by class folder
     files = [files[i * len(files) // MAX_IMAGES] for i in range(MAX_IMAGES)] if len(files) > MAX_IMAGES else files
-    return torch.from_numpy(np.stack([preprocess(file, preprocessing) for file in files])), as_text(folder.name)
+    return torch.from_numpy(np.stack([preprocess(file, preprocessing) for file in files])), as_text(folder.name), files
 
 
 def synthetic_pixels(size: int, count: int) -> NDArray[np.uint8]:

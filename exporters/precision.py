@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mvmoe_deploy.selftest import Tolerance as SelftestTolerance
+
+SAME_ARITHMETIC = SelftestTolerance(gate=1e-4, logits=1e-4)
+"""For engines that compute in fp32, in whatever order. Largest departures seen, from wasm and ARM64: logits 7e-6."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -36,6 +41,9 @@ class Precision:
         tolerance: the differences from PyTorch that its exports may show.
         reason: why the tolerance is this large.
         note: explanation for ``--help``, if the name does not say everything.
+        selftest: how far a device may depart from the exporting one. Both have the same weights, so that only their
+            arithmetic differs: by a few bits of fp32, or by the rounding of a lower precision where the engine
+            computes in one.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Precision:
     tolerance: Tolerance
     reason: str
     note: str = ""
+    selftest: SelftestTolerance = SAME_ARITHMETIC
 
 
 FP32 = Precision(
@@ -58,6 +67,7 @@ FP16 = Precision(
     Tolerance(logits=2.5e-2, probabilities=6e-3, channels=4e-2, margin=1e-2, agreement=1.0),
     "Weights and results of operators have 11 bits of mantissa, and rounding adds up over blocks. Largest errors seen: "
     "logits 9e-3, probabilities 2e-3, channels 1.4e-2, router 2e-2.",
+    selftest=SelftestTolerance(gate=6e-3, logits=2.5e-2),
 )
 INT8 = Precision(
     "int8",
@@ -66,4 +76,5 @@ INT8 = Precision(
     "With one scale per output channel, a weight is off by up to 1/254 of the largest weight in its channel. Dynamic "
     "quantisation also quantises activations. Largest errors seen: logits 0.12, probabilities 0.03, channels 0.26; the "
     "class differed where PyTorch prefers its own by 0.03.",
+    selftest=SelftestTolerance(gate=5e-2, logits=0.1),
 )

@@ -349,7 +349,7 @@ def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Ten
     top = ours.argmax(axis=1)
     flips: list[Change] = []
     if split.routing is not None and routed is not None:
-        probabilities = np.concatenate([_reference_probabilities(split, part) for part in parts])
+        probabilities = np.concatenate([reference_probabilities(split, part) for part in parts])
         wanted = top_k(probabilities, split.routing.k)
         flips = route_flips(probabilities, wanted, routed.experts, tolerance)
         rows = np.array([flip.image for flip in flips], int)
@@ -409,7 +409,7 @@ def _check_gates(split: SplitModel, runtime: Runtime, images: Tensor, tolerance:
     between = images_between_experts(split, images, bundle.manifest.preprocessing)
     if len(between):
         right = split.model(between).detach().numpy()
-        wanted = top_k(_reference_probabilities(split, between), split.routing.k)
+        wanted = top_k(reference_probabilities(split, between), split.routing.k)
         found, _ = _run(runtime, between.numpy(), wanted)  # the route is forced, because here it is a tie
         where = f"{bundle.path.name}: end to end, images between two experts"
         check_output(LOGITS, found, right, f"{where}: logits")
@@ -438,7 +438,7 @@ def images_between_experts(
     k = split.routing.k
 
     def routes(batch: Tensor) -> NDArray[np.int64]:
-        return np.sort(top_k(_reference_probabilities(split, batch), k))
+        return np.sort(top_k(reference_probabilities(split, batch), k))
 
     some = images[: 4 * IMAGES_PER_EXPERT]
     found = routes(some)
@@ -454,7 +454,7 @@ def images_between_experts(
 def _with_renormalised_gates(split: SplitModel, image: Tensor) -> Tensor:
     """The model's logits as they would be if an image's gates were renormalised to sum to 1."""
     assert split.routing is not None
-    probabilities = _reference_probabilities(split, image)
+    probabilities = reference_probabilities(split, image)
     chosen = top_k(probabilities, split.routing.k)[0].tolist()
     gates = torch.from_numpy(probabilities[0, chosen] / probabilities[0, chosen].sum())[:, None]
     x = split.of("trunk")[0](image)[0]
@@ -600,7 +600,8 @@ def distance(name: str, a: Array, b: Array, tolerance: Tolerance) -> float:
     return min(max(each.tolerances for each in measure(name, x, y, tolerance)) for x, y in ((a, b), (b, a)))
 
 
-def _reference_probabilities(split: SplitModel, images: Tensor) -> NDArray[np.float32]:
+def reference_probabilities(split: SplitModel, images: Tensor) -> NDArray[np.float32]:
+    """The probabilities ``[B, E]`` that PyTorch's router gives to preprocessed images ``[B, 3, S, S]``."""
     outputs = split.of("trunk")[0](images)
     for router in split.of("router"):
         outputs = [*outputs, router(outputs[0])[0]]

@@ -16,10 +16,10 @@ from mvmoe_deploy.errors import BundleError, ConfigError, first_line
 from mvmoe_deploy.images import Preprocessing
 
 FORMAT = "mvmoe-bundle"
-VERSION = 3
-READABLE = (1, 2, 3)
+VERSION = 4
+READABLE = (1, 2, 3, 4)
 """Format versions that this release reads. Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces,
-and ranked classes to their outputs; version 3 added ``manifest.sha256``."""
+and ranked classes to their outputs; version 3 added ``manifest.sha256``; version 4 added ``selftest``."""
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
@@ -167,6 +167,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         source: the checkpoint that the bundle was made from.
         tools: versions of the tools that made the bundle.
         options: target-specific export options.
+        selftest: the file with images and the answers expected of them, which show whether a device answers as it
+            should; null for a bundle without them.
     """
 
     format: str
@@ -186,6 +188,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: Source
     tools: dict[str, str]
     options: dict[str, Any] = {}
+    selftest: str | None = None
 
 
 def piece_name(role: str, expert: int | None = None, layer: int | None = None) -> str:
@@ -400,6 +403,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
             return f"path {path[:60] + '…'!r} is longer than a file's name can be"
     if len(set(paths)) != len(paths):
         return "lists a file twice"
+    if manifest.selftest is not None and manifest.selftest not in paths:
+        return f"its self-test {manifest.selftest[:200]!r} is not among the files"
     for piece in manifest.pieces:
         for what, value, roles in (
             ("expert", piece.expert, ("tail", "expert_layer")),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from mvmoe_deploy.backends import Backend, LoadedPiece, check_threads, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import AnswerError, BackendError, BudgetError, ImageError
-from mvmoe_deploy.images import ImageSource, preprocess
+from mvmoe_deploy.images import ImageSource, normalise, preprocess, to_pixels
 from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
+
+if TYPE_CHECKING:
+    from mvmoe_deploy.selftest import Answer, Verdict
 
 Floats = NDArray[np.float32]
 
@@ -339,6 +342,33 @@ class Runtime:
             fixed_bytes=fixed,
             unfreed_bytes=unfreed,
         )
+
+    def selftest(self) -> Verdict | None:
+        """Runs the cases that the bundle carries: does this device answer as the bundle did where it was exported?
+
+        Returns:
+            The verdict by stages; None if the bundle has no self-test, as those of format versions 1 to 3.
+
+        Raises:
+            BundleError: the self-test, or an expert that it needs, is missing or damaged.
+            BackendError: a piece failed, or its output is impossible (see the message).
+        """
+        from mvmoe_deploy.selftest import judge, read  # not on the way to a first prediction
+
+        test = read(self.bundle)
+        if test is None:
+            return None
+        return judge(test, [self.answer(self.bundle.path / case.image) for case in test.cases])
+
+    def answer(self, image: ImageSource, name: str = "image") -> Answer:
+        """Everything that a self-test compares for one image; for the arguments and errors see :meth:`predict`."""
+        from mvmoe_deploy.selftest import Answer, digest
+
+        pixels = to_pixels(image, self.bundle.manifest.preprocessing, name)
+        logits, routed = self.run(normalise(pixels, self.bundle.manifest.preprocessing)[None])
+        if routed is None:
+            return Answer(digest(pixels), [], [], logits[0])
+        return Answer(digest(pixels), routed.experts[0].tolist(), routed.gates[0].tolist(), logits[0])
 
     def _run_image(
         self, pieces: dict[str, LoadedPiece], batch: Floats

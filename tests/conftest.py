@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import conformance as conformance_cases
 import pytest
 import tiny
 import torch
 from exported import Exported, export_tiny, kept_traces
+from filelock import FileLock
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
@@ -62,6 +64,17 @@ def k2(folder: Path) -> Exported:
     """k = 2 of E = 3 over two MoE layers; the router a separate piece, on the mean of the tokens."""
     config = tiny.moe_config(k=2, experts=3, moe_layers=2, depth=3, router_input="mean")
     return export_tiny(config, folder / "k2.mvmoe", separate_router=True)
+
+
+@pytest.fixture(scope="session")
+def conformance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``conformance.json`` of tests/conformance: bundles, images and the answers expected of every language."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers share
+    with FileLock(folder / "conformance.lock"):
+        file = folder / "conformance" / "conformance.json"
+        return file if file.exists() else conformance_cases.write(file.parent)
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ PALETTE6 = Precision(
     "Each weight tensor has 64 values, placed by k-means. Largest errors seen: logits 0.24, probabilities 0.11, "
     "channels 0.6; the class differed where PyTorch prefers its own by 0.09.",
     "64 values per weight tensor",
+    FP16.selftest,
 )
 PALETTE4 = Precision(
     "palette4",

@@ -147,7 +147,13 @@ def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads(file.read_text())
     edit(manifest)
     file.write_text(json.dumps(manifest))
-    (bundle / bundles.MANIFEST_DIGEST).write_text(f"{bundles.sha256(file)}  {bundles.MANIFEST}\n")
+    record_digest(bundle)
+
+
+def record_digest(bundle: Path) -> None:
+    """Writes the sha256 that a bundle's manifest has now."""
+    digest = bundles.sha256(bundle / bundles.MANIFEST)
+    (bundle / bundles.MANIFEST_DIGEST).write_text(f"{digest}  {bundles.MANIFEST}\n")
 
 
 def rehash(bundle: Path) -> None:

@@ -1,0 +1,328 @@
+"""The conformance cases that all languages share: bundles of tiny models, images, and Python's answers.
+
+tests/conformance/README.md says what is written where.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import tiny
+from exported import kept_traces
+
+import mvmoe_deploy
+from mvmoe_deploy import bundle as bundles
+from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.exporters.exporter import Options, exporter_of
+from mvmoe_deploy.exporters.pipeline import export_model
+from mvmoe_deploy.images import Preprocessing, preprocess
+from mvmoe_deploy.models import ViTConfig
+
+ROOT = Path(__file__).parents[2]
+IMAGES = Path(__file__).parents[1] / "conformance" / "images"
+PHOTOS = ROOT / "docs" / "photos"
+
+LEAST_MARGIN = 2e-3
+"""Least margin of a case's route: an engine that sums in another order must not choose another expert."""
+
+DECODERS_DIFFER = {"png_grey16.png", "png_grey12_in_16.png", "png_rgb16.png"}
+"""PNG files whose pixels are up to the platform's decoder; so are those of all JPEG files."""
+
+REFUSED = {
+    "refused_bomb.png": "pixels",
+    "refused_long_side.png": "side",
+    "refused_empty.png": "refused_empty.png",
+    "refused_text.png": "refused_text.png",
+    "refused_truncated.png": "refused_truncated.png",
+}
+"""Images that have to be refused, and what the error must contain."""
+
+MOE = tiny.moe_config()
+K2 = tiny.moe_config(k=2, experts=3, moe_layers=2, depth=3)
+BILINEAR = Preprocessing(tiny.SIZE, crop=0.875, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a bundle is made.
+
+    Attributes:
+        config: the model's.
+        target: export target.
+        options: precision, layout, and whether the router is separate.
+        preprocessing: if not the usual.
+    """
+
+    config: ViTConfig
+    target: str = "onnx"
+    options: Options | None = None
+    preprocessing: Preprocessing = dataclasses.field(default_factory=lambda: Preprocessing(tiny.SIZE))
+
+    @property
+    def seed(self) -> int:
+        """The seed of weights that send some of the images to every expert, none of them nearly to another."""
+        return {MOE: 6, K2: 5}.get(self.config, 0)
+
+
+BUNDLES = {
+    "moe-standalone-fp32": Recipe(MOE),
+    "moe-standalone-fp16": Recipe(MOE, options=Options(precision="fp16")),
+    "moe-swappable-fp32": Recipe(MOE, options=Options(layout="swappable")),
+    "moe-separate-router-fp32": Recipe(MOE, options=Options(separate_router=True)),
+    "moe-bilinear-crop-fp32": Recipe(MOE, preprocessing=BILINEAR),
+    "k2-standalone-fp32": Recipe(K2),
+    "k2-swappable-fp32": Recipe(K2, options=Options(layout="swappable")),
+    "dense-fp32": Recipe(tiny.dense_config()),
+}
+EXECUTORCH = {
+    "moe-executorch-fp32": Recipe(MOE, target="executorch"),
+    "k2-executorch-fp32": Recipe(K2, target="executorch"),
+}
+"""Made only when asked for: each takes half a minute."""
+
+
+def write(out: Path, *, executorch: bool = False) -> Path:
+    """Writes ``conformance.json`` with the folders ``images``, ``bundles`` and ``damaged`` beside it, and returns it."""
+    for folder in ("images", "bundles", "damaged"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    shutil.copytree(IMAGES, out / "images")
+    for photo in PHOTOS.glob("*.jpg"):
+        shutil.copy(photo, out / "images")
+    recipes = {**BUNDLES, **(EXECUTORCH if executorch else {})}
+    made = {name: _export(recipe, out / "bundles" / f"{name}.mvmoe") for name, recipe in recipes.items()}
+    images = sorted(path for path in (out / "images").iterdir() if path.name not in REFUSED)
+    assert not {path.name for path in (out / "images").iterdir()} - {path.name for path in images} - set(REFUSED)
+    file = out / "conformance.json"
+    content = {
+        "images": str((out / "images").resolve()),
+        "bundles": [_expected(name, bundle, images) for name, bundle in made.items()],
+        "refused_images": [{"image": name, "error": error} for name, error in REFUSED.items()],
+        "damaged": _damaged(made, out / "damaged", images),
+    }
+    file.write_text(json.dumps(content, indent=1))
+    return file
+
+
+def _export(recipe: Recipe, path: Path) -> Bundle:
+    model = tiny.lively_model(recipe.config, recipe.seed)
+    header = msgspec.structs.replace(tiny.header_for(recipe.config), preprocessing=recipe.preprocessing)
+    with kept_traces(recipe.config):
+        return export_model(model, header, recipe.target, path, options=recipe.options)
+
+
+def _expected(name: str, bundle: Bundle, images: list[Path]) -> dict[str, Any]:
+    manifest = bundle.manifest
+    with mvmoe_deploy.load(bundle.path) as runtime:
+        cases = []
+        for image in images:
+            answer = runtime.answer(image)
+            if manifest.routing:
+                _, routed = runtime.run(preprocess(image, manifest.preprocessing)[None])
+                assert routed is not None
+                ranked = -np.sort(-routed.probabilities[0])[: manifest.routing.k + 1]
+                assert (-np.diff(ranked)).min() >= LEAST_MARGIN, f"{name}: {image.name}: {ranked}; take another seed"
+            cases.append(
+                {
+                    "image": image.name,
+                    "pixels": answer.pixels,
+                    "exact": image.suffix != ".jpg" and image.name not in DECODERS_DIFFER,
+                    "experts": answer.experts,
+                    "gates": answer.gates,
+                    "logits": answer.logits.tolist(),
+                }
+            )
+    tolerance = exporter_of(manifest.target).precision(manifest.precision).selftest
+    return {
+        "name": name,
+        "path": f"bundles/{bundle.path.name}",
+        "target": manifest.target,
+        "layout": manifest.layout,
+        "precision": manifest.precision,
+        "tolerance": {"gate": tolerance.gate, "logits": tolerance.logits},
+        "cases": cases,
+    }
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def put(*keys: str | int, value: Any) -> Edit:
+    """Sets ``manifest[key]…[key] = value``."""
+
+    def edit(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        manifest[keys[-1]] = value
+
+    return edit
+
+
+def drop(*keys: str | int) -> Edit:
+    """Removes ``manifest[key]…[key]``."""
+
+    def edit(manifest: Any) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return edit
+
+
+EDITS: dict[str, Edit] = {
+    "another-format": put("format", value="zip"),
+    "version-of-the-future": put("version", value=bundles.VERSION + 1),
+    "version-as-text": put("version", value="4"),
+    "no-version": drop("version"),
+    "unknown-target": put("target", value="tflite"),
+    "unknown-field": put("colour", value=1),
+    "unknown-field-of-a-piece": put("pieces", 0, "colour", value=1),
+    "unknown-field-of-routing": put("routing", "colour", value=1),
+    "no-pieces": drop("pieces"),
+    "no-routing": drop("routing"),
+    "pieces-of-another-type": put("pieces", value={}),
+    "short-sha256": put("files", 0, "sha256", value="abc"),
+    "negative-size": put("files", 0, "bytes", value=-1),
+    "size-beyond-any-file": put("files", 0, "bytes", value=1 << 60),
+    "negative-weights": put("pieces", 0, "weight_bytes", value=-5),
+    "empty-shape": put("pieces", 1, "inputs", 0, "shape", value=[]),
+    "shape-of-nine": put("pieces", 0, "inputs", 0, "shape", value=[1] * 9),
+    "dimension-of-zero": put("pieces", 0, "inputs", 0, "shape", 1, value=0),
+    "absurd-input-size": put("preprocessing", "size", value=10**6),
+    "another-input-size": put("preprocessing", "size", value=64),
+    "crop-of-zero": put("preprocessing", "crop", value=0),
+    "crop-above-one": put("preprocessing", "crop", value=1.5),
+    "unknown-interpolation": put("preprocessing", "interpolation", value="nearest"),
+    "mean-of-two-channels": put("preprocessing", "mean", value=[0.5, 0.5]),
+    "std-of-zero": put("preprocessing", "std", value=[0.5, 0.0, 0.5]),
+    "five-experts-routed": put("routing", "experts", value=5),
+    "k-of-zero": put("routing", "k", value=0),
+    "k-above-experts": put("routing", "k", value=5),
+    "k-without-segments": put("routing", "k", value=2),
+    "unknown-gate": put("routing", "gate", value="sigmoid"),
+    "dense-with-experts": put("routing", value=None),
+    "class-that-is-not-there": put("experts", 0, "classes", value=[6]),
+    "three-experts-described": drop("experts", 0),
+    "fewer-ids-than-names": drop("class_ids", 0),
+    "no-second-expert": drop("pieces", 2),
+    "expert-twice": put("pieces", 2, "expert", value=0),
+    "piece-too-many": lambda manifest: manifest["pieces"].append(manifest["pieces"][2]),
+    "piece-without-files": put("pieces", 0, "files", value=[]),
+    "piece-with-an-unlisted-file": lambda manifest: manifest["pieces"][0]["files"].append("other.bin"),
+    "graph-not-among-its-files": put("pieces", 0, "files", value=["trunk.bin"]),
+    "file-twice": lambda manifest: manifest["files"].append(manifest["files"][0]),
+    "selftest-not-among-files": put("selftest", value="other.json"),
+    "path-to-parent": put("pieces", 0, "graph", value="../trunk.onnx"),
+    "path-from-root": put("pieces", 0, "graph", value="/trunk.onnx"),
+    "path-with-backslash": put("pieces", 0, "graph", value="..\\trunk.onnx"),
+    "path-with-drive": put("pieces", 0, "graph", value="C:trunk.onnx"),
+    "path-with-zero-byte": put("files", 0, "path", value="trunk.onnx\0"),
+    "path-with-empty-part": put("files", 0, "path", value="a//b"),
+    "path-beyond-any-name": put("files", 0, "path", value="ü" * 200),
+    "tail-without-expert": put("pieces", 1, "expert", value=None),
+    "trunk-with-expert": put("pieces", 0, "expert", value=0),
+    "tail-with-layer": put("pieces", 1, "layer", value=0),
+    "trunk-without-probabilities": drop("pieces", 0, "outputs", 1),
+    "tail-without-gate": drop("pieces", 1, "inputs", 1),
+    "tail-that-ranks-once": drop("pieces", 1, "outputs", 1),
+    "outputs-in-another-order": lambda manifest: manifest["pieces"][1]["outputs"].reverse(),
+    "ranks-more-than-there-are": put("pieces", 1, "outputs", 1, "shape", value=["batch", 7]),
+    "ranked-classes-as-floats": put("pieces", 1, "outputs", 2, "dtype", value="float32"),
+    "input-of-bytes": put("pieces", 0, "inputs", 0, "dtype", value="uint8"),
+}
+"""Changes to the manifest of moe-standalone-fp32 after which it has to be refused, without another file being read."""
+
+SWAPPABLE_EDITS: dict[str, Edit] = {
+    "weight-in-an-unlisted-file": put("pieces", 1, "weights", 0, "file", value="trunk.bin"),
+    "weight-beyond-its-file": put("pieces", 1, "weights", 0, "offset", value=1 << 30),
+    "weight-across-its-alignment": put("pieces", 1, "weights", 0, "offset", value=4),
+    "weight-named-as-an-input": put("pieces", 1, "weights", 0, "name", value="tokens"),
+}
+"""The same, of moe-swappable-fp32."""
+
+
+def _damaged(made: dict[str, Bundle], out: Path, images: list[Path]) -> list[dict[str, Any]]:
+    """Bundles that have to be refused; of those that are refused at opening only the manifest is there."""
+    found = []
+
+    def add(name: str, when: str, error: str, **more: str) -> None:
+        found.append({"name": name, "path": f"damaged/{name}.mvmoe", "when": when, "error": error, **more})
+
+    def manifest_of(bundle: str, name: str) -> Path:
+        folder = out / f"{name}.mvmoe"
+        folder.mkdir(parents=True)
+        for file in (bundles.MANIFEST, bundles.MANIFEST_DIGEST):
+            shutil.copy(made[bundle].path / file, folder)
+        return folder
+
+    for bundle, edits in (("moe-standalone-fp32", EDITS), ("moe-swappable-fp32", SWAPPABLE_EDITS)):
+        for name, edit in edits.items():
+            tiny.edit_manifest(manifest_of(bundle, name), edit)
+            add(name, "open", bundles.MANIFEST)
+    folder = manifest_of("moe-standalone-fp32", "no-manifest-digest")
+    (folder / bundles.MANIFEST_DIGEST).unlink()
+    add(folder.stem, "open", bundles.MANIFEST_DIGEST)
+    folder = manifest_of("moe-standalone-fp32", "edited-manifest")
+    text = (folder / bundles.MANIFEST).read_text()
+    (folder / bundles.MANIFEST).write_text(text.replace("thing 0", "thong 0"))
+    add(folder.stem, "open", bundles.MANIFEST_DIGEST)
+    folder = manifest_of("moe-standalone-fp32", "manifest-that-is-no-json")
+    (folder / bundles.MANIFEST).write_text(text[:1000])
+    tiny.record_digest(folder)
+    add(folder.stem, "open", bundles.MANIFEST)
+    folder = manifest_of("moe-standalone-fp32", "manifest-of-33-MiB")
+    (folder / bundles.MANIFEST).write_bytes(text.encode() + b" " * (33 << 20))
+    tiny.record_digest(folder)
+    add(folder.stem, "open", bundles.MANIFEST)
+
+    image = _image_for(made["moe-standalone-fp32"], images, expert=2)
+    for name, damage, file, when in (
+        ("flipped-bit-in-trunk", flip, "trunk.bin", "load"),
+        ("trunk-cut-short", cut, "trunk.bin", "load"),
+        ("no-trunk", Path.unlink, "trunk.onnx", "load"),
+        ("flipped-bit-in-expert", flip, "expert_02.bin", "predict"),
+        ("expert-cut-short", cut, "expert_02.bin", "predict"),
+        ("no-expert", Path.unlink, "expert_02.onnx", "predict"),
+        ("flipped-bit-in-shared-weights", flip, "tail_shared.bin", "predict"),
+    ):
+        folder = Path(shutil.copytree(made["moe-standalone-fp32"].path, out / f"{name}.mvmoe"))
+        damage(folder / file)
+        add(name, when, file, **({"image": image} if when == "predict" else {}))
+    for name, edit, when in (
+        ("graph-with-another-input", put("pieces", 0, "inputs", 0, "name", value="pixels"), "load"),
+        ("expert-with-another-input", put("pieces", 3, "inputs", 0, "name", value="features"), "predict"),
+    ):
+        folder = Path(shutil.copytree(made["moe-standalone-fp32"].path, out / f"{name}.mvmoe"))
+        tiny.edit_manifest(folder, edit)
+        add(name, when, "trunk.onnx" if when == "load" else "expert_02.onnx", image=image)
+    for name, file in (("trunk-of-nan", "trunk"), ("expert-of-nan", "expert_02")):
+        folder = Path(shutil.copytree(made["moe-standalone-fp32"].path, out / f"{name}.mvmoe"))
+        weights = folder / f"{file}.bin"
+        weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, "<f4").tobytes())
+        tiny.rehash(folder)
+        add(name, "predict", file, image=image)
+    return found
+
+
+def flip(file: Path) -> None:
+    """Flips one bit."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    """Leaves the last byte away."""
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _image_for(bundle: Bundle, images: list[Path], expert: int) -> str:
+    """The first image that is routed to an expert."""
+    with mvmoe_deploy.load(bundle.path) as runtime:
+        return next(image.name for image in images if runtime.answer(image).experts == [expert])
