@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError
+from mvmoe_deploy.models.architectures.backbone import Backbone, BackboneConfig, RoutedBackbone, RoutedBackboneConfig
 from mvmoe_deploy.models.architectures.mobile_vmoe import MobileVMoE, MobileVMoEConfig
 from mvmoe_deploy.models.architectures.resnet import ResNet, ResNetConfig
 from mvmoe_deploy.models.architectures.vit import SCALES, ViT, ViTConfig, load_timm_state_dict
@@ -21,12 +22,16 @@ from mvmoe_deploy.models.registry import ModelConfig, build, config_from_dict, c
 
 __all__ = [
     "SCALES",
+    "Backbone",
+    "BackboneConfig",
     "MobileVMoE",
     "MobileVMoEConfig",
     "Model",
     "ModelConfig",
     "ResNet",
     "ResNetConfig",
+    "RoutedBackbone",
+    "RoutedBackboneConfig",
     "VMoE",
     "VMoEConfig",
     "ViT",
@@ -88,5 +93,9 @@ def with_weights(make: Callable[[], AnyModule], weights: dict[str, Tensor]) -> A
     with torch.device("meta"):
         model = make()  # shapes without memory: a config cannot ask for memory that the file does not fill
     check_state_dict(model, weights, "weights")
-    model.load_state_dict(weights, assign=True)
+    if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in weights):
+        model = make()  # tables that are computed, not stored: only now that the weights fit the config
+        model.load_state_dict(weights)
+    else:
+        model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -135,8 +135,9 @@ class Architecture:
     Attributes:
         config: the config's class, which holds the architecture's name in checkpoints.
         model: builds a freshly initialised model from a config.
-        form: how ``--model`` names a shape, such as ``mvmoe_DEPTHxWIDTH``; a word in capitals stands for an integer,
-            the value of the config's field of that name. Empty if no name selects this architecture.
+        form: how ``--model`` names a shape, such as ``mvmoe_DEPTHxWIDTH``; a word in capitals stands for the value of
+            the config's field of that name, an integer or (without spaces) a string. Empty if no name selects this
+            architecture.
         examples: names of that form, for help and errors.
         derived: computes further fields from those in the name; a field that is given takes precedence.
     """
@@ -145,7 +146,7 @@ class Architecture:
     model: Callable[[Any], Model]
     form: str = ""
     examples: tuple[str, ...] = ()
-    derived: Callable[[dict[str, int]], dict[str, Any]] = lambda given: {}
+    derived: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: {}
 
     @property
     def name(self) -> str:
@@ -157,11 +158,20 @@ class Architecture:
         """The config's fields by name."""
         return {field.name: field for field in dataclasses.fields(self.config)}
 
-    def read(self, name: str) -> dict[str, int] | None:
+    def read(self, name: str) -> dict[str, int | str] | None:
         """The fields that a name of this architecture's form gives; None for another name."""
-        pattern = re.sub(r"[A-Z]+", lambda word: rf"(?P<{word[0].lower()}>\d{{1,5}})", self.form)
-        match = re.fullmatch(pattern, name) if self.form else None
-        return None if match is None else {field: int(value) for field, value in match.groupdict().items()}
+
+        def value(word: re.Match[str]) -> str:
+            field = word[0].lower()
+            return rf"(?P<{field}>\S*)" if self._is_text(field) else rf"(?P<{field}>\d{{1,5}})"
+
+        match = re.fullmatch(re.sub(r"[A-Z]+", value, self.form), name) if self.form else None
+        if match is None:
+            return None
+        return {field: text if self._is_text(field) else int(text) for field, text in match.groupdict().items()}
+
+    def _is_text(self, field: str) -> bool:
+        return isinstance(self.fields[field].default, str)
 
 
 _REGISTERED: dict[str, Architecture] = {}
@@ -195,18 +205,24 @@ def _register_installed() -> None:
         register(architecture)
 
 
-def by_name(name: str) -> tuple[Architecture, dict[str, int]]:
+def by_name(name: str, wanted: Iterable[str] = ()) -> tuple[Architecture, dict[str, int | str]]:
     """The architecture that a model's name selects, and the fields that the name gives.
+
+    Args:
+        name: a name that fits one of the registered forms.
+        wanted: fields that are to be set. Among several architectures of the same form, the first that has all of them
+            is selected: a dense model and its routed one may share their names.
 
     Raises:
         ConfigError: the name fits the form of no architecture.
     """
     named = [each for each in architectures().values() if each.form]
-    for architecture in named:
-        if (given := architecture.read(name)) is not None:
-            return architecture, given
-    forms = ", ".join(each.form for each in named)
-    examples = ", ".join(example for each in named for example in each.examples)
+    fitting = [(each, given) for each in named if (given := each.read(name)) is not None]
+    if fitting:
+        wanted = set(wanted)
+        return next((pair for pair in fitting if wanted <= pair[0].fields.keys()), fitting[0])
+    forms = ", ".join(dict.fromkeys(each.form for each in named))
+    examples = ", ".join(dict.fromkeys(example for each in named for example in each.examples))
     raise ConfigError(f"unknown model {name!r}: expected one of the forms {forms}, such as {examples}")
 
 
@@ -220,8 +236,8 @@ def config_from_name(name: str, **overrides: Any) -> ModelConfig:
     Raises:
         ConfigError: the name fits no known form, or a field's value is not valid.
     """
-    architecture, given = by_name(name)
     chosen = {key: value for key, value in overrides.items() if value is not None}
+    architecture, given = by_name(name, chosen)
     return config_from_dict({"architecture": architecture.name, **given, **architecture.derived(given), **chosen})
 
 

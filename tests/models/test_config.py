@@ -53,8 +53,8 @@ def test_an_unknown_name_is_refused_with_examples(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "alexnet"}, "architecture 'alexnet' is none of vit, vit_wide, mobile_vmoe"),
-        ({"architecture": ["vit"]}, "architecture .* is none of vit"),
+        ({"architecture": "alexnet"}, "architecture 'alexnet' is none of .*, vit, vit_wide, mobile_vmoe"),
+        ({"architecture": ["vit"]}, "architecture .* is none of .*, vit"),
         ({"architecture": None}, "architecture None"),
         ({"colour": 3}, "mobile_vmoe has no field 'colour'"),
         ({"width": "32"}, "width is '32', must be of type int"),
