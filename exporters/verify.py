@@ -42,6 +42,12 @@ GATES = (0.3, 0.9)
 """Range of the evenly spaced gates that tails are run with. It stays away from 1, where a missing gate would not show,
 and from 0, where the expert itself would not show."""
 
+FEW = 32
+"""Up to this many experts, each is compared with every other; beyond, the pairs would take longer than all the rest."""
+
+NEAREST = 3
+"""Of more experts than :data:`FEW`, each is compared with this many whose outputs are nearest to its own."""
+
 SEEN = 2.0
 """Experts count as told apart if their outputs differ by at least this many tolerances. A correct bundle may already be
 off by one tolerance, so a wrong expert is then still off by another."""
@@ -89,7 +95,7 @@ class Eyesight(msgspec.Struct):
         experts: these two experts.
         told_apart_by: ``outputs``; ``weights`` if outputs are too similar and the weights in the bundle were compared
             with the checkpoint's instead; ``nothing`` if neither was possible.
-        copies: number of pairs of experts with equal weights, which nothing can tell apart.
+        copies: number of compared pairs of experts with equal weights, which nothing can tell apart.
     """
 
     tolerances: float
@@ -547,7 +553,7 @@ def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, t
     closest = Eyesight(np.inf, [], "outputs", 0)
     alike = []
     for family in families:
-        for a, b in combinations(range(len(family)), 2):
+        for a, b in neighbours([outputs for _, outputs in family]):
             apart = distance(family[a][0].outputs[0], family[a][1], family[b][1], tolerance)
             if apart < SEEN:
                 alike.append((family[a][0], family[b][0]))
@@ -558,6 +564,22 @@ def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, t
     if alike:
         closest.told_apart_by, closest.copies = _by_weights(alike, bundle)
     return closest
+
+
+def neighbours(outputs: list[Array]) -> list[tuple[int, int]]:
+    """Pairs of experts to compare: all pairs of few experts, and of many each expert with those nearest to it.
+
+    The nearest are found by Euclidean distance, which one product of matrices gives for all pairs.
+    """
+    if len(outputs) <= FEW:
+        return list(combinations(range(len(outputs)), 2))
+    points = np.stack([output.astype(np.float64).ravel() for output in outputs])
+    points -= points.mean(axis=0)
+    squares = (points**2).sum(axis=1)
+    apart = squares[:, None] + squares - 2 * points @ points.T
+    np.fill_diagonal(apart, np.inf)
+    nearest = np.argsort(apart, axis=1, kind="stable")[:, :NEAREST].tolist()
+    return sorted({(min(a, b), max(a, b)) for a, row in enumerate(nearest) for b in row})
 
 
 def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
@@ -41,7 +42,11 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Extent = Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+# A manifest of many experts has thousands of small structs. The garbage collector need not look at them (gc=False),
+# because none of them can be part of a cycle.
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """An input or output of a piece; a dimension is a number or, if it is dynamic, a name (``batch``)."""
 
     name: str
@@ -49,7 +54,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
 
 
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """A file of the bundle; its path is relative to the bundle, with forward slashes."""
 
     path: Annotated[str, msgspec.Meta(max_length=1024)]
@@ -57,7 +62,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """A float32 weight that a graph takes as an input, little-endian and in C order in a file of the bundle."""
 
     name: str
@@ -71,7 +76,7 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 4 * math.prod(self.shape)
 
 
-class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One exported graph.
 
     Attributes:
@@ -132,7 +137,7 @@ class Routing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gate: Literal["softmax"] = "softmax"
 
 
-class Expert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Expert(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What an expert is for: its super-class's name and the indices of the classes in it; empty if not known."""
 
     name: str
@@ -216,6 +221,7 @@ class Bundle:
     digest: str = ""
     trusted: bool = False
     _checked: set[str] = field(default_factory=set, compare=False, repr=False)
+    _places: dict[tuple[str, int | None, int | None], Piece] = field(default_factory=dict, compare=False, repr=False)
 
     def pieces(self, role: Role) -> list[Piece]:
         """All pieces of a role, in the manifest's order."""
@@ -227,9 +233,11 @@ class Bundle:
         Raises:
             BundleError: there is no such piece.
         """
-        for piece in self.manifest.pieces:
-            if (piece.role, piece.expert, piece.layer) == (role, expert, layer):
-                return piece
+        if not self._places:
+            self._places.update({(p.role, p.expert, p.layer): p for p in self.manifest.pieces})
+        piece = self._places.get((role, expert, layer))
+        if piece is not None:
+            return piece
         raise BundleError(f"{self.path}: has no piece {piece_name(role, expert, layer)}")
 
     def check(self, paths: list[str] | None = None) -> None:
@@ -241,11 +249,12 @@ class Bundle:
         Raises:
             BundleError: a file is missing, outside the bundle, of another size, or altered; the message names it.
         """
-        files = {file.path: file for file in self.manifest.files}
-        for path in files if paths is None else paths:
-            if path not in self._checked:
-                check_file(self.path, files[path])
-                self._checked.add(path)
+        unchecked = {file.path for file in self.manifest.files} if paths is None else set(paths)
+        unchecked -= self._checked
+        for file in self.manifest.files if unchecked else ():
+            if file.path in unchecked:
+                check_file(self.path, file)
+                self._checked.add(file.path)
 
 
 def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = False) -> Bundle:
@@ -282,6 +291,26 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
             f"{file}: sha256 differs from {MANIFEST_DIGEST}; the file is damaged, export again (after an intended "
             f"edit, run: sha256sum {MANIFEST} > {MANIFEST_DIGEST})"
         )
+    manifest = _decoded(data, file)
+    if recorded is None and manifest.version > 2:
+        raise BundleError(f"{path / MANIFEST_DIGEST}: missing from the bundle; copy it again or export again")
+    problem = _inconsistency(manifest)
+    if problem:
+        raise BundleError(f"{file}: {problem}")
+    return Bundle(path, manifest, found, trust or digest is not None)
+
+
+def _decoded(data: bytes, file: Path) -> Manifest:
+    """The manifest in the bytes of ``file``, if it fits the schema.
+
+    Raises:
+        BundleError: the bytes are no manifest, or one of another version.
+    """
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        manifest = msgspec.json.decode(data, type=Manifest)  # straight into its type, without a dict of everything
+        if manifest.format == FORMAT and manifest.version in READABLE:
+            return manifest
+    # Something is wrong. What it is depends on the format and the version, so these are looked at before the rest.
     try:
         raw = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -292,16 +321,10 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
         readable = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         version = str(raw.get("version"))[:20]
         raise BundleError(f"{file}: format version {version!r}, this release reads {readable}; export again")
-    if recorded is None and raw["version"] > 2:
-        raise BundleError(f"{path / MANIFEST_DIGEST}: missing from the bundle; copy it again or export again")
     try:
-        manifest = msgspec.convert(raw, Manifest)
+        return msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
         raise BundleError(f"{file}: {first_line(error)}") from None
-    problem = _inconsistency(manifest)
-    if problem:
-        raise BundleError(f"{file}: {problem}")
-    return Bundle(path, manifest, found, trust or digest is not None)
 
 
 def _recorded_digest(path: Path) -> str | None:
@@ -383,10 +406,12 @@ def check_file(directory: Path, file: File) -> None:
         raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
+_UNSAFE = re.compile(r"[\\:\x00-\x1f]")
+
+
 def _unsafe(path: str) -> bool:
     """Whether a manifest's path could lead out of the bundle, on any operating system."""
-    parts = path.split("/")
-    return not path or any(part in ("", ".", "..") for part in parts) or bool(re.search(r"[\\:\x00-\x1f]", path))
+    return not {"", ".", ".."}.isdisjoint(path.split("/")) or bool(_UNSAFE.search(path))
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
@@ -395,13 +420,13 @@ def _inconsistency(manifest: Manifest) -> str | None:
         targets.get(manifest.target)
     except ConfigError as error:
         return str(error)
-    paths = [file.path for file in manifest.files]
-    for path in [*paths, *(piece.graph for piece in manifest.pieces)]:
+    sizes = {file.path: file.bytes for file in manifest.files}
+    for path in {**sizes, **dict.fromkeys(piece.graph for piece in manifest.pieces)}:
         if _unsafe(path):
             return f"path {path[:200]!r} may lead outside the bundle"
         if any(len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")):
             return f"path {path[:60] + '…'!r} is longer than a file's name can be"
-    if len(set(paths)) != len(paths):
+    if len(sizes) != len(manifest.files):
         return "lists a file twice"
     if manifest.selftest is not None and manifest.selftest not in paths:
         return f"its self-test {manifest.selftest[:200]!r} is not among the files"
@@ -412,12 +437,11 @@ def _inconsistency(manifest: Manifest) -> str | None:
         ):
             if (value is not None) != (piece.role in roles):
                 return f"a piece of role {piece.role} {'has no' if value is None else 'names its'} {what}"
-        unknown = [path for path in piece.files if path not in paths]
+        unknown = [path for path in piece.files if path not in sizes]
         if unknown or not piece.files:
             return f"piece {piece.name} uses {unknown[0] if unknown else 'no file'}, which is not among the files"
         if not any(path == piece.graph or path.startswith(piece.graph + "/") for path in piece.files):
             return f"piece {piece.name} does not list its graph {piece.graph} among its files"
-    sizes = {file.path: file.bytes for file in manifest.files}
     for piece in manifest.pieces:
         for weight in piece.weights:
             if weight.file not in piece.files:
@@ -431,13 +455,18 @@ def _inconsistency(manifest: Manifest) -> str | None:
     experts = manifest.routing.experts if manifest.routing else 0
     size = manifest.preprocessing.size
     shapes: dict[str, list[int | str]] = {IMAGES: [3, size, size], LOGITS: [classes], PROBABILITIES: [experts]}
+    checked: tuple[str, list[TensorSpec], list[TensorSpec]] | None = None
     for piece in manifest.pieces:
+        signature = (piece.role, piece.inputs, piece.outputs)
+        if signature == checked:  # the next expert of many
+            continue
         for spec in (*piece.inputs, *piece.outputs):
             if spec.shape[1:] != shapes.get(spec.name, spec.shape[1:]):
                 return f"piece {piece.name}: {spec.name} is {spec.shape[1:]}, the rest says {shapes[spec.name]}"
         problem = _signature_problem(piece, manifest)
         if problem:
             return f"piece {piece.name}: {problem}"
+        checked = signature
     if len(manifest.class_ids) != classes:
         return f"{len(manifest.class_ids)} class_ids but {classes} class_names"
     routing = manifest.routing
@@ -456,7 +485,8 @@ def _inconsistency(manifest: Manifest) -> str | None:
         if fewest > len(names):
             return f"pieces do not fit the routing: there are {len(names)}, it needs more than {fewest}"
         expected = expected_pieces(routing)
-    missing = [name for name in expected if name not in names]
+    present = set(names)
+    missing = [name for name in expected if name not in present]
     if missing or len(names) != len(expected):
         return f"pieces do not fit the routing: {'lacks ' + missing[0] if missing else 'there are too many'}"
     return None

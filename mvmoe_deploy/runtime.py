@@ -120,7 +120,7 @@ def load(
     preload: Iterable[int] | Literal["all"] = (),
     pin: Iterable[int] = (),
     backend: str | None = None,
-    check: Literal["all", "lazy"] = "all",
+    check: Literal["all", "lazy"] = "lazy",
     digest: str | None = None,
     trust: bool = False,
 ) -> Runtime:
@@ -135,8 +135,8 @@ def load(
         preload: experts to load now.
         pin: experts that are loaded now and never evicted.
         backend: name of the backend; by default the first one of the bundle's target.
-        check: ``all`` compares every file with its sha256 now. ``lazy`` compares each file before it is first loaded,
-            which starts faster and allows experts to arrive later.
+        check: ``lazy`` compares each file with its sha256 before it is first loaded, so that opening takes no longer
+            with many experts, and experts may arrive later. ``all`` compares every file now.
         digest: sha256 that the bundle's ``manifest.json`` must have (``mvmoe-inspect`` shows it), for an app that
             knows its bundle; graphs are then not checked before the engine sees them.
         trust: run graphs without checking them first, including graphs with operators that no export of this project
@@ -191,9 +191,10 @@ class Runtime:
         experts = routing.experts if routing else 0
         self._numbers = np.arange(experts)[:, None]
         self._numbers.flags.writeable = False  # callers get its rows
-        self._expert_pieces: list[list[Piece]] = [
-            [piece for piece in bundle.manifest.pieces if piece.expert == expert] for expert in range(experts)
-        ]
+        self._expert_pieces: list[list[Piece]] = [[] for _ in range(experts)]
+        for piece in bundle.manifest.pieces:
+            if piece.expert is not None:
+                self._expert_pieces[piece.expert].append(piece)
         pinned = sorted(set(pin))
         wanted = list(dict.fromkeys([*pinned, *(range(experts) if preload == "all" else preload)]))
         for expert in wanted:

@@ -27,7 +27,7 @@ def bundle(backend: str, path: str, image: str, threads: int) -> list[float]:
         import_module(module)
     pixels = np.load(image)[0]
     imported = time.monotonic()
-    runtime = mvmoe_deploy.load(path, threads=threads, check="lazy", backend=backend)
+    runtime = mvmoe_deploy.load(path, threads=threads, backend=backend)
     loaded = time.monotonic()
     runtime.predict(pixels)
     return [imported, loaded, time.monotonic()]

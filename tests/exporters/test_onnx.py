@@ -243,7 +243,7 @@ def test_experts_of_a_swappable_bundle_come_and_go(swappable: Exported) -> None:
 def test_a_swappable_expert_is_checked_before_it_is_mapped(swappable: Exported, tmp_path: Path) -> None:
     copy = tiny.copy_of(swappable.path, tmp_path)
     name = open_bundle(copy).piece(*(("tail", 1) if (copy / "tail.onnx").exists() else ("expert_layer", 1, 0))).name
-    with mvmoe_deploy.load(copy, check="lazy", max_resident=2) as runtime:
+    with mvmoe_deploy.load(copy, max_resident=2) as runtime:
         one, k = tiny.inputs(1).numpy(), runtime.bundle.manifest.routing.k
         (first, other) = ([[0]], [[1]]) if k == 1 else ([[0, 2]], [[1, 2]])
         before, _ = runtime.run(one, np.array(first))

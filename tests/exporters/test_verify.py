@@ -19,7 +19,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split_model
-from mvmoe_deploy.exporters.verify import Report, check_ranking, verify
+from mvmoe_deploy.exporters.verify import Report, check_ranking, neighbours, verify
 
 
 def verified(bundle: Path, model: torch.nn.Module) -> Report:
@@ -207,3 +207,14 @@ def test_equally_probable_classes_may_come_in_either_order() -> None:
     logits = np.zeros((1, 4), np.float32)
     for classes in ([[0, 1]], [[3, 2]]):
         check_ranking(logits, np.full((1, 2), 0.25, np.float32), np.array(classes), "tail")
+
+
+def test_of_many_experts_the_nearest_are_compared() -> None:
+    """Expert 7 is nearly a copy of expert 90; a common offset of all experts hides nothing."""
+    outputs = [1e3 + row for row in np.random.default_rng(0).standard_normal((100, 4, 6)).astype(np.float32)]
+    outputs[90] = outputs[7] + np.float32(1e-3)
+    pairs = neighbours(outputs)
+    assert (7, 90) in pairs
+    assert len(pairs) <= 3 * len(outputs)
+    assert {expert for pair in pairs for expert in pair} == set(range(100))
+    assert len(neighbours(outputs[:10])) == 45

@@ -90,7 +90,7 @@ def test_a_relative_path_still_leads_to_the_experts_after_a_change_of_directory(
     bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(bundle_path.parent)
-    with mvmoe_deploy.load(bundle_path.name, check="lazy") as runtime:
+    with mvmoe_deploy.load(bundle_path.name) as runtime:
         monkeypatch.chdir(tmp_path)
         assert runtime.predict(tiny.images(1)[0]).expert is not None
         assert runtime.bundle.path == bundle_path
