@@ -428,7 +428,7 @@ def _inconsistency(manifest: Manifest) -> str | None:
             return f"path {path[:60] + '…'!r} is longer than a file's name can be"
     if len(sizes) != len(manifest.files):
         return "lists a file twice"
-    if manifest.selftest is not None and manifest.selftest not in paths:
+    if manifest.selftest is not None and manifest.selftest not in sizes:
         return f"its self-test {manifest.selftest[:200]!r} is not among the files"
     for piece in manifest.pieces:
         for what, value, roles in (

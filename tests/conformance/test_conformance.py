@@ -22,7 +22,7 @@ from mvmoe_deploy.selftest import digest, logits_departure
 @pytest.fixture(scope="module")
 def cases(conformance: Path) -> dict[str, Any]:
     """The content of ``conformance.json``."""
-    return json.loads(conformance.read_text())
+    return json.loads(conformance.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", conformance_cases.BUNDLES)
