@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 import mvmoe_deploy
+from mvmoe_deploy import checkpoint
+from mvmoe_deploy.cli import train as mvmoe_train
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +77,38 @@ def test_from_your_own_images(
             done.append(words[0])
     assert done == ["mvmoe-train"] * 4 + ["mvmoe-export"]
     assert (tmp_path / "photos.mvmoe" / "manifest.json").is_file()
+
+
+def test_the_preparation_of_tiny_imagenet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a miniature of the public archive, which has its layout, in place of the download."""
+    monkeypatch.chdir(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(picture, "JPEG")
+    ids = ["n01443537", "n01629819", "n04067472"]
+    files: dict[str, str | bytes] = {
+        "wnids.txt": "\n".join(ids),
+        "words.txt": "n00001740\tentity\n" + "".join(f"{i}\tname of {i}, another name\n" for i in ids),
+        "test/images/test_0.JPEG": picture.getvalue(),
+        "val/val_annotations.txt": "".join(f"val_{n}.JPEG\t{ids[n % 3]}\t0\t32\t44\t62\n" for n in range(6)),
+    }
+    files |= {f"val/images/val_{n}.JPEG": picture.getvalue() for n in range(6)}
+    for class_id in ids:
+        files[f"train/{class_id}/{class_id}_boxes.txt"] = f"{class_id}_0.JPEG\t0\t10\t63\t58\n"
+        files |= {f"train/{class_id}/images/{class_id}_{n}.JPEG": picture.getvalue() for n in range(4)}
+    with zipfile.ZipFile("tiny-imagenet-200.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+    download, *steps = block("tiny imagenet", "docs/training.md").splitlines()
+    assert download.startswith("curl ")
+    run(["bash", "-e"], "\n".join(steps), tmp_path)
+    arguments = ["--data", "tiny-imagenet-32", "--model", "vit_1x16", "--epochs", "1", "--out", "dense.pt"]
+    assert mvmoe_train.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "train: 12 images of 3 classes; left out: 3 files that are no image" in output
+    assert "val: 6 images of 3 classes\n" in output
+    assert checkpoint.load(tmp_path / "dense.pt").header.class_names == [f"name of {i}" for i in ids]
 
 
 def test_a_model_of_your_own(tmp_path: Path) -> None:
