@@ -161,8 +161,8 @@ class Paper(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top1: float
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One configuration.
+class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known of a configuration before it is measured.
 
     Attributes:
         name: the row's name, unique in the run.
@@ -176,10 +176,6 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bytes_on_disk: size of all files except the manifest and its sha256.
         bytes_first_image: size of the files that a device needs for its first image.
         bytes_per_expert: size of the files that each expert adds; empty without experts.
-        ratio: the row's warm latency divided by that of the group's baseline row, paired by round.
-        hit: warm latency of a prediction whose expert is resident.
-        switch: warm latency of a prediction whose expert has to be loaded; its files are in the page cache.
-        energy: millijoules per prediction; None where the platform has no readable counter.
     """
 
     name: str
@@ -195,18 +191,30 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     active_parameters: int | None
     bytes_on_disk: int
     bytes_first_image: int
-    bytes_per_expert: list[int]
+    bytes_per_expert: list[int] = []
+    paper: Paper | None = None
+
+
+class Row(Facts, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One measured configuration.
+
+    Attributes:
+        ratio: the row's warm latency divided by that of the group's baseline row, paired by round.
+        hit: warm latency of a prediction whose expert is resident.
+        switch: warm latency of a prediction whose expert has to be loaded; its files are in the page cache.
+        energy: millijoules per prediction; None where the platform has no readable counter.
+    """
+
     warm: Latency
     ratio: Estimate | None = None
     hit: Latency | None = None
     switch: Latency | None = None
     cold_start: ColdStart | None = None
     memory: Memory | None = None
-    throughput: list[Throughput] = []
-    residency: list[Residency] = []
+    throughput: list[Throughput] = msgspec.field(default_factory=list)
+    residency: list[Residency] = msgspec.field(default_factory=list)
     accuracy: Accuracy | None = None
     energy: Estimate | None = None
-    paper: Paper | None = None
 
 
 class Results(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -84,14 +84,23 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def unique(names: Sequence[str]) -> list[str]:
+    """The names, with a number added where several are the same."""
+    return [
+        name if names.count(name) == 1 else f"{name} #{list(names[: i + 1]).count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
 def folded(text: str, width: int | None = None) -> str:
-    """Wraps text to the terminal's width; a longer word, such as a path, is kept whole."""
+    """Wraps text to the terminal's width; a longer word, such as a path, is kept whole.
+
+    What continues an indented line is indented by two more.
+    """
     width = width or terminal_width()
     if width is None:
         return text
-    return "\n".join(
-        textwrap.fill(line, width, break_on_hyphens=False, break_long_words=False) for line in text.split("\n")
-    )
+    return "\n".join(_folded(line, width) for line in text.split("\n"))
 
 
 def markdown_table(
@@ -183,6 +192,12 @@ def _wrap_texts(columns: list[_Column], width: int) -> list[_Column]:
         else:
             columns[widest] = narrower
     return columns
+
+
+def _folded(line: str, width: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    more = f"{indent}  " if indent else ""
+    return textwrap.fill(line, width, subsequent_indent=more, break_on_hyphens=False, break_long_words=False)
 
 
 def _wrapped(text: str, width: int, break_words: bool = False) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import mvmoe_deploy
 from mvmoe_deploy import targets
 from mvmoe_deploy.backends import native_path
-from mvmoe_deploy.bench.results import Kind, Paper, Row
+from mvmoe_deploy.bench.results import Facts
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.runtime import RoutedBatch, Stats
@@ -29,8 +29,8 @@ BASELINES = ("dense", "stock", "dense-wide", "all-experts", "vmoe")
 """The baselines that can be made from a routed checkpoint; see :data:`mvmoe_deploy.bench.results.Kind`."""
 
 
-class Configuration(msgspec.Struct, frozen=True):
-    """One thing to measure; :class:`mvmoe_deploy.bench.results.Row` describes the attributes that both share.
+class Configuration(Facts, frozen=True, kw_only=True):
+    """One thing to measure.
 
     Attributes:
         path: a bundle's directory, a bare ``.onnx`` graph, or a checkpoint (backend ``torch``).
@@ -39,34 +39,19 @@ class Configuration(msgspec.Struct, frozen=True):
         trained: whether its weights were trained, so that its accuracy is worth measuring.
     """
 
-    name: str
-    group: str
-    kind: Kind
-    backend: str
-    precision: str
-    layout: str
     path: str
     preprocessing: Preprocessing
     experts: int
     k: int
-    flops: int | None
-    macs: int | None
-    counted_macs: int | None
-    parameters: int
-    active_parameters: int | None
-    bytes_on_disk: int
-    bytes_first_image: int
-    bytes_per_expert: list[int] = []
-    class_ids: list[str] = []
-    class_names: list[str] = []
-    expert_names: list[str] = []
-    class_experts: list[int] = []
+    class_ids: list[str] = msgspec.field(default_factory=list)
+    class_names: list[str] = msgspec.field(default_factory=list)
+    expert_names: list[str] = msgspec.field(default_factory=list)
+    class_experts: list[int] = msgspec.field(default_factory=list)
     trained: bool = True
-    paper: Paper | None = None
 
     def facts(self) -> dict[str, Any]:
-        """The attributes shared with :class:`mvmoe_deploy.bench.results.Row`: all that is known before measuring."""
-        return {name: getattr(self, name) for name in Row.__struct_fields__ if name in self.__struct_fields__}
+        """What is known before measuring, as the arguments of a row."""
+        return {name: getattr(self, name) for name in Facts.__struct_fields__}
 
     @property
     def opened_as(self) -> str:

@@ -22,8 +22,9 @@ from mvmoe_deploy.checkpoint import Header
 from mvmoe_deploy.errors import ConfigError, as_text
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model
 from mvmoe_deploy.models import Model, ModelConfig, config_from_dict, load_checkpoint
+from mvmoe_deploy.terminal import unique
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 def of_bundle(path: Path, name: str = "", group: str = "", kind: Kind | None = None) -> Configuration:
@@ -124,7 +125,7 @@ def prepare(
     backends: Sequence[str] = ("onnxruntime",),
     baselines: Sequence[str] = (),
     group: str = "",
-    progress: Progress = lambda what: None,
+    progress: Say = lambda what: None,
 ) -> list[Configuration]:
     """Configurations of the given bundles and checkpoints, and of baselines of the first routed checkpoint.
 
@@ -169,15 +170,7 @@ def prepare(
     return made
 
 
-def unique(names: Sequence[str]) -> list[str]:
-    """The names, with a number added where several are the same."""
-    return [
-        name if names.count(name) == 1 else f"{name} #{list(names[: i + 1]).count(name)}"
-        for i, name in enumerate(names)
-    ]
-
-
-def _of_backend(path: Path, backend: str, folder: Path, name: str, group: str, progress: Progress) -> Configuration:
+def _of_backend(path: Path, backend: str, folder: Path, name: str, group: str, progress: Say) -> Configuration:
     if backend == TORCH.name:
         return of_checkpoint(path, name, group)
     target = targets.of_backend(backend).name
@@ -193,7 +186,7 @@ def _trained(header: Header) -> bool:
 
 
 def _baseline(
-    baseline: str, checkpoint: Path, folder: Path, backends: Sequence[str], group: str, progress: Progress
+    baseline: str, checkpoint: Path, folder: Path, backends: Sequence[str], group: str, progress: Say
 ) -> list[Configuration]:
     model, header = load_checkpoint(checkpoint)
     config = model.config
@@ -236,7 +229,7 @@ def _random(baseline: str, shape: ModelConfig | None, of: ModelConfig, folder: P
 
 
 def _exported(
-    module: nn.Module, header: Header, model: dict[str, Any], kind: Kind, group: str, folder: Path, progress: Progress
+    module: nn.Module, header: Header, model: dict[str, Any], kind: Kind, group: str, folder: Path, progress: Say
 ) -> Configuration:
     """The configuration of a module that is exported whole, as a bundle of one piece."""
     out = folder / f"{kind}.mvmoe"
@@ -246,7 +239,7 @@ def _exported(
     return msgspec.structs.replace(of_bundle(out, kind, group, kind), trained=False)
 
 
-def _stock(dense: Model, header: Header, folder: Path, group: str, progress: Progress) -> Configuration:
+def _stock(dense: Model, header: Header, folder: Path, group: str, progress: Say) -> Configuration:
     path = folder / "stock.onnx"
     if not path.exists():
         progress("exporting stock")

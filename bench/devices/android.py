@@ -23,13 +23,14 @@ import numpy as np
 
 import mvmoe_deploy
 from mvmoe_deploy import targets
-from mvmoe_deploy.bench.candidates.prepare import of_bundle, unique
+from mvmoe_deploy.bench.candidates.prepare import of_bundle
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.noise import scatter
 from mvmoe_deploy.bench.results import FORMAT, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import preprocess
+from mvmoe_deploy.terminal import unique
 
 PLACE = PurePosixPath("/data/local/tmp")
 """The only folder on a stock phone in which the shell's user may write files and run programs."""

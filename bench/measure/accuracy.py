@@ -26,7 +26,7 @@ class Labelled:
     class_ids: list[str]
 
 
-def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Labelled:
+def read_labelled(data: Path, preprocessing: Preprocessing, count: int, val_share: float = 0.0) -> Labelled:
     """Reads evenly spaced images of the validation split of a folder that ``mvmoe-train --data`` accepts.
 
     Raises:
@@ -34,7 +34,7 @@ def read_labelled(data: Path, preprocessing: Preprocessing, count: int) -> Label
     """
     from mvmoe_deploy.models.train.folders import read_images
 
-    val = read_images(data, "val", preprocessing)
+    val = read_images(data, "val", preprocessing, val_share=val_share)
     rows = evenly_spaced(len(val.labels), count)
     return Labelled(val.pixels[rows].permute(0, 2, 3, 1).numpy(), val.labels[rows].numpy(), val.class_ids)
 

@@ -26,14 +26,16 @@ class Images:
         sources: real images, or synthetic ones.
         what: description of the images.
         data: a folder with labelled validation images, for accuracies; if given, the models are shown these images.
+        val_share: if ``data`` has no validation split, the share of each class that the models were validated on.
     """
 
     sources: Sequence[ImageSource]
     what: str
     data: Path | None = None
+    val_share: float = 0.0
 
 
-def choose_images(folder: Path | None, data: Path | None = None) -> Images:
+def choose_images(folder: Path | None, data: Path | None = None, val_share: float = 0.0) -> Images:
     """Chooses labelled images if there are any, else the images of a folder, else synthetic ones.
 
     Raises:
@@ -44,7 +46,7 @@ def choose_images(folder: Path | None, data: Path | None = None) -> Images:
     from mvmoe_deploy.imagefiles import image_files
 
     if data:
-        return Images([], f"validation images of {as_text(data.name)}", data)
+        return Images([], f"validation images of {as_text(data.name)}", data, val_share)
     if not folder:
         return Images(list(synthetic_pixels(256, SYNTHETIC_IMAGES)), "synthetic (seed 0)")
     files = image_files(folder)
@@ -72,7 +74,9 @@ class Shown:
     def labelled(self, preprocessing: Preprocessing) -> Labelled | None:
         """The labelled images, or None if there are none."""
         if self._images.data is not None and preprocessing not in self._labelled:
-            self._labelled[preprocessing] = read_labelled(self._images.data, preprocessing, self._count)
+            self._labelled[preprocessing] = read_labelled(
+                self._images.data, preprocessing, self._count, self._images.val_share
+            )
         return self._labelled.get(preprocessing)
 
     def pixels(self, preprocessing: Preprocessing) -> NDArray[np.uint8]:

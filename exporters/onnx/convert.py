@@ -15,8 +15,8 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
+from mvmoe_deploy.backends import GraphError
 from mvmoe_deploy.backends.onnx_graph import check_graph
-from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Bundle, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, first_line
 from mvmoe_deploy.exporters.exporter import Options

@@ -14,8 +14,7 @@ from mvmoe_deploy.models import flops
 from mvmoe_deploy.models.architectures.graphs import AllExperts
 from mvmoe_deploy.models.architectures.routing import choose
 from mvmoe_deploy.models.architectures.vit import (
-    LAYER_NORM_EPS,
-    Attention,
+    AttentionBlock,
     Block,
     Mlp,
     Stream,
@@ -176,14 +175,11 @@ class Experts(nn.Module):
         return torch.zeros_like(x).index_add(0, image_of_row, weighted.to(x.dtype))
 
 
-class MoEBlock(nn.Module):
+class MoEBlock(AttentionBlock):
     """A transformer block in which the MLP differs per expert; attention and norms are shared."""
 
     def __init__(self, config: MobileVMoEConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        super().__init__(config)
         self.mlp = Experts(config.experts, config.width, config.mlp_ratio * config.width)
 
     def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, n: int | None = None) -> Tensor:

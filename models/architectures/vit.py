@@ -127,17 +127,24 @@ class Mlp(nn.Module):
         return result
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then MLP, each with a residual.
-
-    ``[B, N, D]`` → ``[B, n, D]``, the output of the first n tokens (default: all).
-    """
+class AttentionBlock(nn.Module):
+    """What blocks share whose MLPs differ: attention, and the norms before it and before the MLP."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.attn = Attention(config.width, config.heads)
         self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+
+class Block(AttentionBlock):
+    """A pre-norm transformer block: attention, then MLP, each with a residual.
+
+    ``[B, N, D]`` → ``[B, n, D]``, the output of the first n tokens (default: all).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
         self.mlp = Mlp(config.width, config.mlp_ratio * config.width)
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:

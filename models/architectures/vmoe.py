@@ -18,8 +18,7 @@ from mvmoe_deploy.models.architectures.graphs import VMoEGraph
 from mvmoe_deploy.models.architectures.mobile_vmoe import Experts, stacks_of
 from mvmoe_deploy.models.architectures.routing import ORDERS, TokenRouting, auxiliary_loss, route
 from mvmoe_deploy.models.architectures.vit import (
-    LAYER_NORM_EPS,
-    Attention,
+    AttentionBlock,
     Block,
     ViT,
     ViTConfig,
@@ -118,14 +117,11 @@ class VMoEConfig(ViTConfig):
         return flops.mlp_parameters(self)
 
 
-class TokenMoEBlock(nn.Module):
+class TokenMoEBlock(AttentionBlock):
     """A transformer block in which a router picks the MLPs of each token."""
 
     def __init__(self, config: VMoEConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        super().__init__(config)
         self.router = nn.Linear(config.width, config.experts, bias=False)
         self.mlp = Experts(config.experts, config.width, config.mlp_ratio * config.width)
 

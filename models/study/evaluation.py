@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,8 @@ from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import CheckFailed
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.model import ImageRoutes, Model, TokenRoutes
-from mvmoe_deploy.models.train.data import ImageSet, normaliser
+from mvmoe_deploy.models.train.data import Bar, ImageSet, normaliser
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
-
-Progress = Callable[[Iterator[Tensor], int], Iterator[Tensor]]
-"""Takes an iterator and its length, and returns the iterator wrapped in a progress bar."""
 
 
 @dataclass
@@ -63,7 +60,7 @@ def predict(
     images: ImageSet,
     preprocessing: Preprocessing,
     batch: int = 500,
-    progress: Progress | None = None,
+    progress: Bar | None = None,
     experts: Tensor | None = None,
 ) -> Predictions:
     """Runs a model on all images and returns its predictions in their order.
@@ -143,7 +140,7 @@ def predict_with_bundle(
     runtime: Runtime,
     images: ImageSet,
     batch: int = 32,
-    progress: Progress | None = None,
+    progress: Bar | None = None,
     experts: Tensor | None = None,
 ) -> Predictions:
     """Does what :func:`predict` does, with an exported model; the other arguments are the same."""

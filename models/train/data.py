@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvmoe_deploy.images import Preprocessing, evenly_spaced
+
+Bar = Callable[[Iterator[Any], int], Iterator[Any]]
+"""Takes an iterator and its length, and returns the iterator wrapped in a progress bar."""
 
 
 @dataclass

@@ -20,17 +20,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mvmoe_deploy.checkpoint import Superclasses
+from mvmoe_deploy.checkpoint import Header, Superclasses
 from mvmoe_deploy.errors import DataError, ImageError, as_text, first_line
 from mvmoe_deploy.imagefiles import HEAD, MAX_FILE_BYTES, claims_to_be_image, image_format, is_hidden, walk
 from mvmoe_deploy.images import Preprocessing, to_pixels
-from mvmoe_deploy.models.train.data import ImageSet
+from mvmoe_deploy.models.train.data import Bar, ImageSet
 
 NO_IMAGE = "file that is no image", "files that are no images"
 HIDDEN = "hidden file", "hidden files"
@@ -92,7 +91,7 @@ def read_images(
     val_share: float = 0.0,
     hold_out: int = 0,
     held_out_only: bool = False,
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
+    progress: Bar | None = None,
 ) -> ImageSet:
     """Reads a split of a data set, a folder ``data/split`` or a file ``data/split.zip``, at the model's size.
 
@@ -116,45 +115,30 @@ def read_images(
             read, a class has no more images than are held out, or there is no room for the temporary file.
     """
     with _open_split(data, split, val_share) as found:
-        where = found.where
         if class_ids is None:
             class_ids = list(found.images)
         elif list(found.images) != sorted(class_ids):
             odd = sorted(set(found.images) ^ set(class_ids))
-            raise DataError(f"{where}: class {odd[0]!r} is in one of the two splits only ({len(odd)} such classes)")
+            said = f"class {odd[0]!r} is in one of the two splits only ({len(odd)} such classes)"
+            raise DataError(f"{found.where}: {said}")
         by_class = _held_out(found.images, hold_out, held_out_only) if hold_out else found.images
         files = [file for each in by_class.values() for file in each]
-        size = preprocessing.size
-        pixels = _empty((len(files), 3, size, size), memory_limit)
-
-        def decode(index: int) -> str | None:
-            file = files[index]
-            try:
-                # storing channels first saves a transposition of every batch later
-                pixels[index] = to_pixels(file.read(ALL), preprocessing, file.name).transpose(2, 0, 1)
-                return None
-            except ImageError as error:
-                return str(error)
-
-        with ThreadPoolExecutor() as pool:
-            results = pool.map(decode, range(len(files)))
-            errors = list(progress(results, len(files)) if progress else results)
-    skipped = [error for error in errors if error]
-    if skipped and not skip_unreadable:
-        count = f"{len(skipped)} {UNREADABLE[len(skipped) > 1]}"
-        raise DataError(f"{skipped[0]} ({count} in {where}; --skip-unreadable leaves them out)")
-    keep = np.array([error is None for error in errors], dtype=bool)
+        pixels, errors = _decode(files, preprocessing, memory_limit, progress)
     index_of = {class_id: index for index, class_id in enumerate(class_ids)}
-    labels = np.array([index_of[class_id] for class_id, each in by_class.items() for _ in each])[keep]
-    if empty := set(range(len(class_ids))) - set(labels.tolist()):
-        raise DataError(f"{where}: class {class_ids[min(empty)]!r} has no readable image")
-    left_out = found.left_out
+    labels = np.array([index_of[class_id] for class_id, each in by_class.items() for _ in each])
+    skipped, left_out = list(errors.values()), found.left_out
     if skipped:
-        left_out = [f"{len(skipped)} {UNREADABLE[len(skipped) > 1]} (first: {skipped[0]})", *left_out]
-        kept = np.flatnonzero(keep)
+        count = f"{len(skipped)} {UNREADABLE[len(skipped) > 1]}"
+        if not skip_unreadable:
+            raise DataError(f"{skipped[0]} ({count} in {found.where}; --skip-unreadable leaves them out)")
+        left_out = [f"{count} (first: {skipped[0]})", *left_out]
+        kept = [index for index in range(len(files)) if index not in errors]
+        labels = labels[kept]
         for place, index in enumerate(kept):  # in place, because a copy could be too large
             pixels[place] = pixels[index]
         pixels = pixels[: len(kept)]
+    if empty := set(range(len(class_ids))) - set(labels.tolist()):
+        raise DataError(f"{found.where}: class {class_ids[min(empty)]!r} has no readable image")
     return ImageSet(
         pixels=torch.from_numpy(pixels),
         labels=torch.from_numpy(labels),
@@ -162,6 +146,38 @@ def read_images(
         skipped=skipped,
         left_out=left_out,
     )
+
+
+def _decode(
+    files: list[_File], preprocessing: Preprocessing, memory_limit: int, progress: Bar | None
+) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    """Decodes images in parallel.
+
+    Returns:
+        Pixels ``[n, 3, size, size]``, and the errors of those that cannot be read, by their index.
+    """
+    size = preprocessing.size
+    pixels = _empty((len(files), 3, size, size), memory_limit)
+
+    def decode(index: int) -> str | None:
+        file = files[index]
+        try:
+            # storing channels first saves a transposition of every batch later
+            pixels[index] = to_pixels(file.read(ALL), preprocessing, file.name).transpose(2, 0, 1)
+            return None
+        except ImageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(decode, range(len(files)))
+        errors = list(progress(results, len(files)) if progress else results)
+    return pixels, {index: error for index, error in enumerate(errors) if error}
+
+
+def recorded_val_share(header: Header) -> float:
+    """The ``val_share`` that a checkpoint was trained with; 0 if its data set had a ``val``."""
+    share = header.training.get("val_share", 0.0)
+    return float(share) if isinstance(share, int | float) and 0 < share < 1 else 0.0
 
 
 def has_split(data: Path, split: str) -> bool:
@@ -189,7 +205,7 @@ def _open_split(data: Path, split: str, val_share: float) -> Iterator[_Split]:
             found = _sort_out(archive, source, _files_of_zip(archive, opened))
             yield _divide(found, split, val_share) if divided else found
     else:
-        hint = "; mvmoe-train --val-share 0.1 takes a tenth of each class instead" if split == "val" else ""
+        hint = "; --val-share 0.1 takes a tenth of each class instead" if split == "val" else ""
         raise DataError(f"{data}: has neither a folder {split}/ nor a file {split}.zip{hint}")
 
 

@@ -20,7 +20,7 @@ from mvmoe_deploy.models.train.batches import Endless, Progress
 from mvmoe_deploy.models.train.data import ImageSet
 from mvmoe_deploy.models.train.recipe import Recipe
 from mvmoe_deploy.models.train.teacher import Teacher
-from mvmoe_deploy.models.train.trainer import Trainer
+from mvmoe_deploy.models.train.trainer import Trainer, check_fits, state_of
 
 Source = ImageSet | Endless
 
@@ -93,9 +93,6 @@ def train(
     training = dict(job.notes)
     model = _model(job, training)
     teacher = _teacher(job, training)
-    images = job.train() if callable(job.train) else job.train
-    if images.class_ids != job.val.class_ids:
-        raise DataError("training and validation images are of different classes")
     ids = job.val.class_ids
     header = checkpoints.new_header(
         model=job.config.to_dict(),
@@ -105,6 +102,10 @@ def train(
         superclasses=superclasses,
         training=training,
     )
+    check_fits(model, header, job.recipe, teacher)
+    images = job.train() if callable(job.train) else job.train
+    if images.class_ids != ids:
+        raise DataError("training and validation images are of different classes")
     trainer = Trainer(
         model=model,
         header=header,
@@ -131,7 +132,7 @@ def check_out(out: Path, epochs: int, resume: bool, force: bool) -> Checkpoint |
     Raises:
         DataError: an existing checkpoint may not be overwritten, or its training cannot be continued.
     """
-    state = out.with_name(out.name + ".state")
+    state = state_of(out)
     if out.suffix not in (".pt", ".safetensors"):
         raise DataError(f"{out}: a checkpoint's name ends in .pt or .safetensors")
     if (out.exists() or state.exists()) and not (resume or force):

@@ -52,16 +52,14 @@ class Trainer:
         device: str = "cpu",
         teacher: Teacher | None = None,
     ) -> None:
-        if (teacher is None) != (recipe.teacher_weight == 0):
-            raise DataError("a teacher needs a share of the target: give --teacher and --teacher-weight, or neither")
-        _check_router(model, header, recipe)
+        check_fits(model, header, recipe, teacher)
         self.model = model.to(device)
         self.header = header
         self.val_set = val
         self.recipe = recipe
         self.out = out
         self.device = torch.device(device)
-        self.state_path = out.with_name(out.name + ".state")
+        self.state_path = state_of(out)
         self.log_path = out.with_name(out.name + ".jsonl")
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -306,7 +304,19 @@ def optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [adamw, Muon([{"params": hidden, "share": 1.0}], rate, decay, own=recipe.expert_rate)]
 
 
-def _check_router(model: Model, header: Header, recipe: Recipe) -> None:
+def state_of(out: Path) -> Path:
+    """The file in which a run that writes the checkpoint ``out`` keeps what it needs to be resumed."""
+    return out.with_name(out.name + ".state")
+
+
+def check_fits(model: Model, header: Header, recipe: Recipe, teacher: Teacher | None) -> None:
+    """Checks that a recipe trains this model. The check is cheap, so call it before images are read.
+
+    Raises:
+        DataError: a teacher or super-classes are missing, or have no use.
+    """
+    if (teacher is None) != (recipe.teacher_weight == 0):
+        raise DataError("a teacher needs a share of the target: give --teacher and --teacher-weight, or neither")
     if model.config.routes != "images":
         return
     experts, superclasses = model.config.experts, header.superclasses

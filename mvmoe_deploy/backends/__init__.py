@@ -54,6 +54,10 @@ def native_path(path: str | os.PathLike[str]) -> str:
         raise BackendError(f"{path}: not UTF-8, as its reader needs; rename the file or folder") from None
 
 
+class GraphError(ValueError):
+    """A graph that must not be passed to an engine; the message says why."""
+
+
 MAX_THREADS_PER_CPU = 4
 """Largest number of threads per CPU. More threads only wait for each other: 256 on two CPUs take a thousand times as
 long as one."""

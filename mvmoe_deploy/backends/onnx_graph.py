@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from mvmoe_deploy.backends import GraphError
 from mvmoe_deploy.backends.onnx_reader import (
     BITS,
     FLOAT,
@@ -34,7 +35,6 @@ from mvmoe_deploy.backends.onnx_reader import (
     UINT8,
     Constant,
     Graph,
-    GraphError,
     Node,
     Type,
     read_graph,

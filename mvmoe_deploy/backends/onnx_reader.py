@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from mvmoe_deploy.backends import GraphError
+
 # msgspec structs take less time to create than dataclasses and named tuples, especially at a cold start.
 
 FLOAT, UINT8, INT8, INT32, INT64, FLOAT16, UINT4, INT4 = 1, 2, 3, 6, 7, 10, 21, 22
@@ -36,10 +38,6 @@ Field = tuple[int, Any]
 # as in Field
 _MODEL_IGNORED = {0x08, 0x12, 0x1A, 0x22, 0x28, 0x32}  # versions, producer, domain, doc_string
 _GRAPH_IGNORED = {0x12, 0x52}  # name, doc_string
-
-
-class GraphError(ValueError):
-    """A graph that must not be passed to an engine; the message says why."""
 
 
 class Node(msgspec.Struct, gc=False):

@@ -12,9 +12,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mvmoe_deploy.backends import LoadedPiece, OutputCheck, native_path
+from mvmoe_deploy.backends import GraphError, LoadedPiece, OutputCheck, native_path
 from mvmoe_deploy.backends.onnx_graph import check_graph
-from mvmoe_deploy.backends.onnx_reader import GraphError
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import BackendError, first_line
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
+from mvmoe_deploy.backends import GraphError
+
 NONE = 0xFFFFFFFF
 """Stands in place of an identifier for "no bias" or "not an external value"."""
 
@@ -183,10 +185,6 @@ _OPERANDS: dict[int, tuple[tuple[int, ...], int]] = {
 """For each kind of node, the fields that name its inputs and the field that names its output."""
 
 Shape = tuple[int, ...]
-
-
-class GraphError(ValueError):
-    """A graph that must not be passed to native code; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -240,10 +240,54 @@ def read_split(
     )
 
 
-def val_share(header: Header) -> float:
-    """The ``--val-share`` that a checkpoint was trained with, so that it is judged on the images that it never saw."""
-    share = header.training.get("val_share", 0.0)
-    return float(share) if isinstance(share, int | float) and 0 < share < 1 else 0.0
+def add_data_options(p: argparse.ArgumentParser, *, any_split: bool = True) -> None:
+    """Declares what the commands that study a model on labelled images have in common.
+
+    Args:
+        p: the command's parser.
+        any_split: whether the user may choose the split.
+    """
+    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
+    if any_split:
+        p.add_argument("--split", default="val", help="which of its folders or zips to read")
+    p.add_argument("--val-share", type=share, metavar="SHARE", help=VAL_SHARE_HELP)
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
+
+
+VAL_SHARE_HELP = (
+    "if --data has no val: the share of each class to validate on (default: what the checkpoint was trained with; a "
+    "bundle does not know it)"
+)
+
+
+def use_threads(count: int | None) -> None:
+    """Sets the number of PyTorch's CPU threads; None leaves it at the number of CPUs."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+def val_share(args: argparse.Namespace, header: Header) -> float:
+    """The share of each class to validate on: the option's, or what the checkpoint was trained with.
+
+    A model is thereby judged on images that it never saw.
+    """
+    from mvmoe_deploy.models.train.folders import recorded_val_share
+
+    given: float | None = args.val_share
+    return recorded_val_share(header) if given is None else given
+
+
+def share(text: str) -> float:
+    """An argparse type: a share of at least 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0 and below 1, is {text!r}")
+    return value
 
 
 def positive_int(text: str) -> int:

@@ -42,11 +42,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def describe(bundle: Bundle) -> str:
     """The bundle as text."""
+    parts = [*map(folded, _about(bundle)), "", _pieces(bundle)]
+    if bundle.manifest.routing:
+        parts += ["", *_routing(bundle)]
+    if bundle.manifest.verification:
+        parts += ["", *map(folded, verification_lines(bundle))]
+    return "\n".join(parts)
+
+
+def _about(bundle: Bundle) -> list[str]:
     m = bundle.manifest
     total = sum(file.bytes for file in m.files)
     shape = ", ".join(f"{key} {value}" for key, value in m.model.items() if key != "architecture")
     p = m.preprocessing
-    about = [
+    return [
         f"{bundle.path}: {m.target}, {m.precision}, {m.layout} layout, {len(m.files)} files, {total / 1e6:.2f} MB",
         f"model: {m.model.get('architecture', 'foreign')} ({shape})",
         f"from: {m.source.checkpoint or 'a model in memory'} (sha256 {m.source.sha256[:12]}…)",
@@ -56,38 +65,35 @@ def describe(bundle: Bundle) -> str:
         f"classes: {len(m.class_names)} ({', '.join(m.class_names[:4])}, …)",
         f"made with: {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
     ]
-    lines = [
-        *map(folded, about),
-        "",
-        table(
-            [
-                [
-                    x.name,
-                    f"{x.graph}{':' + x.function if x.function else ''}",
-                    x.parameters,
-                    None if x.flops is None else x.flops / 1e6,
-                    _io(x.inputs),
-                    _io(x.outputs),
-                ]
-                for x in m.pieces
-            ],
-            ["piece", "graph", "parameters", "MFLOPs", "inputs", "outputs"],
-        ),
-    ]
-    if m.routing:
-        r = m.routing
-        lines += [
-            "",
-            folded(f"routing: {r.k} of {r.experts} experts per image, in {r.moe_layers} MoE layers, router {r.router}"),
+
+
+def _pieces(bundle: Bundle) -> str:
+    rows = [
+        [
+            piece.name,
+            f"{piece.graph}{':' + piece.function if piece.function else ''}",
+            piece.parameters,
+            None if piece.flops is None else piece.flops / 1e6,
+            _io(piece.inputs),
+            _io(piece.outputs),
         ]
-        known = [None if expert.name == f"expert {i}" else expert.name for i, expert in enumerate(m.experts)]
-        if any(known):
-            classes = [len(expert.classes) or None for expert in m.experts]
-            rows = [[i, name, count] for i, (name, count) in enumerate(zip(known, classes, strict=True))]
-            lines += [table(rows, ["expert", "is for", "classes"])]
-    if m.verification:
-        lines += ["", *map(folded, verification_lines(bundle))]
-    return "\n".join(lines)
+        for piece in bundle.manifest.pieces
+    ]
+    return table(rows, ["piece", "graph", "parameters", "MFLOPs", "inputs", "outputs"])
+
+
+def _routing(bundle: Bundle) -> list[str]:
+    r, experts = bundle.manifest.routing, bundle.manifest.experts
+    assert r is not None
+    lines = [
+        folded(f"routing: {r.k} of {r.experts} experts per image, in {r.moe_layers} MoE layers, router {r.router}")
+    ]
+    known = [None if expert.name == f"expert {i}" else expert.name for i, expert in enumerate(experts)]
+    if any(known):
+        classes = [len(expert.classes) or None for expert in experts]
+        rows = [[i, name, count] for i, (name, count) in enumerate(zip(known, classes, strict=True))]
+        lines.append(table(rows, ["expert", "is for", "classes"]))
+    return lines
 
 
 def _three(values: tuple[float, float, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.terminal import number
 
 SHOWN = 5
 """Most images that are listed of those with another route, or another class, than PyTorch gives."""
@@ -36,7 +37,7 @@ def _lines(report: dict[str, Any], precision: str) -> list[str]:
         lines.append(f"  routing agreement {report['routing_agreement']:.1%}")
         lines += _changes(report["route_flips"], "routed to", report["tolerance"]["margin"])
     if report["gates_apart"] is not None:
-        off = f"{report['gates_apart']:,.3g} tolerances off"
+        off = f"{number(report['gates_apart'])} tolerances off"
         lines.append(f"  if gates were left out or renormalised, logits would be {off} on these images")
     if report["eyesight"] is not None:
         lines += _eyesight(report["eyesight"])
@@ -59,7 +60,7 @@ def _changes(changes: list[dict[str, Any]], what: str, margin: float) -> list[st
 
 def _eyesight(eyesight: dict[str, Any]) -> list[str]:
     a, b = eyesight["experts"]
-    apart = f"{eyesight['tolerances']:,.3g} tolerances apart"
+    apart = f"{number(eyesight['tolerances'])} tolerances apart"
     lines = [f"  experts {a} and {b} are the most alike: their outputs are {apart}"]
     by = eyesight["told_apart_by"]
     if by == "outputs":

@@ -14,8 +14,9 @@ from exported import Exported
 from onnx import TensorProto, helper, numpy_helper
 
 import mvmoe_deploy
+from mvmoe_deploy.backends import GraphError
 from mvmoe_deploy.backends.onnx_graph import check_graph
-from mvmoe_deploy.backends.onnx_reader import GraphError, read_graph
+from mvmoe_deploy.backends.onnx_reader import read_graph
 from mvmoe_deploy.bundle import Piece, TensorSpec, open_bundle
 from mvmoe_deploy.errors import BackendError
 

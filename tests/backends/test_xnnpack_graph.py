@@ -13,7 +13,8 @@ pytest.importorskip("executorch")
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch_bundles import bundle
 
-from mvmoe_deploy.backends.xnnpack_graph import GraphError, _Table, check_graph
+from mvmoe_deploy.backends import GraphError
+from mvmoe_deploy.backends.xnnpack_graph import _Table, check_graph
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mvmoe_deploy.terminal import Cell, folded, markdown_table, number, numeric_columns, table, terminal_width
+from mvmoe_deploy.terminal import Cell, folded, markdown_table, number, numeric_columns, table, terminal_width, unique
 
 HEADERS = ["model", "p50 ms (95 %)", "p90 ms", "first image MB", "classes mostly sent there", "inputs"]
 ROWS: list[list[Cell]] = [
@@ -64,6 +64,7 @@ def test_without_a_terminal_lines_are_as_long_as_they_are(monkeypatch: pytest.Mo
     assert terminal_width() == 80
     assert max(map(len, table(ROWS, HEADERS).splitlines())) <= 80
     assert folded("a b c", 3) == "a b\nc" and folded("x\ny", 80) == "x\ny"
+    assert folded("  a b c", 5) == "  a b\n    c"
 
 
 def test_numbers_with_intervals_and_percentages_are_aligned_right() -> None:
@@ -84,3 +85,7 @@ def test_markdown_shows_texts_as_they_are() -> None:
         "| a\\|b\\*  |   3 |",
         "| c       |   – |",
     ]
+
+
+def test_names_that_are_the_same_are_numbered() -> None:
+    assert unique(["dense", "moe", "dense"]) == ["dense #1", "moe", "dense #2"]

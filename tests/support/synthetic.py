@@ -128,13 +128,8 @@ def paper_suite() -> r.Results:
 def bare(name: str = "bare") -> r.Row:
     """Only what every row has."""
     full = row("dense", name)
-    required = set(r.Row.__struct_fields__) - set(_defaults())
+    required = [field.name for field in msgspec.structs.fields(r.Row) if field.required]
     return r.Row(
         **{field: getattr(full, field) for field in required}
         | {"flops": None, "macs": None, "counted_macs": None, "active_parameters": None}
     )
-
-
-def _defaults() -> list[str]:
-    fields = r.Row.__struct_fields__
-    return list(fields[len(fields) - len(r.Row.__struct_defaults__) :])

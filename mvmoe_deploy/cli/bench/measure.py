@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvmoe_deploy.cli.bench.outputs import add_measuring_outputs, publish
-from mvmoe_deploy.cli.common import positive_int, thread_count
+from mvmoe_deploy.cli.common import positive_int, share, thread_count
 from mvmoe_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--data", type=Path, metavar="DIR", help="labelled images, as for mvmoe-train; adds accuracy and routing"
     )
+    p.add_argument(
+        "--val-share", type=share, default=0.0, metavar="SHARE",
+        help="if --data has no val: the share of each class that the models were validated on",
+    )  # fmt: skip
     p.add_argument("--count", type=positive_int, default=1000, help="labelled images to use, evenly spaced")
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
     p.add_argument("--rounds", type=positive_int, default=100, help="least number of samples per row")
@@ -98,7 +102,7 @@ def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Res
     from mvmoe_deploy.bench.measure.run import measure, measure_suite
 
     backends, baselines = _list(args.backends), _list(args.baselines)
-    images, plan = choose_images(args.images, args.data), _plan(args)
+    images, plan = choose_images(args.images, args.data, args.val_share), _plan(args)
     if args.suite:
         return measure_suite(
             scales=choose_scales(args.scales),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import positive_int, progress_bar, read_split, thread_count, val_share
+from mvmoe_deploy.cli.common import add_data_options, positive_int, progress_bar, read_split, use_threads, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -34,11 +34,9 @@ examples:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("model", type=Path, metavar="CKPT|BUNDLE", help="a routed model, trained or exported")
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips to read")
+    add_data_options(p)
     p.add_argument("--count", type=positive_int, metavar="N", help="use N images, evenly spaced (default: all)")
     p.add_argument("--backend", help="engine to run a bundle with (default: the one for its target)")
-    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all, 1 for a bundle)")
     p.add_argument("--plot", type=Path, metavar="PNG", help="draw the analysis into this file")
     p.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -66,10 +64,9 @@ def _of_checkpoint(args: argparse.Namespace) -> ImageAnalysis | TokenAnalysis:
 
     if args.backend:
         raise DataError(f"--backend {args.backend}: {args.model} is a checkpoint, which PyTorch runs")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     model, header = load_checkpoint(args.model)
-    images = _images(args, header.preprocessing, header.class_ids, val_share(header))
+    images = _images(args, header.preprocessing, header.class_ids, val_share(args, header))
     predictions = predict(model, images, header.preprocessing, progress=_bar("classifying"))
     if predictions.routing is None:
         raise _dense(args.model)
@@ -93,7 +90,7 @@ def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
         manifest = runtime.bundle.manifest
         if manifest.routing is None:
             raise _dense(args.model)
-        images = _images(args, manifest.preprocessing, manifest.class_ids)
+        images = _images(args, manifest.preprocessing, manifest.class_ids, args.val_share or 0.0)
         predictions = predict_with_bundle(runtime, images, progress=_bar("classifying"))
         superclasses = superclasses_of(manifest)
         forced = None
@@ -103,9 +100,7 @@ def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
     return analyse_images(predictions, manifest.class_names, superclasses, forced)
 
 
-def _images(
-    args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str], share: float = 0.0
-) -> ImageSet:
+def _images(args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str], share: float) -> ImageSet:
     images = read_split(args.data, args.split, preprocessing, class_ids, val_share=share)
     return images.spaced(args.count) if args.count else images
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import positive_int, read_split, val_share
+from mvmoe_deploy.cli.common import add_data_options, positive_int, read_split, use_threads, val_share
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.terminal import table
 
@@ -27,8 +27,7 @@ example:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained V-MoE")
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips to read")
+    add_data_options(p)
     p.add_argument(
         "--factors",
         type=float,
@@ -49,11 +48,14 @@ def run(args: argparse.Namespace) -> None:
     from mvmoe_deploy.models.study.capacity import capacity_curve
     from mvmoe_deploy.models.study.pictures import draw_capacity
 
+    use_threads(args.threads)
     model, header = load_checkpoint(args.checkpoint)
     if model.config.capacity_factor is None:
         raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
     factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})
-    images = read_split(args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(header))
+    images = read_split(
+        args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(args, header)
+    )
     with tqdm(total=2 * len(factors), desc="capacity", delay=2, disable=None, leave=False, file=sys.stderr) as bar:
 
         def progress(done: int) -> None:

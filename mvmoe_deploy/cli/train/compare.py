@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mvmoe_deploy.cli.common import progress_bar, read_split, thread_count, val_share
+from mvmoe_deploy.cli.common import add_data_options, progress_bar, read_split, use_threads, val_share
 from mvmoe_deploy.errors import DataError
-from mvmoe_deploy.terminal import Cell, markdown_table, table
+from mvmoe_deploy.terminal import Cell, folded, markdown_table, table, unique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mvmoe_deploy.models import Model
     from mvmoe_deploy.models.study.comparison import Row
     from mvmoe_deploy.models.study.evaluation import Predictions
-    from mvmoe_deploy.models.train.data import ImageSet
+    from mvmoe_deploy.models.train.data import Bar, ImageSet
+
+    Candidate = tuple[str, Header, Model, Predictions]
 
 HELP = "compare trained models on the same images: their accuracy, and what each needs on a device"
 
@@ -43,9 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         metavar="CKPT",
         help="trained models; the others are compared with the first",
     )
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="labelled images, as for mvmoe-train")
-    p.add_argument("--split", default="val", help="which of its folders or zips to read")
-    p.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
+    add_data_options(p)
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
     form.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
@@ -53,35 +53,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    import torch
-
-    from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.comparison import compare, recipe_differences
-    from mvmoe_deploy.models.study.evaluation import predict
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    loaded = [load_checkpoint(path) for path in args.checkpoints]
-    class_ids = loaded[0][1].class_ids
-    for path, (_, header) in zip(args.checkpoints, loaded, strict=True):
-        if header.class_ids != class_ids:
-            raise DataError(f"{path}: knows other classes than {args.checkpoints[0]}; they cannot be compared")
+    use_threads(args.threads)
     read: dict[Preprocessing, ImageSet] = {}
-    candidates = []
-    for name, (model, header) in zip(_names(args.checkpoints), loaded, strict=True):
-        preprocessing = header.preprocessing
-        share = val_share(header)
-        if share != val_share(loaded[0][1]):
-            raise DataError(f"{name}: has another --val-share than {args.checkpoints[0]}, so other validation images")
-        if preprocessing not in read:
-            read[preprocessing] = read_split(args.data, args.split, preprocessing, class_ids, val_share=share)
-        predictions = predict(
-            model,
-            read[preprocessing],
-            preprocessing,
-            progress=lambda items, total, name=name: progress_bar(items, total, name),  # type: ignore[misc]
-        )
-        candidates.append((name, header, model, predictions))
+    candidates = _candidates(args, read)
     rows = compare(candidates)
     images = len(candidates[0][3].labels)
     differing = recipe_differences(rows)
@@ -95,20 +71,47 @@ def run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(result, indent=1))
         return
-    like_paper = len(class_ids) >= LEAST_CLASSES
+    like_paper = len(candidates[0][1].class_ids) >= LEAST_CLASSES
     print(_printed([_accuracy(row, like_paper) for row in rows], ACCURACY, markdown=args.markdown), end="\n\n")
     print(_printed([_needs(row) for row in rows], NEEDS, markdown=args.markdown), end="\n\n")
-    print(NOTE.format(images=images, split=args.split, base=rows[0].name))
+    print(folded(NOTE.format(images=images, split=args.split, base=rows[0].name)))
     for field, values in differing.items():
-        print(f"recipes differ in {field}: {', '.join(f'{name} {value}' for name, value in values.items())}")
+        given = ", ".join(f"{name} {value}" for name, value in values.items())
+        print(folded(f"recipes differ in {field}: {given}"))
     if unknown := [row.name for row in rows if not row.recipe]:
-        print(f"no recipe is recorded in {', '.join(unknown)}")
+        print(folded(f"no recipe is recorded in {', '.join(unknown)}"))
     for name, sentences in said.items():
-        print(f"\n{name}: {' '.join(sentences)}")
+        print(folded(f"\n{name}: {' '.join(sentences)}"))
+
+
+def _candidates(args: argparse.Namespace, read: dict[Preprocessing, ImageSet]) -> list[Candidate]:
+    """The models with their predictions; ``read`` receives the images, which models of one preprocessing share."""
+    from mvmoe_deploy.models import load_checkpoint
+    from mvmoe_deploy.models.study.evaluation import predict
+
+    loaded = [load_checkpoint(path) for path in args.checkpoints]
+    first = loaded[0][1]
+    candidates = []
+    for path, name, (model, header) in zip(args.checkpoints, _names(args.checkpoints), loaded, strict=True):
+        if header.class_ids != first.class_ids:
+            raise DataError(f"{path}: knows other classes than {args.checkpoints[0]}; they cannot be compared")
+        share = val_share(args, header)
+        if share != val_share(args, first):
+            raise DataError(f"{path}: has another --val-share than {args.checkpoints[0]}, so other validation images")
+        preprocessing = header.preprocessing
+        if preprocessing not in read:
+            read[preprocessing] = read_split(args.data, args.split, preprocessing, first.class_ids, val_share=share)
+        predictions = predict(model, read[preprocessing], preprocessing, progress=_bar(name))
+        candidates.append((name, header, model, predictions))
+    return candidates
+
+
+def _bar(title: str) -> Bar:
+    return lambda items, total: progress_bar(items, total, title)
 
 
 def _verdicts(
-    candidates: list[tuple[str, Header, Model, Predictions]], rows: Sequence[Row], images: dict[Preprocessing, ImageSet]
+    candidates: list[Candidate], rows: Sequence[Row], images: dict[Preprocessing, ImageSet]
 ) -> dict[str, list[str]]:
     """What can be said of each model that routes images to super-classes' experts, where the first model is dense."""
     import torch
@@ -127,12 +130,11 @@ def _verdicts(
         forced = None
         if routing.chosen.shape[1] == 1:
             experts = groups[predictions.labels][:, None]
-            title = f"{name}, all sent right"
             forced = predict(
                 model,
                 images[header.preprocessing],
                 header.preprocessing,
-                progress=lambda items, total, title=title: progress_bar(items, total, title),  # type: ignore[misc]
+                progress=_bar(f"{name}, all sent right"),
                 experts=experts,
             ).top[:, 0]
         found = traces(
@@ -148,11 +150,12 @@ def _verdicts(
     return said
 
 
-NOTE = """\
-{images:,} images of {split}. delta: percentage points over {base}, with its paired bootstrap interval over the images
-and the p of McNemar's exact test. expert MLPs: how many one image uses, mean / most, out of all; those of different
-layers count separately. MB: fp32 weights in memory for one image, mean / most, and for all images if none is loaded
-twice."""
+NOTE = (
+    "{images:,} images of {split}. delta: percentage points over {base}, with its paired bootstrap interval over the "
+    "images and the p of McNemar's exact test. expert MLPs: how many one image uses, mean / most, out of all; those of "
+    "different layers count separately. MB: fp32 weights in memory for one image, mean / most, and for all images if "
+    "none is loaded twice."
+)
 ACCURACY = ["model", "routing", "top-1 %", "delta", "95 % interval", "p", "paper delta", "router %", "samples"]
 LEAST_CLASSES = 100
 """With fewer classes, figure 3e's differences are not shown: they are of ImageNet's 1,000 classes and would mislead."""
@@ -202,6 +205,6 @@ def _printed(rows: list[list[Cell]], headers: list[str], *, markdown: bool) -> s
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """File names without their suffix, or the paths as given if two names are equal."""
+    """File names without their suffix, or the paths as given if two names are equal; numbered if a path is repeated."""
     stems = [path.stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    return unique(stems if len(set(stems)) == len(stems) else list(map(str, paths)))

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import read_split, val_share
+from mvmoe_deploy.cli.common import add_data_options, read_split, use_threads, val_share
 from mvmoe_deploy.errors import DataError
 
 HELP = "evaluate a checkpoint on the validation images: top-1, top-5, router accuracy, load per expert"
@@ -21,7 +21,7 @@ example:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained model")
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with val/ or val.zip")
+    add_data_options(p)
     p.add_argument("--capacity-factor", type=float, help="V-MoE: use this one instead of the checkpoint's")
     p.add_argument(
         "--order",
@@ -36,13 +36,16 @@ def run(args: argparse.Namespace) -> None:
     from mvmoe_deploy.models import load_checkpoint
     from mvmoe_deploy.models.study.evaluation import evaluate
 
+    use_threads(args.threads)
     model, header = load_checkpoint(args.checkpoint)
     if args.capacity_factor is not None or args.order is not None:
         if model.config.capacity_factor is None:
             raise DataError(f"{args.checkpoint}: has no capacity; --capacity-factor and --order are for a V-MoE")
         factor = model.config.capacity_factor if args.capacity_factor is None else args.capacity_factor
         model.set_capacity(factor, args.order)
-    images = read_split(args.data, "val", header.preprocessing, header.class_ids, val_share=val_share(header))
+    images = read_split(
+        args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(args, header)
+    )
     result = evaluate(model, images, header.preprocessing, header.superclasses)
     if args.json:
         print(json.dumps({"images": len(images.labels), **dataclasses.asdict(result)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mvmoe_deploy.cli.common import positive_int, read_split, val_share
+from mvmoe_deploy.cli.common import add_data_options, positive_int, read_split, use_threads, val_share
 from mvmoe_deploy.errors import DataError
 
 HELP = "group the classes that a dense model confuses into super-classes"
@@ -19,7 +19,7 @@ example:
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
     p.add_argument("checkpoint", type=Path, metavar="CKPT", help="a trained dense model, or a teacher")
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set that the model was trained on")
+    add_data_options(p, any_split=False)
     p.add_argument("--experts", type=positive_int, default=10, help="number of super-classes")
     p.add_argument(
         "--out", type=Path, required=True, metavar="TSV", help="table to write: class id, super-class, class name"
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.out, plot):
         if path.exists() and not args.force:
             raise DataError(f"{path}: exists already; --force replaces it")
+    use_threads(args.threads)
     model, header = load_checkpoint(args.checkpoint)  # a dense baseline, or its teacher, which confuses less
     if model.config.routes is not None:
         raise DataError(f"{args.checkpoint}: is already routed; super-classes come from a dense model")
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         "train",
         header.preprocessing,
         header.class_ids,
-        val_share=val_share(header),
+        val_share=val_share(args, header),
         hold_out=held_out,
         held_out_only=True,
     )

@@ -7,13 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvmoe_deploy.cli.common import positive_int, progress_bar, read_split, thread_count
+from mvmoe_deploy.cli.common import positive_int, progress_bar, read_split, share, thread_count, use_threads
 from mvmoe_deploy.errors import ConfigError, DataError, as_text, first_line
 
 if TYPE_CHECKING:
     from mvmoe_deploy.checkpoint import Superclasses
+    from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.registry import Architecture, ModelConfig
     from mvmoe_deploy.models.train.data import ImageSet
+    from mvmoe_deploy.models.train.job import Job
+    from mvmoe_deploy.models.train.recipe import Recipe
 
 HELP = "train a dense model, or one whose router picks experts for each image or token"
 
@@ -95,7 +98,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     run_ = p.add_argument_group("running")
     run_.add_argument("--hold-out", type=int, default=0, metavar="N", help="training images per class to leave out")
-    run_.add_argument("--val-share", type=float, default=0.0, metavar="SHARE", help=VAL_SHARE_HELP)
+    run_.add_argument("--val-share", type=share, default=0.0, metavar="SHARE", help=VAL_SHARE_HELP)
     run_.add_argument("--resume", action="store_true", help="go on after the last complete epoch, if there is one")
     run_.add_argument("--force", action="store_true", help="start again even if --out or its state file exists")
     run_.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
@@ -125,12 +128,8 @@ def _shape_options(named: list[Architecture]) -> dict[str, dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     """See :class:`mvmoe_deploy.cli.common.SubCommand`."""
-    import torch
-
-    from mvmoe_deploy.images import Preprocessing
     from mvmoe_deploy.models.registry import by_name
-    from mvmoe_deploy.models.train.folders import has_split, read_class_names, read_superclasses
-    from mvmoe_deploy.models.train.job import Job, check_out, train
+    from mvmoe_deploy.models.train.job import check_out, train
     from mvmoe_deploy.models.train.recipe import Recipe
 
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
@@ -138,24 +137,24 @@ def run(args: argparse.Namespace) -> None:
     architecture, _ = by_name(args.model)
     _check_options(args, architecture)
     check_out(args.out, recipe.epochs, args.resume, args.force)  # before images are read, which takes longer
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = _device(args.device)
+    use_threads(args.threads)
+    job = _job(args, recipe, architecture)
+    train(job, progress_bar, report=lambda line: print(_describe(line), flush=True), say=print)
+    print(f"wrote {args.out}")
+
+
+def _job(args: argparse.Namespace, recipe: Recipe, architecture: Architecture) -> Job:
+    """The training run that the options describe. The validation images are read, the training images are not yet."""
+    from mvmoe_deploy.images import Preprocessing
+    from mvmoe_deploy.models.train.folders import read_class_names, read_superclasses
+    from mvmoe_deploy.models.train.job import Job
+
     preprocessing = Preprocessing(size=args.image_size)
-    if args.val_share and has_split(args.data, "val"):
-        raise DataError(f"--val-share {args.val_share}: {args.data} has a val split of its own")
-    if not 0 <= args.val_share < 1:
-        raise DataError(f"--val-share {args.val_share}: expected a share of at least 0 and below 1")
-    reading = {
-        "skip_unreadable": args.skip_unreadable,
-        "memory_limit": int(args.memory_limit * 1e9),
-        "val_share": args.val_share,
-    }
-    val = read_split(args.data, "val", preprocessing, **reading)
+    val = _read(args, "val", preprocessing)
     superclasses = read_superclasses(args.superclasses, val.class_ids) if args.superclasses else None
 
     def read_train() -> ImageSet:
-        images = read_split(args.data, "train", preprocessing, val.class_ids, hold_out=args.hold_out, **reading)
+        images = _read(args, "train", preprocessing, val.class_ids, hold_out=args.hold_out)
         for split, found in (("train", images), ("val", val)):
             print(found.describe(split))
         return images
@@ -163,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     notes = {"data": as_text(args.data.name), "held_out_per_class": args.hold_out}
     if args.val_share:
         notes["val_share"] = args.val_share
-    job = Job(
+    return Job(
         config=_config(args, architecture, len(val.class_ids), superclasses),
         recipe=recipe,
         train=read_train,
@@ -176,16 +175,37 @@ def run(args: argparse.Namespace) -> None:
         teacher=args.teacher,
         answers=args.answers,
         notes=notes,
-        device=device,
+        device=_device(args.device),
         resume=args.resume,
         force=args.force,
     )
-    train(job, progress_bar, report=lambda line: print(_describe(line), flush=True), say=print)
-    print(f"wrote {args.out}")
+
+
+def _read(
+    args: argparse.Namespace,
+    split: str,
+    preprocessing: Preprocessing,
+    class_ids: list[str] | None = None,
+    hold_out: int = 0,
+) -> ImageSet:
+    return read_split(
+        args.data,
+        split,
+        preprocessing,
+        class_ids,
+        hold_out=hold_out,
+        skip_unreadable=args.skip_unreadable,
+        memory_limit=int(args.memory_limit * 1e9),
+        val_share=args.val_share,
+    )
 
 
 def _check_options(args: argparse.Namespace, architecture: Architecture) -> None:
-    """Refuses options that the model has no use for, and a routed model without a number of experts."""
+    """Refuses options that the model or the data have no use for, and a routed model without a number of experts."""
+    from mvmoe_deploy.models.train.folders import has_split
+
+    if args.val_share and has_split(args.data, "val"):
+        raise DataError(f"--val-share {args.val_share}: {args.data} has a val split of its own")
     for name, option in _shape_options(_named()).items():
         if getattr(args, name) is not None and name not in architecture.fields:
             raise ConfigError(f"{option['flag']}: a {architecture.name} ({args.model}) has none")

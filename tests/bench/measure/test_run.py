@@ -18,7 +18,7 @@ import tiny
 from exported import Exported, kept_traces
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, expert_turn, open_configuration
-from mvmoe_deploy.bench.candidates.prepare import of_bundle, of_checkpoint, prepare, unique
+from mvmoe_deploy.bench.candidates.prepare import of_bundle, of_checkpoint, prepare
 from mvmoe_deploy.bench.candidates.suite import choose_scales, paper_scales
 from mvmoe_deploy.bench.measure import energy, memory, noise, run
 from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, measure_accuracy
@@ -57,10 +57,6 @@ def test_a_bundle_is_described(bundle_path: Path, moe: Configuration) -> None:
     assert moe.bytes_on_disk == sum(sizes.values())
     assert moe.bytes_first_image == moe.bytes_on_disk - sum(expert[1:])
     assert moe.class_experts == [c % 4 for c in range(tiny.CLASSES)]
-
-
-def test_names_that_are_the_same_are_numbered() -> None:
-    assert unique(["dense", "moe", "dense"]) == ["dense #1", "moe", "dense #2"]
 
 
 def test_experts_take_turns(moe: Configuration, k2: Exported) -> None:

@@ -170,6 +170,9 @@ def test_checkpoint_and_bundle_agree(
     assert of_checkpoint["images"] == 36
     assert of_checkpoint["accuracy_if_right"] is not None
     assert max(of_checkpoint["load"]) < 1  # otherwise little could differ
+    flat = str(data / "val")  # without a val of its own: a checkpoint knows the share, a bundle has to be told
+    assert "--val-share 0.1 takes a tenth" in refused(capsys, str(bundle_path), "--data", flat)
+    assert analysed(capsys, str(bundle_path), "--data", flat, "--val-share", "0.5")["images"] == 18
     few = analysed(capsys, str(bundle_path), "--data", str(data), "--count", "12")
     assert few["images"] == 12
     assert all(sum(row) == pytest.approx(1) for row in few["heat"])  # images of every class

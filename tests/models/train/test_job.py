@@ -49,8 +49,9 @@ def images(count: int = 32) -> ImageSet:
 
 def job(out: Path, source: Any = None, **changes: Any) -> Job:
     recipe = {"epochs": 4, "batch": 16, "learning_rate": 0.005, "crop_padding": 1, "mixup": 0.2, **changes.pop("r", {})}
+    dense = models.config_from_name("vit_2x16", image_size=SIZE, patch_size=4, classes=CLASSES)
     return Job(
-        config=models.config_from_name("vit_2x16", image_size=SIZE, patch_size=4, classes=CLASSES),
+        config=changes.pop("config", dense),
         recipe=Recipe(**recipe), train=endless() if source is None else source, val=images(), out=out,
         preprocessing=Preprocessing(size=SIZE), **changes,
     )  # fmt: skip
@@ -166,10 +167,13 @@ def test_training_images_are_read_after_everything_else_was_checked(tmp_path: Pa
         raise AssertionError("read too early")
 
     reader: Callable[[], ImageSet] = read
+    routed = models.config_from_name("mvmoe_2x16", image_size=SIZE, patch_size=4, classes=CLASSES, experts=2)
     for wrong, message in (
         ({"start_from": tmp_path / "none.pt"}, "none.pt: no such file"),
         ({"teacher": tmp_path / "none.pt"}, "none.pt: no such file"),
         ({"answers": tmp_path}, "--answers keeps a --teacher's answers to"),
+        ({"r": {"teacher_weight": 1.0}}, "a teacher needs a share of the target"),
+        ({"config": routed}, "a per-image router is trained on super-classes"),
     ):
         with pytest.raises(Exception, match=message):
             train(job(tmp_path / "x.pt", reader, **wrong))

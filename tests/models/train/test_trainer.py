@@ -537,10 +537,14 @@ def test_a_data_set_without_a_validation_split_is_divided_alike_by_all_commands(
     shutil.make_archive(str(tmp_path / "zipped" / "train"), "zip", flat)
     argv = ["compare", str(out), str(out), "--data", str(tmp_path / "zipped"), "--json"]
     assert train.main(argv) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 3 * CLASSES
+    result = json.loads(capsys.readouterr().out)
+    assert (result["images"], result["recipes_differ_in"]) == (3 * CLASSES, {})
+    assert [row["name"] for row in result["rows"]] == [f"{out} #1", f"{out} #2"]
     argv = ["--data", str(data), "--model", "vit_2x32", "--out", str(tmp_path / "x.pt"), "--val-share"]
     assert "has a val split of its own" in fails(capsys, *argv, "0.1")
-    assert "expected a share of at least 0 and below 1" in fails(capsys, *argv[:1], str(flat), *argv[2:], "1")
+    with pytest.raises(SystemExit):
+        train.main([*argv, "1"])
+    assert "must be a number of at least 0 and below 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["bytes", "encrypted", "truncated", "none"])
