@@ -21,6 +21,9 @@ EMA_ENTRIES = ("state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put before every name."""
 
+COUNTER = "num_batches_tracked"
+"""Last part of the names under which batch norms count training steps: integers, which nothing computes with."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -88,7 +91,7 @@ def _has(saved: Mapping[Any, Any]) -> str:
 
 
 def _without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(weights)
+    result = {name: value for name, value in weights.items() if not name.endswith(COUNTER)}
     while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in result)), None):
         result = {name.removeprefix(prefix): value for name, value in result.items()}
     return result

@@ -103,11 +103,13 @@ class Model(nn.Module):
         config: the model's shape.
         moe_layers: number of MoE layers.
         cannot_split: why the model cannot be split into pieces and exported; empty if it can.
+        library: the library that builds the model, with its release; empty if this project alone does.
     """
 
     config: ModelConfig
     moe_layers: int = 0
     cannot_split: ClassVar[str] = ""
+    library: str = ""
 
     def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> Output:
         """Runs the model, and returns its routes beside the logits.
@@ -135,6 +137,21 @@ class Model(nn.Module):
             ConfigError: models of this architecture cannot start from a dense one.
         """
         raise ConfigError(f"a {self.config.architecture} does not start from a dense model")
+
+    def load_foreign(self, weights: Mapping[str, Tensor], where: str) -> list[str]:
+        """Takes weights that another program saved, by the names of the program's own dense model.
+
+        Args:
+            weights: tensors by name.
+            where: what the error calls their origin.
+
+        Returns:
+            Names of weights that keep their random values: those of a classifier of other classes.
+
+        Raises:
+            ConfigError: the weights do not fit, or models of this architecture take none.
+        """
+        raise ConfigError(f"{where}: not a checkpoint of this project, and a {self.config.architecture} takes no other")
 
     def balance_router(self) -> None:
         """Makes a random router spread random images over all experts, as a trained router spreads real images."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.plugins import announced
@@ -98,6 +99,26 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as plain values, with its ``architecture``; :func:`config_from_dict` reads it back."""
         return {"architecture": self.architecture, **dataclasses.asdict(self)}
+
+    def preparation(self) -> dict[str, Any]:
+        """How the model's published weights expect images: fields of ``Preprocessing`` other than the size."""
+        return {}
+
+    def published_size(self) -> int:
+        """Side of the images that the model's published weights are for, in pixels."""
+        return self.image_size
+
+    def classes_of(self, weights: Mapping[str, Tensor], where: str) -> int:
+        """Number of classes that weights of this model, as another program saved them, are for.
+
+        Args:
+            weights: tensors by name.
+            where: what the error calls their origin.
+
+        Raises:
+            ConfigError: the weights do not say, or models of this architecture take none of other programs.
+        """
+        raise ConfigError(f"{where}: a {self.architecture} takes no weights of other programs")
 
     def fewest_weights(self) -> int:
         """A lower bound, found without building anything, of how many weights (tensors) a checkpoint must hold."""
@@ -226,7 +247,7 @@ def by_name(name: str, wanted: Iterable[str] = ()) -> tuple[Architecture, dict[s
     raise ConfigError(f"unknown model {name!r}: expected one of the forms {forms}, such as {examples}")
 
 
-def config_from_name(name: str, **overrides: Any) -> ModelConfig:
+def config_from_name(name: str, /, **overrides: Any) -> ModelConfig:
     """The config of a shape by name, such as ``vit_12x192`` or ``mvmoe_12x192`` (depth × width).
 
     Args:

@@ -139,6 +139,18 @@ def load(path: str | Path) -> Checkpoint:
         return Checkpoint(header, {n: torch.from_numpy(array) for n, array in contents.arrays(weights).items()})
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file says that it is a checkpoint of this project; it may still be damaged.
+
+    Raises:
+        CheckpointError: the file is missing, or neither a ``.pt`` nor a ``.safetensors`` file.
+    """
+    with open_file(Path(path)) as contents:
+        if Path(path).suffix == ".safetensors":
+            return "mvmoe" in contents.metadata
+        return isinstance(contents.values, dict) and contents.values.get("format") == FORMAT
+
+
 def _parts(contents: Contents) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header's fields, which are all plain values, and the descriptions of the weights."""
     path, raw = contents.path, contents.values

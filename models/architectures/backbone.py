@@ -91,8 +91,18 @@ class BackboneConfig(ModelConfig):
                 _check_memory(f"timm:{self.name}", bytes_of(made()))
         return made()
 
-    def parameters(self) -> int:
-        return _parameters(self)[0]
+    def preparation(self) -> dict[str, Any]:
+        return timm_library.preprocessing_of(self.name)
+
+    def published_size(self) -> int:
+        return timm_library.size_of(self.name)
+
+    def classes_of(self, weights: Mapping[str, Tensor], where: str) -> int:
+        return timm_library.classes_of(self.name, weights, where)
+
+    def parameters(self) -> int | None:
+        found = _parameters(self)
+        return None if found is None else found[0]
 
 
 @dataclass(frozen=True)
@@ -136,11 +146,13 @@ class RoutedBackboneConfig(BackboneConfig):
     def fewest_weights(self) -> int:
         return self.experts
 
-    def expert_parameters(self) -> int:
-        return _parameters(self)[1]
+    def expert_parameters(self) -> int | None:
+        found = _parameters(self)
+        return None if found is None else found[1]
 
-    def active_parameters(self) -> int:
-        return self.parameters() - (self.experts - 1) * self.expert_parameters()
+    def active_parameters(self) -> int | None:
+        found = _parameters(self)
+        return None if found is None else found[0] - (self.experts - 1) * found[1]
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ class WideBackboneConfig(RoutedBackboneConfig):
     def wide(self) -> None:
         return None
 
-    def active_parameters(self) -> int:
+    def active_parameters(self) -> int | None:
         return self.parameters()
 
 
@@ -178,10 +190,13 @@ def _check_pattern(own: str) -> None:
 
 
 @functools.lru_cache(maxsize=32)
-def _parameters(config: BackboneConfig) -> tuple[int, int]:
-    """Number of weights of the whole model and of one expert."""
-    with torch.device("meta"):
-        model = build(config)
+def _parameters(config: BackboneConfig) -> tuple[int, int] | None:
+    """Number of weights of the whole model and of one expert; None where timm does not build the model."""
+    try:
+        with torch.device("meta"):
+            model = build(config)
+    except ConfigError:
+        return None
     experts = model.experts_of if isinstance(model, RoutedBackbone) else ()
     own = sum(parameter.numel() for parameter in experts[0].parameters()) if experts else 0
     return sum(parameter.numel() for parameter in model.parameters()), own
@@ -200,9 +215,14 @@ class TimmModel(Model):
     experts_of: nn.ModuleList
 
     @property
-    def library(self) -> str:
+    def library(self) -> str:  # type: ignore[override]
         """The library that builds the model, with its release."""
         return f"timm {timm_library.library().__version__}"
+
+    @property
+    def classifier(self) -> tuple[str, ...]:
+        """Names of the model's classifiers, of which distilled models have two."""
+        return timm_library.classifiers_of(self.config.name)
 
     def dense_state(self) -> dict[str, Tensor]:
         """The weights by timm's names; where experts have their own, the first expert's."""
@@ -234,13 +254,8 @@ class TimmModel(Model):
         """
         found = timm_library.converted(self.backbone, dict(weights))
         expected = self.dense_state()
-        classifier = getattr(self.backbone, "pretrained_cfg", {}).get("classifier") or ()
-        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        fresh = [
-            name
-            for name in expected
-            if name.rpartition(".")[0] in heads and name in found and found[name].shape != expected[name].shape
-        ]
+        heads = [name for name in expected if name.rpartition(".")[0] in self.classifier]
+        fresh = [name for name in heads if name in found and found[name].shape != expected[name].shape]
         counts = [name for name in expected if name.endswith("num_batches_tracked")]
         kept = {name: value for name, value in found.items() if name not in fresh and name not in counts}
         _check_fit(kept, {n: t for n, t in expected.items() if n not in fresh and n not in counts}, where, self.config)
@@ -286,6 +301,9 @@ class Backbone(TimmModel):
     def forward(self, images: Tensor) -> Tensor:
         result: Tensor = self.backbone(images)
         return result
+
+    def stock_module(self) -> nn.Module:
+        return copy.deepcopy(self.backbone)
 
 
 class Router(nn.Module):

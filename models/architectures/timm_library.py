@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,11 +164,8 @@ def create(name: str, arguments: str, *, classes: int, image_size: int) -> nn.Mo
     Raises:
         ConfigError: there is no such model in this release of timm, or it does not take these arguments.
     """
-    check_name(name)
     given = read_arguments(arguments)
-    timm = library()
-    if not timm.is_model(name):
-        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such model{_similar(name, timm.list_models())}")
+    timm = _having(name)
     own = inspect.signature(timm.create_model).parameters
     for argument in given:
         if argument in own:
@@ -188,6 +185,15 @@ def create(name: str, arguments: str, *, classes: int, image_size: int) -> nn.Mo
     return made
 
 
+def _having(name: str) -> Any:
+    """The module ``timm``, if this is the name of a model in its registry."""
+    check_name(name)
+    timm = library()
+    if not timm.is_model(name):
+        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such model{_similar(name, timm.list_models())}")
+    return timm
+
+
 def _similar(name: str, known: Sequence[str]) -> str:
     import difflib
 
@@ -195,9 +201,14 @@ def _similar(name: str, known: Sequence[str]) -> str:
     return f"; similar: {', '.join(close)}" if close else ""
 
 
+def size_of(name: str) -> int:
+    """Side of the images for which timm publishes weights under this name, in pixels."""
+    return int(getattr(_having(name).get_pretrained_cfg(name), "input_size", (3, 224, 224))[1])
+
+
 def preprocessing_of(name: str) -> dict[str, Any]:
     """How timm prepares images for the weights that it publishes under this name: crop, interpolation, mean and std."""
-    config = library().get_pretrained_cfg(name)
+    config = _having(name).get_pretrained_cfg(name)
     interpolation = getattr(config, "interpolation", "bicubic")
     return {
         "crop": float(getattr(config, "crop_pct", 1.0) or 1.0),
@@ -205,6 +216,25 @@ def preprocessing_of(name: str) -> dict[str, Any]:
         "mean": tuple(getattr(config, "mean", (0.485, 0.456, 0.406))),
         "std": tuple(getattr(config, "std", (0.229, 0.224, 0.225))),
     }
+
+
+def classifiers_of(name: str) -> tuple[str, ...]:
+    """Names of the layers that give a model's logits; a distilled model has two."""
+    found = getattr(_having(name).get_pretrained_cfg(name), "classifier", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def classes_of(name: str, weights: Mapping[str, torch.Tensor], where: str) -> int:
+    """Number of classes that weights of a model are for.
+
+    Raises:
+        ConfigError: the weights have no such classifier.
+    """
+    for classifier in classifiers_of(name):
+        if (weight := weights.get(f"{classifier}.weight")) is not None and weight.ndim > 1:
+            return len(weight)
+    wanted = " or ".join(classifiers_of(name))
+    raise ConfigError(f"{where}: holds no classifier of timm:{name} ({wanted}), so its number of classes is not known")
 
 
 def converted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

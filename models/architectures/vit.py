@@ -68,6 +68,11 @@ class ViTConfig(ModelConfig):
         """The dense baseline: the same ViT without experts."""
         return ViTConfig(**{field.name: getattr(self, field.name) for field in fields(ViTConfig)})
 
+    def classes_of(self, weights: Mapping[str, Tensor], where: str) -> int:
+        if "head.weight" not in weights:
+            raise ConfigError(f"{where}: holds no head.weight, so its number of classes is not known")
+        return len(weights["head.weight"])
+
     def fewest_weights(self) -> int:
         return self.depth
 
@@ -208,6 +213,11 @@ class ViT(Model):
         for name, tensor in dense.state_dict().items():
             # expand adds the leading expert dimension to stacked MLP weights and is the identity on all others
             weights[name].copy_(tensor.expand_as(weights[name]))
+
+    def load_foreign(self, weights: Mapping[str, Tensor], where: str) -> list[str]:
+        check_state_dict(self, weights, where)
+        self.load_state_dict(weights)
+        return []
 
     def stock_module(self) -> nn.Module:
         stock = StockViT(self.config).eval()

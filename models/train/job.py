@@ -15,6 +15,7 @@ from mvmoe_deploy.checkpoint import Checkpoint, Header, Superclasses
 from mvmoe_deploy.errors import DataError, as_text
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import Model, ModelConfig, build, from_dense, load_checkpoint
+from mvmoe_deploy.models.foreign import read_weights
 from mvmoe_deploy.models.study.superclasses import random_groups
 from mvmoe_deploy.models.train.batches import Endless, Progress
 from mvmoe_deploy.models.train.data import ImageSet
@@ -39,7 +40,8 @@ class Job:
         class_names: readable names, in the order of the classes; by default the class ids.
         superclasses: the super-classes that a per-image router learns; None if they are drawn at random, or if the
             router learns end to end.
-        start_from: a checkpoint to start from, of the same shape or of the dense baseline (upcycling).
+        start_from: a checkpoint to start from, of the same shape or of the dense baseline (upcycling); or weights that
+            another program saved, for an architecture that takes them.
         teacher: a checkpoint whose answers the model learns.
         answers: a folder in which the teacher's answers are kept for other runs.
         notes: further entries for the training summary of the checkpoint.
@@ -161,7 +163,14 @@ def _model(job: Job, training: dict[str, Any]) -> Model:
     """Makes the model to train, and records in ``training`` which checkpoint it started from."""
     torch.manual_seed(job.recipe.seed)
     model = build(job.config)
+    if model.library:
+        training["library"] = model.library
     if job.start_from is None:
+        return model
+    if not checkpoints.is_checkpoint(job.start_from):
+        weights, _ = read_weights(job.start_from)
+        fresh = model.load_foreign(weights, str(job.start_from))
+        training["started_from"] = {"file": job.start_from.name, "sha256": sha256(job.start_from), "fresh": fresh}
         return model
     source, header = load_checkpoint(job.start_from)
     training["started_from"] = _origin(job, job.start_from, header)

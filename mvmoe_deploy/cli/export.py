@@ -6,13 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.cli.common import command, parser, positive_int
 from mvmoe_deploy.cli.verification import verification_lines
 from mvmoe_deploy.errors import ConfigError, ExportError, MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell, table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mvmoe_deploy.bundle import Source
+    from mvmoe_deploy.checkpoint import Header
 
 EXAMPLES = """\
 examples:
@@ -20,6 +26,7 @@ examples:
   mvmoe-export ckpt.pt --target onnx --images photos/ --precision fp16 --out birds.mvmoe
   mvmoe-export ckpt.pt --target coreml --layout packed --minimum-deployment-target iOS18
   mvmoe-export ckpt.pt --target all --out bundles/
+  mvmoe-export --model timm:mobilenetv3_small_100 --weights weights.safetensors --target onnx
 
 layouts:
   separate  one file or package per piece, so that an app can ship, download and unload experts one at a time
@@ -39,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     from mvmoe_deploy.exporters.exporter import exporter_of
 
     p = parser("Split a checkpoint, export its pieces, and verify each against PyTorch.", EXAMPLES)
-    p.add_argument("checkpoint", type=Path, help="trained model (.pt or .safetensors), routed or dense")
+    p.add_argument(
+        "checkpoint", type=Path, nargs="?", help="trained model (.pt or .safetensors), routed or dense; or --model"
+    )
     p.add_argument("--target", required=True, help=f"{', '.join(targets.known())}, or all: every target")
     p.add_argument(
         "--out",
@@ -56,6 +65,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     p.add_argument(
         "--json", action="store_true", help="print the verification report as JSON; with all targets, a list"
+    )
+    foreign = p.add_argument_group("a dense model that another program trained, instead of a checkpoint")
+    foreign.add_argument("--model", metavar="NAME", help="the model's name, such as timm:mobilenetv3_small_100")
+    foreign.add_argument("--weights", type=Path, metavar="FILE", help="its weights (.safetensors or .pt), by its names")
+    foreign.add_argument(
+        "--image-size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="side of its input (default: what it is published for)",
+    )
+    foreign.add_argument(
+        "--classes", type=Path, metavar="TSV", help="class id and name on each line, in the order of the logits"
     )
     for name, target in targets.known().items():
         exporter = exporter_of(name)
@@ -89,23 +110,45 @@ def main(argv: list[str] | None = None) -> None:
         if name not in owners[args.target]:
             able = ", ".join(target for target in owners if name in owners[target])
             raise ExportError(f"--{name.replace('_', '-')}: target {args.target} has no such option, {able} has")
-    from mvmoe_deploy.exporters.pipeline import export_checkpoint
+    from mvmoe_deploy.exporters.pipeline import export_model
 
-    bundle = export_checkpoint(args.checkpoint, args.target, args.out, **_arguments(args, args.target, given))
+    model, header, source = _read(args)
+    out = args.out or f"{Path(source.checkpoint).stem}-{args.target}.mvmoe"
+    bundle = export_model(model, header, args.target, out, source=source, **_arguments(args, args.target, given))
     print(json.dumps(as_json(bundle), indent=1) if args.json else describe(bundle))
+
+
+def _read(args: argparse.Namespace) -> tuple[nn.Module, Header, Source]:
+    """The model to export: that of a checkpoint, or a dense one with weights of another program."""
+    if (args.checkpoint is None) == (args.model is None):
+        raise ExportError("give a checkpoint, or --model NAME --weights FILE")
+    if args.model is None:
+        for name in ("weights", "image_size", "classes"):
+            if getattr(args, name) is not None:
+                raise ExportError(f"--{name.replace('_', '-')} is for --model; a checkpoint says it itself")
+        from mvmoe_deploy.exporters.pipeline import read_checkpoint
+
+        return read_checkpoint(args.checkpoint)
+    if args.weights is None:
+        raise ExportError(f"--model {args.model}: give its weights, --weights FILE")
+    from mvmoe_deploy import bundle as bundles
+    from mvmoe_deploy.models import foreign_model
+
+    model, header = foreign_model(args.model, args.weights, args.image_size, args.classes)
+    return model, header, bundles.Source(args.weights.name, bundles.sha256(args.weights))
 
 
 def _export_all(args: argparse.Namespace, own: dict[str, dict[str, Any]]) -> None:
     """Exports for every target; ``own`` maps each target to those of the given options that it has."""
-    from mvmoe_deploy.exporters.pipeline import export_model, read_checkpoint
+    from mvmoe_deploy.exporters.pipeline import export_model
     from mvmoe_deploy.exporters.split import split_model
 
-    model, header, source = read_checkpoint(args.checkpoint)
+    model, header, source = _read(args)
     pieces = split_model(model, header.preprocessing.size, args.separate_router)
     failed: list[MvmoeError] = []
     done: list[dict[str, Any]] = []
     for target, given in own.items():
-        out = (args.out or Path()) / f"{args.checkpoint.stem}-{target}.mvmoe"
+        out = (args.out or Path()) / f"{Path(source.checkpoint).stem}-{target}.mvmoe"
         try:
             bundle = export_model(pieces, header, target, out, source=source, **_arguments(args, target, given))
             done.append(as_json(bundle))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ examples:
       --from dense.pt --epochs 20 --out moe.pt
   mvmoe-train --data tiny-imagenet-32 --model mvmoe_6x96 --router end-to-end --experts 10 --out e2e.pt
   mvmoe-train --data tiny-imagenet-32 --model vmoe_6x96 --experts 10 --placement last-2 --out vmoe.pt
+  mvmoe-train --data photos --model timm:mobilenetv3_small_100 --image-size 160 --from weights.safetensors \\
+      --superclasses superclasses.tsv --cut blocks.4 --own pointwise --out routed.pt
 """
 
 SMALL = {"image_size": 32, "patch_size": 8}
@@ -69,9 +72,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
                    "--val-share, class folders alone will do; an optional classes.tsv names the classes")  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.pt or .safetensors)")
     p.add_argument("--model", default="mvmoe_6x64",
-                   help="name of a shape: " + ", ".join(architecture.form for architecture in named))  # fmt: skip
+                   help="name of a shape: " + ", ".join(dict.fromkeys(each.form for each in named)))  # fmt: skip
     p.add_argument("--from", dest="start_from", type=Path, metavar="CKPT",
-                   help="start from this model, or from its dense baseline (upcycling)")  # fmt: skip
+                   help="start from this model, or from its dense baseline (upcycling); for a timm:NAME, also from "
+                   "weights that timm published, in a local file")  # fmt: skip
     shape = p.add_argument_group("shape of the model")
     shape.add_argument("--image-size", type=positive_int, default=SMALL["image_size"], help="side of the input, pixels")
     for name, option in _shape_options(named).items():
@@ -115,7 +119,7 @@ def _shape_options(named: list[Architecture]) -> dict[str, dict[str, Any]]:
         text = field.metadata.get("help")
         if not text or name in options:
             continue
-        of = ", ".join(each.form.partition("_")[0] for each in named if name in each.fields)
+        of = ", ".join(dict.fromkeys(re.split("[_:]", each.form)[0] for each in named if name in each.fields))
         default = "" if "(default" in text else f" (default: {SMALL.get(name, field.default)})"
         options[name] = {
             "flag": field.metadata["flag"] or f"--{name.replace('_', '-')}",
@@ -134,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
 
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
                        if hasattr(args, field.name)})  # fmt: skip
-    architecture, _ = by_name(args.model)
+    wanted = {name for name in _shape_options(_named()) if getattr(args, name) is not None}
+    architecture, _ = by_name(args.model, wanted | ({"experts"} if args.superclasses else set()))
     _check_options(args, architecture)
     check_out(args.out, recipe.epochs, args.resume, args.force)  # before images are read, which takes longer
     use_threads(args.threads)
@@ -149,7 +154,8 @@ def _job(args: argparse.Namespace, recipe: Recipe, architecture: Architecture) -
     from mvmoe_deploy.models.train.folders import read_class_names, read_superclasses
     from mvmoe_deploy.models.train.job import Job
 
-    preprocessing = Preprocessing(size=args.image_size)
+    prepared = _config(args, architecture, 1, None).preparation()  # whatever the number of classes
+    preprocessing = Preprocessing(size=args.image_size, **{**prepared, "crop": 1.0})  # training shows whole images
     val = _read(args, "val", preprocessing)
     superclasses = read_superclasses(args.superclasses, val.class_ids) if args.superclasses else None
 
