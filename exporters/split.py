@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Role, Routing, piece_name
-from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.errors import ExportError, first_line, root_cause
 
 
 class PerImageRouted(Protocol):
@@ -138,6 +139,35 @@ def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
     }
 
 
+def private_copy(module: nn.Module, replaced: dict[int, object] | None = None) -> nn.Module:
+    """A copy in evaluation mode that shares the module's weights and persistent buffers, and nothing else.
+
+    Tracing leaves traced values in whatever caches a module has, such as a dict of attention biases. They stay in the
+    copy.
+
+    Args:
+        module: the original, which is not changed.
+        replaced: what takes the place of parts of it, by the part's id; the copies are added.
+
+    Raises:
+        ExportError: the module holds something that cannot be copied.
+    """
+    replaced = {} if replaced is None else replaced
+    for tensor in module.state_dict(keep_vars=True).values():
+        replaced.setdefault(id(tensor), tensor)
+    try:
+        copied: nn.Module = copy.deepcopy(module, replaced).eval()
+    except Exception as error:  # the model is anybody's
+        raise ExportError(f"{type(module).__name__}: cannot be copied for tracing ({root_cause(error)})") from error
+    return copied
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module]) -> TypeGuard[Any]:
+    """Whether a module computes what ``kind`` computes: a sub-class may, but not with a ``forward`` of its own."""
+    own = "forward" in vars(module) or type(module).forward is not kind.forward
+    return isinstance(module, kind) and not own and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def split_model(model: nn.Module, image_size: int, separate_router: bool = False) -> SplitModel:
     """Splits a model into pieces; a dense model is a single piece.
 
@@ -155,8 +185,8 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
         raise ExportError(f"a {type(model).__name__} is no model: a torch.nn.Module is exported")
     if reason := getattr(model, "cannot_split", ""):
         raise ExportError(reason)
-    model.eval()
     _check_weights(model)
+    model = private_copy(model)  # the caller's stays as it is, caches and training mode included
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, image_size, image_size, generator=generator)
     logits = _tried("model", model, [images], [LOGITS])[0]
@@ -259,7 +289,7 @@ def _tried(
     """
     try:
         with torch.no_grad():
-            result = module(*inputs)
+            result = private_copy(module)(*inputs)
     except Exception as error:  # the model is anybody's
         raise ExportError(f"{where}: fails in PyTorch ({type(error).__name__}: {first_line(error)})") from error
     tensors = list(result) if isinstance(result, tuple) else [result]

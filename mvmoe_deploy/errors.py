@@ -96,3 +96,12 @@ def first_line(error: BaseException) -> str:
     printable = ("".join(character for character in line if character.isprintable()).strip() for line in lines)
     line = next((line for line in printable if line), type(error).__name__)
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}…"
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the last error in a chain of causes: torch's outer ones say which step failed, not why."""
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
+        error = error.__cause__
+        seen.add(id(error))
+    return first_line(error)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Bundle, Manifest, Piece
-from mvmoe_deploy.errors import BackendError, ExportError, first_line
+from mvmoe_deploy.errors import BackendError, ExportError, root_cause
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
+from mvmoe_deploy.exporters.graph import flatten
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
 from mvmoe_deploy.exporters.split import PieceModule, shared_weights
 from mvmoe_deploy.exporters.weights import StoredWeights
@@ -188,7 +189,8 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
     """Reads a piece's weights back from the program's constants, decompressed."""
     constants = read_package(bundle.path / written.graph).program(written.function).constants.values()
     found = [value for value in constants if isinstance(value, np.ndarray) and value.dtype == np.float32]
-    return StoredWeights({name: weight.numpy() for name, weight in piece.module.state_dict().items()}, found)
+    (module,) = flatten([piece], [piece.module])
+    return StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, found)
 
 
 def _check(options: CoreMLOptions, manifest: Manifest) -> None:
@@ -208,24 +210,25 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
     the converted ``weight.bin`` and overwritten with each piece's weights. If a number is not found exactly, because
     the converter changed it, each piece is converted separately.
     """
-    shared = shared_weights([piece.module for piece in family])
-    own = [name for name in family[0].module.state_dict() if name not in shared]
+    modules = flatten(family, [piece.module for piece in family])
+    shared = shared_weights(modules)
+    own = [name for name in modules[0].state_dict() if name not in shared]
     if own:
         job.progress(f"{family[0].name} and {len(family) - 1} more of the same graph: converting")
-        module = copy.deepcopy(family[0].module)
+        module = copy.deepcopy(modules[0])
         generator = torch.Generator().manual_seed(0)
         state = module.state_dict()
         for name in own:
             # positive, because a variance must be
             state[name].copy_(0.5 + torch.rand(state[name].shape, generator=generator))
         template = _convert_module(family[0], module, job)
-        placed = [_put_weights(template, module, piece.module, own, job.options) for piece in family]
+        placed = [_put_weights(template, module, each, own, job.options) for each in modules]
         if all(placed):
             return [package for package in placed if package]
     packages = []
-    for piece in family:
+    for piece, module in zip(family, modules, strict=True):
         job.progress(f"{piece.name}: converting")
-        packages.append(_convert_module(piece, piece.module, job))
+        packages.append(_convert_module(piece, module, job))
     return packages
 
 
@@ -290,7 +293,7 @@ def _convert_module(piece: PieceModule, module: nn.Module, job: Job[CoreMLOption
             return PackageDraft.read(Path(scratch) / "piece.mlpackage")
     except Exception as error:  # the toolchain can raise anything
         raise ExportError(
-            f"{piece.name}: coremltools {ct.__version__} cannot convert it ({first_line(error)})"
+            f"{piece.name}: coremltools {ct.__version__} cannot convert it ({root_cause(error)})"
         ) from error
 
 

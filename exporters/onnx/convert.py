@@ -13,15 +13,16 @@ import onnx_ir as ir
 import onnxruntime
 import onnxscript
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mvmoe_deploy.backends import GraphError
 from mvmoe_deploy.backends.onnx_graph import check_graph
 from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Bundle, Piece, TensorSpec, Weight
-from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.errors import ExportError, root_cause
 from mvmoe_deploy.exporters.exporter import Options
+from mvmoe_deploy.exporters.graph import aten, flatten, is_constant
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
-from mvmoe_deploy.exporters.split import PieceModule, shared_weights
+from mvmoe_deploy.exporters.split import PieceModule, computes_as, private_copy, shared_weights
 from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.models.architectures.vit import Attention
 from mvmoe_deploy.quiet import quiet
@@ -61,8 +62,8 @@ class SplitAttention(nn.Module):
         q, k, v = attention.qkv.weight.chunk(3)
         q_bias, _, v_bias = attention.qkv.bias.detach().chunk(3)
         proj = attention.proj
-        self.q, self.k, self.v = MatMulLinear(q, q_bias), MatMulLinear(k, None), MatMulLinear(v, None)
-        self.proj = MatMulLinear(proj.weight, proj.bias.detach() + proj.weight.detach() @ v_bias)
+        self.q, self.k, self.v = _linear(q, q_bias), _linear(k, None), _linear(v, None)
+        self.proj = _linear(proj.weight, proj.bias.detach() + proj.weight.detach() @ v_bias)
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         q, k, v = self.q(x[:, :n]), self.k(x), self.v(x)
@@ -71,42 +72,44 @@ class SplitAttention(nn.Module):
         return projected
 
 
-class MatMulLinear(nn.Module):
-    """A linear layer whose weight is stored as the MatMul operator reads it, ``[in, out]``.
+def rewrite(module: nn.Module, done: dict[int, object]) -> nn.Module:
+    """Builds an equivalent module for tracing; its weights are the original's, or computed from them.
+
+    Args:
+        module: the original, which is not changed.
+        done: what was rewritten before, by the original's id, so that a module shared by several pieces stays shared.
+    """
+    for part in module.modules():
+        if id(part) not in done and computes_as(part, Attention):
+            done[id(part)] = SplitAttention(part)
+    return private_copy(module, done)
+
+
+def flat(family: list[PieceModule]) -> list[fx.GraphModule]:
+    """The modules of a family as flat graphs whose weights are those that the written graphs hold, by name."""
+    done: dict[int, object] = {}
+    return flatten(family, [rewrite(piece.module, done) for piece in family], [linear_to_matmul])
+
+
+def linear_to_matmul(graph: fx.Graph) -> None:
+    """Writes linear layers as products with weights stored as the MatMul operator reads them, ``[in, out]``.
 
     Otherwise the exporter would fold the transposition into a new constant and lose the weight's name, which is needed
     to put another expert's weights in.
     """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().t(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and x.ndim == 2:
-            return torch.addmm(self.bias, x, self.weight)  # one node
-        x = torch.matmul(x, self.weight)
-        return x if self.bias is None else x + self.bias
-
-
-def rewrite(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Builds an equivalent module for tracing; its weights are views of the original's or computed from them.
-
-    Args:
-        module: the original.
-        done: modules that were rewritten before, so that a module shared by several pieces stays shared.
-    """
-    if module not in done:
-        if isinstance(module, Attention):
-            done[module] = SplitAttention(module)
-        elif type(module) is nn.Linear:
-            done[module] = MatMulLinear(module.weight, module.bias)
-        else:
-            done[module] = copy.copy(module)
-            # after copy.copy, the copy still shares its dict of children with the original
-            done[module]._modules = {n: child and rewrite(child, done) for n, child in module._modules.items()}
-    return done[module]
+    for node in [node for node in graph.nodes if node.target is aten.linear.default and is_constant(node.args[1])]:
+        x, weight, bias = (*node.args, None)[:3]
+        with graph.inserting_before(node):
+            transposed = graph.call_function(aten.t.default, (weight,))
+            if bias is not None and node.meta["val"].ndim == 2:  # one node
+                result = graph.call_function(aten.addmm.default, (bias, x, transposed))
+            else:
+                result = graph.call_function(aten.matmul.default, (x, transposed))
+                result.meta = dict(node.meta)
+                result = result if bias is None else graph.call_function(aten.add.Tensor, (result, bias))
+            result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
 
 def convert(job: Job[Options]) -> Converted:
@@ -123,12 +126,11 @@ def convert(job: Job[Options]) -> Converted:
     if swappable and job.split.routing is None:
         raise ExportError("the swappable layout is for experts, and a dense model has none: use --layout separate")
     for family in job.split.families():
-        done: dict[nn.Module, nn.Module] = {}
-        modules = [rewrite(piece.module, done) for piece in family]
+        job.progress(f"{family[0].name}: tracing")
+        modules = flat(family)
         states = [dict(module.state_dict()) for module in modules]
         shared = shared_weights(modules)
         store = _WeightFile(job.directory, f"{_shared_name(family[0])}.bin")
-        job.progress(f"{family[0].name}: tracing")
         graph = trace(family[0], _with_distinct_weights(modules[0]))
         by_name = set(states[0]) <= set(graph.graph.initializers)
         if swappable and set(states[0]) != shared:
@@ -180,7 +182,7 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
     for weight in written.weights:
         values = np.fromfile(bundle.path / weight.file, "<f4", weight.bytes // 4, offset=weight.offset)
         found.append(values.reshape(weight.shape))
-    expected = {name: weight.numpy() for name, weight in rewrite(piece.module, {}).state_dict().items()}
+    expected = {name: weight.numpy() for name, weight in flat([piece])[0].state_dict().items()}
     return StoredWeights(expected, [array.astype(np.float32) for array in found if array.dtype.kind == "f"])
 
 
@@ -204,8 +206,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        reason = error.__cause__ or error  # torch.onnx's own message says which of its steps failed, and no more
-        raise ExportError(f"{piece.name}: torch.onnx cannot trace it ({first_line(reason)})") from error
+        raise ExportError(f"{piece.name}: torch.onnx cannot convert it ({root_cause(error)})") from error
     assert program is not None
     model: ir.Model = program.model
     # Stack traces of the exporting machine take ten times the graph's size and reveal private paths.
@@ -395,6 +396,15 @@ def _with_distinct_weights(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     return module
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 def _family_name(piece: PieceModule) -> str:

@@ -640,6 +640,9 @@ def _flatten(x: Operation) -> Result:
 
 def _squeeze(x: Operation) -> Result:
     data = x.input(0)
+    if x.optional(1) is None:  # one integer; of another tensor, a batch of one image would be squeezed as well
+        _require(data.known is not None and data.shape == (1,), "names no axes")
+        return [data.moved((), data.known)], 0
     axes = _axes(x.known(1), len(data.shape))
     _require(all(data.shape[axis] == 1 for axis in axes))
     return [data.moved(tuple(n for i, n in enumerate(data.shape) if i not in axes), data.known)], 0
@@ -858,7 +861,7 @@ RULES: dict[str, Rule] = {
     "Shape": _rule(_shape, 1, 1, "end start"),
     "Slice": _rule(_slice, 3, 5),
     "Split": _rule(_split, 1, 2, "axis num_outputs"),
-    "Squeeze": _rule(_squeeze, 2, 2),
+    "Squeeze": _rule(_squeeze, 1, 2),
     "TopK": _rule(_topk, 2, 2, "axis largest sorted"),
     "Transpose": _rule(_transpose, 1, 1, "perm"),
     "Unsqueeze": _rule(_unsqueeze, 2, 2),

@@ -21,6 +21,7 @@ from mvmoe_deploy.bundle import Bundle, Manifest, Source
 from mvmoe_deploy.errors import ExportError, ImageError
 from mvmoe_deploy.exporters.coreml import convert as coreml
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
+from mvmoe_deploy.exporters.graph import flatten
 from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split_model
@@ -115,7 +116,7 @@ class CompleteConvRouted(tiny.ConvRouted):
 
 
 def test_a_model_that_is_no_vit_and_whose_weights_are_folded(tmp_path: Path) -> None:
-    """Its BatchNorm is folded into convolutions, so each tail is converted by itself."""
+    """Its BatchNorm is folded into convolutions before the tails are converted."""
     header = msgspec.structs.replace(tiny.header_for(tiny.moe_config(experts=3)), model={"architecture": "conv"})
     bundle = export_model(CompleteConvRouted(), header, "coreml", tmp_path / "b.mvmoe", options=CoreMLOptions("fp32"))
     assert len(bundle.manifest.pieces) == 4
@@ -174,7 +175,7 @@ def test_weights_put_into_a_traced_tail_are_those_that_converting_it_gives(tmp_p
     work = job(model, tmp_path)
     tails = work.split.of("tail")
     for piece, placed in zip(tails, coreml._convert_family(tails, work), strict=True):
-        alone = coreml._convert_module(piece, piece.module, work)
+        alone = coreml._convert_module(piece, flatten([piece], [piece.module])[0], work)
         assert placed.weights == alone.weights
         assert placed.model.mlProgram == alone.model.mlProgram
 

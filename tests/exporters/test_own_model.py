@@ -155,7 +155,7 @@ def test_an_operator_that_runtimes_refuse_is_named_at_export(
 def test_why_torch_cannot_trace_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Not which of its steps it failed in; and torch itself stays quiet."""
     model = with_stem(lambda x: x if float(x.sum()) > 0 else -x)
-    with pytest.raises(ExportError, match=r"trunk: torch\.onnx cannot trace it \(Could not .*data-dependent"):
+    with pytest.raises(ExportError, match=r"trunk: torch cannot trace it \(Could not .*data-dependent"):
         export_model(model, HEADER, "onnx", tmp_path / "m.mvmoe")
     assert capfd.readouterr().err == ""
 
