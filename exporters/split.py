@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Role, Routing, piece_name
 from mvmoe_deploy.errors import ExportError, first_line, root_cause
+from mvmoe_deploy.models.model import Model
 
 
 class PerImageRouted(Protocol):
@@ -191,6 +192,8 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
     images = torch.randn(2, 3, image_size, image_size, generator=generator)
     logits = _tried("model", model, [images], [LOGITS])[0]
     whole = model  # below, ``model`` is what offers the protocol
+    if isinstance(model, Model):
+        model = model.merged()
     if not is_routed(model):
         return SplitModel(model, None, [PieceModule("model", model, {IMAGES: images}, [LOGITS])])
     _check_protocol(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,10 @@ class Model(nn.Module):
             ConfigError: places are not bounded, the factor is not above 0, or the order is unknown.
         """
         raise ConfigError(f"a {self.config.architecture} has no capacity: only tokens compete for places")
+
+    def merged(self) -> Self:
+        """A model that computes the same with fewer layers, from which pieces are made; it may be this one."""
+        return self
 
     def stock_module(self) -> nn.Module:
         """The same model as it is usually written, without this project's optimisations; it shares no weights."""

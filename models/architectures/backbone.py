@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,21 @@ class TimmModel(Model):
             for place in [held[name]] if name in held else [each[name] for each in own]:
                 place.copy_(value)
 
+    def merged(self) -> Self:
+        """A copy in evaluation mode that computes the same with fewer layers: branches for training only are merged.
+
+        Blocks of which an expert has a part for itself stay as they are.
+        """
+        made = copy.deepcopy(self).eval()
+        for expert in made.experts_of:
+            timm_library.merge_branches(expert)
+        timm_library.merge_branches(made.backbone, made.holds_expert)
+        return made
+
+    def holds_expert(self, name: str) -> bool:
+        """Whether experts have the module of this name in timm's model, or a part of it, for themselves."""
+        return False
+
     def load_foreign(self, weights: Mapping[str, Tensor], where: str) -> list[str]:
         """Takes weights of the dense timm model, such as those that timm publishes.
 
@@ -303,7 +318,7 @@ class Backbone(TimmModel):
         return result
 
     def stock_module(self) -> nn.Module:
-        return copy.deepcopy(self.backbone)
+        return self.merged().backbone
 
 
 class Router(nn.Module):
@@ -392,6 +407,9 @@ class RoutedBackbone(TimmModel):
     def _watched(self, name: str, route: Route) -> nn.Module:
         """The first expert's part, which notes how many rows it takes per image."""
         return Watched(self._part(0, name), lambda rows: self._times.update({name: rows // EXAMPLES}))
+
+    def holds_expert(self, name: str) -> bool:
+        return any(_within(own, name) for own in self._own)
 
     def _has_layers(self, name: str) -> bool:
         return any(True for _ in self.experts_of[0].get_submodule(name).children())

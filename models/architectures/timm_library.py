@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -235,6 +235,24 @@ def classes_of(name: str, weights: Mapping[str, torch.Tensor], where: str) -> in
             return len(weight)
     wanted = " or ".join(classifiers_of(name))
     raise ConfigError(f"{where}: holds no classifier of timm:{name} ({wanted}), so its number of classes is not known")
+
+
+def merge_branches(root: nn.Module, skip: Callable[[str], bool] = lambda name: False, name: str = "") -> None:
+    """Turns blocks that have parallel branches for training only (MobileOne, RepVGG, FastViT) into single layers.
+
+    Args:
+        root: the module whose blocks change.
+        skip: whether a module, by its name within the outermost one, is to stay; the modules within it may change.
+        name: the root's own name there.
+    """
+    for child, module in list(root.named_children()):
+        inner = f"{name}.{child}" if name else child
+        if skip(inner):
+            merge_branches(module, skip, inner)
+        else:
+            holder = nn.Sequential(module)
+            library().utils.reparameterize_model(holder, inplace=True)
+            setattr(root, child, holder[0])
 
 
 def converted(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
