@@ -6,6 +6,7 @@ import sys
 
 from mvmoe_deploy.cli.bench import (
     android,
+    backbones,
     compare,
     coreml,
     executorch,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, SubCommand] = {
     "figures": figures,
     "parity": parity,
     "executorch": executorch,
+    "backbones": backbones,
     "training": training,
     "report": report,
     "compare": compare,

@@ -1,0 +1,349 @@
+"""Routes models of timm, exports them for every target, and says of each what works: random weights, no network."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+import mvmoe_deploy
+from mvmoe_deploy.bench.candidates.baselines import export_stock
+from mvmoe_deploy.bench.candidates.configuration import BareGraph, Configuration
+from mvmoe_deploy.bench.measure.latency import interleave
+from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.checkpoint import new_header
+from mvmoe_deploy.errors import ConfigError, MvmoeError
+from mvmoe_deploy.exporters.exporter import exporter_of
+from mvmoe_deploy.exporters.pipeline import export_model, verification_images
+from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.models import Model, build, config_from_name
+from mvmoe_deploy.terminal import Cell
+
+CLASSES = 100
+SMALL = "depth=4,embed_dim=192,num_heads=3"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the matrix.
+
+    Attributes:
+        name: timm's name.
+        cut: where the tails begin.
+        own: what each expert has for itself.
+        size: side of the images, in pixels.
+        arguments: of the timm model, where the published one is large.
+    """
+
+    name: str
+    cut: str
+    own: str
+    size: int = 224
+    arguments: str = ""
+
+
+SUBJECTS = (
+    Subject("mobilenetv3_small_100", "blocks.4", "pointwise"),
+    Subject("mobilenetv4_conv_small", "blocks.3", "pointwise"),
+    Subject("efficientnet_lite0", "blocks.5", "pointwise"),
+    Subject("mobileone_s0", "stages.3", "stages"),
+    Subject("repvgg_a0", "stages.3", "stages"),
+    Subject("convnext_atto", "stages.3", "mlp"),
+    Subject("mobilevit_xxs", "stages.4", "mlp", 256),
+    Subject("mobilevitv2_050", "stages.4", "stages", 256),
+    Subject("efficientformerv2_s0", "stages.3", "mlp"),
+    Subject("fastvit_t8", "stages.3", "stages", 256),
+    Subject("tiny_vit_5m_224", "stages.3", "mlp"),
+    Subject("deit_tiny_patch16_224", "blocks.10", "mlp"),
+    Subject("deit_tiny_distilled_patch16_224", "blocks.10", "mlp"),
+    Subject("vit_wee_patch16_reg1_gap_256", "blocks.12", "mlp", 256),
+    Subject("vit_small_patch16_dinov3", "blocks.2", "mlp", 256, SMALL),
+    Subject("eva02_tiny_patch14_224", "blocks.10", "mlp"),
+)
+
+EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "onnx fp32": ("onnx", {}),
+    "onnx fp16": ("onnx", {"precision": "fp16"}),
+    "onnx swappable": ("onnx", {"layout": "swappable"}),
+    "executorch fp32": ("executorch", {}),
+    "executorch int8": ("executorch", {"precision": "int8"}),
+    "coreml fp16": ("coreml", {"precision": "fp16"}),
+}
+"""Target and options of each export, by its name."""
+
+BYTES = {"fp32": 4, "fp16": 2}
+"""Bytes of a weight; of int8 a share of the weights is stored otherwise."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One export of one model.
+
+    Attributes:
+        model: timm's name of the model.
+        export: a name from :data:`EXPORTS`.
+        own: what each of the experts has for itself.
+        experts: number of experts E.
+        reason: why it failed; empty if the export was verified.
+        error: largest error of a piece as a share of what is allowed; None if it failed.
+        delegates: number of delegates in trunk and tail, for ExecuTorch.
+        undelegated: number of operators outside of delegates in trunk and tail, for ExecuTorch.
+        bytes: bytes of the pieces' files.
+        bytes_ratio: those bytes by the bytes of all distinct weights.
+        dense_ratio: median of the latency by that of the dense model, exported alike.
+        stock_ratio: median of the latency by that of the dense model as ``torch.onnx.export`` writes it.
+        made_with: releases of the libraries.
+    """
+
+    model: str
+    export: str
+    own: str
+    experts: int
+    reason: str = ""
+    error: float | None = None
+    delegates: tuple[int, int] | None = None
+    undelegated: tuple[int, int] | None = None
+    bytes: int | None = None
+    bytes_ratio: float | None = None
+    dense_ratio: float | None = None
+    stock_ratio: float | None = None
+    made_with: dict[str, str] = {}
+
+
+def choose(text: str | None) -> list[Subject]:
+    """The models that a comma-separated list names by any part of their names; None stands for all.
+
+    Raises:
+        ConfigError: a part names none.
+    """
+    if text is None:
+        return list(SUBJECTS)
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not any(part in subject.name for subject in SUBJECTS):
+            names = ", ".join(subject.name for subject in SUBJECTS)
+            raise ConfigError(f"--only {text}: {part!r} is part of no model's name; there are {names}")
+    return [subject for subject in SUBJECTS if any(part in subject.name for part in parts)]
+
+
+def read(path: Path) -> list[Result]:
+    """Results of an earlier run; none if there is no file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Result])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: not results of mvmoe-bench backbones ({error})") from None
+
+
+def measure(
+    subjects: Sequence[Subject],
+    exports: Sequence[str],
+    experts: int,
+    rounds: int,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Iterator[Result]:
+    """Builds, exports and times models, one after the other.
+
+    Args:
+        subjects: the models.
+        exports: names from :data:`EXPORTS`.
+        experts: number of experts E.
+        rounds: samples per latency; 0 leaves latencies out.
+        progress: called with the step about to begin.
+    """
+    for subject in subjects:
+        models: tuple[Model, Model] | None = None
+        reason = ""
+        for export in exports:
+            try:
+                if models is None and not reason:
+                    progress(f"{subject.name}: building")
+                    models = _models(subject, experts)
+            except MvmoeError as error:
+                reason = str(error)
+            if models is None:
+                yield Result(subject.name, export, subject.own, experts, reason)
+                continue
+            with tempfile.TemporaryDirectory(prefix="mvmoe-backbones-") as folder:
+                yield _exported(subject, models, export, Path(folder), rounds, progress)
+
+
+def _models(subject: Subject, experts: int) -> tuple[Model, Model]:
+    """The routed model, and its dense baseline."""
+    torch.manual_seed(0)
+    shape = {"image_size": subject.size, "classes": CLASSES, "arguments": subject.arguments}
+    routed = build(config_from_name(f"timm:{subject.name}", **shape, experts=experts, cut=subject.cut, own=subject.own))
+    assert routed.config.dense is not None
+    dense = build(routed.config.dense)
+    images = verification_images(_preprocessing(routed), None)[0]
+    images = images.repeat(-(-2 * experts // len(images)), 1, 1, 1)
+    _settle(routed, lambda: routed.routed(images, torch.arange(len(images))[:, None] % experts))
+    _settle(dense, lambda: dense(images))
+    routed.balance_router()
+    return routed.eval(), dense.eval()
+
+
+def _preprocessing(model: Model) -> Preprocessing:
+    return Preprocessing(size=model.config.image_size)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, run: Callable[[], object]) -> None:
+    """Gives batch norms the statistics of a batch, without which the features of random weights vanish or explode."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    were = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()
+    run()
+    for norm, was in zip(norms, were, strict=True):
+        norm.momentum = was
+
+
+def _exported(
+    subject: Subject,
+    models: tuple[Model, Model],
+    export: str,
+    folder: Path,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> Result:
+    routed, dense = models
+    made = Result(subject.name, export, subject.own, routed.config.experts)
+    try:
+        bundle = _export(
+            routed, export, folder / "routed.mvmoe", lambda what: progress(f"{subject.name}: {export}: {what}")
+        )
+    except MvmoeError as error:
+        return msgspec.structs.replace(made, reason=str(error).replace(f"{folder}/", ""))
+    except Exception as error:  # a toolchain's own; the matrix names it and goes on
+        return msgspec.structs.replace(made, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    manifest = bundle.manifest
+    files = {file for piece in manifest.pieces for file in piece.files}
+    size = sum(file.bytes for file in manifest.files if file.path in files)
+    parameters = routed.config.parameters()
+    distinct = parameters and BYTES.get(manifest.precision) and parameters * BYTES[manifest.precision]
+    delegation = manifest.options.get("delegation")
+    found: dict[str, Any] = {
+        "error": max(piece["tolerances"] for piece in manifest.verification["pieces"]),
+        "bytes": size,
+        "bytes_ratio": size / distinct if distinct else None,
+        "made_with": {**manifest.tools, "timm": routed.library.removeprefix("timm ")},
+    }
+    if delegation:
+        ends = [delegation["trunk"], delegation["expert_00"]]
+        found["delegates"] = tuple(each["delegates"] for each in ends)
+        found["undelegated"] = tuple(sum(each["undelegated"].values()) for each in ends)
+    if rounds and export == "onnx fp32":
+        progress(f"{subject.name}: {export}: timing")
+        found["dense_ratio"], found["stock_ratio"] = _ratios(dense, bundle, folder, rounds)
+    return msgspec.structs.replace(made, **found)
+
+
+def _export(model: Model, export: str, out: Path, progress: Callable[[str], None]) -> Bundle:
+    target, options = EXPORTS[export]
+    names = [f"class {index}" for index in range(CLASSES)]
+    header = new_header(model.config.to_dict(), names, names, _preprocessing(model))
+    return export_model(model, header, target, out, options=exporter_of(target).options(**options), progress=progress)
+
+
+def _ratios(dense: Model, routed: Bundle, folder: Path, rounds: int) -> tuple[float, float]:
+    """Median latency of the routed bundle by that of the dense bundle, and by that of the stock graph."""
+    plain = _export(dense, "onnx fp32", folder / "dense.mvmoe", lambda what: None)
+    stock = export_stock(dense, folder / "stock.onnx")
+    size = dense.config.image_size
+    image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    expert = np.zeros((1, 1), np.int64)
+    with mvmoe_deploy.load(routed.path, threads=1) as a, mvmoe_deploy.load(plain.path, threads=1) as b:
+        c = BareGraph(_graph(stock, dense), 1)
+        timed = interleave(
+            {
+                "routed": lambda n: a.run(image, expert),
+                "dense": lambda n: b.run(image),
+                "stock": lambda n: c.run(image),
+            },
+            rounds,
+        )
+        c.close()
+    median = {name: float(np.median(samples)) for name, samples in timed.samples.items()}
+    return median["routed"] / median["dense"], median["routed"] / median["stock"]
+
+
+def _graph(path: Path, model: Model) -> Configuration:
+    return Configuration(
+        name="stock", group="", kind="stock", backend="onnxruntime", precision="fp32", layout="one graph",
+        path=str(path), preprocessing=_preprocessing(model), experts=0, k=0, flops=None, macs=None, counted_macs=None,
+        parameters=0, active_parameters=None, bytes_on_disk=0, bytes_first_image=0,
+    )  # fmt: skip
+
+
+def table_of(results: Sequence[Result]) -> tuple[list[list[Cell]], list[str]]:
+    """One row per model and one column per export: rows and headers."""
+    by_model: dict[str, dict[str, Result]] = {}
+    for result in results:
+        by_model.setdefault(result.model, {})[result.export] = result
+    rows: list[list[Cell]] = []
+    for subject in SUBJECTS:
+        if (found := by_model.get(subject.name)) is None:
+            continue
+        first = next(iter(found.values()))
+        timed = found.get("onnx fp32")
+        ratios: list[Cell] = [
+            None if timed is None or ratio is None else f"{ratio:.2f}"
+            for ratio in ((timed.dense_ratio, timed.stock_ratio) if timed else (None, None))
+        ]
+        rows.append(
+            [subject.name, f"{subject.cut}, {first.own}", *(_cell(found.get(name)) for name in EXPORTS), *ratios]
+        )
+    return rows, ["model", "cut, own", *EXPORTS, "routed / dense", "routed / stock"]
+
+
+def _cell(result: Result | None) -> Cell:
+    if result is None:
+        return None
+    if result.reason:
+        return f"fails: {result.reason[:160]}"
+    text = "verified" if result.bytes is None else f"verified, {result.bytes / 1e6:.1f} MB"
+    if result.bytes_ratio is not None:
+        text += f" (× {result.bytes_ratio:.3f})"
+    if result.delegates is not None and result.undelegated is not None:
+        parts = [
+            f"{name} {delegates} + {outside}"
+            for name, delegates, outside in zip(("trunk", "tail"), result.delegates, result.undelegated, strict=True)
+        ]
+        text += f"; {', '.join(parts)}"
+    return text
+
+
+START, END = "<!-- matrix: mvmoe-bench backbones writes it -->", "<!-- end of matrix -->"
+
+
+def write_into(page: Path, table: str) -> None:
+    """Puts the table into a page, between its two marks.
+
+    Raises:
+        ConfigError: the page has no such marks.
+    """
+    text = page.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ConfigError(f"{page}: has no marks {START!r} and {END!r} for the table to stand between")
+    page.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+
+
+def write(results: Sequence[Result], path: Path) -> None:
+    """Writes results, which :func:`read` reads back."""
+    path.write_text(json.dumps(msgspec.to_builtins(list(results)), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The matrix of models and targets: one small export, and how results become a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvmoe_deploy.bench.selfcheck import backbones
+from mvmoe_deploy.bench.selfcheck.backbones import Result, Subject
+from mvmoe_deploy.cli import bench
+from mvmoe_deploy.errors import ConfigError, ExportError
+
+SMALL = Subject("mobilenetv3_small_050", "blocks.4", "pointwise", 64)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "SUBJECTS", (SMALL, Subject("resnet10t", "layer9", "stages", 32)))
+
+
+def test_a_model_is_exported_timed_and_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept.json"
+    argv = ["backbones", "--only", "mobilenet", "--exports", "onnx fp32", "--experts", "2", "--rounds", "2"]
+    assert bench.main([*argv, "--results", str(kept), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["reason"] == "" and 0.99 < result["bytes_ratio"] < 1.2 and result["made_with"]["timm"]
+    assert result["dense_ratio"] > 0 and result["stock_ratio"] > 0
+    assert bench.main([*argv, "--results", str(kept)]) == 0
+    printed = capsys.readouterr()
+    assert "verified, " in printed.out and not printed.err  # nothing was run
+
+
+def test_a_failure_is_named_and_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ExportError(f"{arguments[2]}: cannot")
+
+    monkeypatch.setattr(backbones, "_export", refuse)
+    argv = ["backbones", "--exports", "onnx fp32,coreml fp16", "--experts", "2", "--results", str(tmp_path / "x.json")]
+    assert bench.main([*argv, "--markdown"]) == 1
+    printed = capsys.readouterr()
+    assert "fails: routed.mvmoe: cannot" in printed.out  # without the temporary folder
+    assert "has no stage 'layer9'" in printed.out and "4 of 4 exports fail" in printed.err
+    kept = backbones.read(tmp_path / "x.json")
+    assert len(kept) == 4 and all(result.reason for result in kept)
+
+
+def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{backbones.START}\nold\n{backbones.END}\nafter\n", encoding="utf-8")
+    backbones.write_into(page, "| new |")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| new |" in text and "old" not in text
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no marks"):
+        backbones.write_into(page, "| new |")
+
+
+def test_a_row_says_what_was_found() -> None:
+    common = {"model": SMALL.name, "own": "stages", "experts": 4}
+    results = [
+        Result(export="onnx fp32", bytes=15_300_000, bytes_ratio=1.0031, dense_ratio=1.02, stock_ratio=0.99, **common),
+        Result(export="executorch fp32", bytes=15_300_000, delegates=(1, 2), undelegated=(0, 3), **common),
+        Result(export="coreml fp16", reason="trunk: no", **common),
+    ]
+    ((name, cut, onnx, fp16, _, executorch, _, coreml, dense, stock),), headers = backbones.table_of(results)
+    assert (name, cut, fp16) == (SMALL.name, "blocks.4, stages", None)
+    assert (onnx, coreml) == ("verified, 15.3 MB (× 1.003)", "fails: trunk: no")
+    assert executorch == "verified, 15.3 MB; trunk 1 + 0, tail 2 + 3"
+    assert (dense, stock) == ("1.02", "0.99") and len(headers) == 10
+
+
+@pytest.mark.parametrize("argv", [["--only", "alexnet"], ["--exports", "tflite"]])
+def test_what_is_unknown_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["backbones", *argv]) == 2
+    assert "mobilenetv3_small_050" in (error := capsys.readouterr().err) or "onnx fp32" in error
+
+
+def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not results"):
+        backbones.read(tmp_path / "x.json")
