@@ -1,4 +1,4 @@
-"""How to run a bundle from an app: Swift and Kotlin with the names, shapes and preprocessing of its manifest."""
+"""How to run a bundle from an app: a class in Swift, made from its manifest, and the use of the package in Kotlin."""
 
 from __future__ import annotations
 
@@ -11,32 +11,22 @@ from mvmoe_deploy.errors import BundleError
 
 
 def snippet(bundle: Bundle, language: str) -> str:
-    """Source code of a class that routes an image and runs one expert.
+    """Source code that routes an image and runs one expert.
 
     Args:
-        bundle: the bundle of a model with one expert per image.
+        bundle: the bundle to run.
         language: a language for which the bundle's target has a snippet, such as ``swift``.
 
     Raises:
-        BundleError: there is no snippet for this language and target, or the model is of another kind.
+        BundleError: there is no snippet for this language and target, or for models of this kind.
     """
-    m = bundle.manifest
-    target = targets.get(m.target)
+    target = targets.get(bundle.manifest.target)
     if language not in target.snippets:
         others = f", there is one in {', '.join(target.snippets)}" if target.snippets else ""
-        raise BundleError(f"{bundle.path}: no {language} snippet for {m.target} bundles{others}")
-    if m.routing is None or m.routing.k != 1 or m.routing.router != "fused":
-        raise BundleError(f"{bundle.path}: snippets are for models with one expert per image and a fused router")
-    if m.layout == "swappable":
-        raise BundleError(f"{bundle.path}: there is no snippet for the swappable layout yet; export --layout separate")
-    trunk, tail = bundle.piece("trunk"), bundle.piece("tail", 0)
-    specs = [*trunk.inputs, *trunk.outputs, *tail.inputs, *tail.outputs]
-    for name in [m.source.checkpoint, trunk.graph, trunk.function or "", *(spec.name for spec in specs)]:
-        if not re.fullmatch(r"[\w./ -]*", name):  # the name would become part of a program
-            raise BundleError(f"{bundle.path}: the manifest's name {name!r} cannot stand in source code")
-    write: Callable[[Manifest, Piece, Piece], str]
+        raise BundleError(f"{bundle.path}: no {language} snippet for {target.name} bundles{others}")
+    write: Callable[[Bundle], str]
     write = targets.resolve(target.snippets[language], f"the {language} snippet", target.requirement, BundleError)
-    return write(m, trunk, tail)
+    return write(bundle)
 
 
 def languages() -> list[str]:
@@ -44,8 +34,21 @@ def languages() -> list[str]:
     return sorted({language for target in targets.known().values() for language in target.snippets})
 
 
-def _facts(m: Manifest, comment: str = "//") -> str:
-    """The comment that every snippet starts with: how an image becomes the model's input."""
+def _pieces(bundle: Bundle) -> tuple[Piece, Piece]:
+    """The trunk and the first tail, whose names are safe to write into a program."""
+    m = bundle.manifest
+    if m.routing is None or m.routing.k != 1 or m.routing.router != "fused":
+        raise BundleError(f"{bundle.path}: Swift snippets are for models with one expert per image and a fused router")
+    trunk, tail = bundle.piece("trunk"), bundle.piece("tail", 0)
+    specs = [*trunk.inputs, *trunk.outputs, *tail.inputs, *tail.outputs]
+    for name in [m.source.checkpoint, trunk.graph, trunk.function or "", *(spec.name for spec in specs)]:
+        if not re.fullmatch(r"[\w./ -]*", name):  # the name would become part of a program
+            raise BundleError(f"{bundle.path}: the manifest's name {name!r} cannot stand in source code")
+    return trunk, tail
+
+
+def _facts(m: Manifest) -> str:
+    """The comment that Swift's snippets start with: how an image becomes the model's input."""
     p = m.preprocessing
     assert m.routing is not None
     lines = [
@@ -54,11 +57,11 @@ def _facts(m: Manifest, comment: str = "//") -> str:
         "channel c of a pixel v in 0…255 becomes v * scale[c] + bias[c].",
         f"{m.routing.experts} experts; the gate is the router's probability of the chosen one, not renormalised.",
     ]
-    return "\n".join(f"{comment} {line}" for line in lines)
+    return "\n".join(f"// {line}" for line in lines)
 
 
-def _numbers(values: object, suffix: str = "") -> str:
-    return ", ".join(f"{float(value):.9g}{suffix}" for value in values)  # type: ignore[attr-defined]
+def _numbers(values: object) -> str:
+    return ", ".join(f"{float(value):.9g}" for value in values)  # type: ignore[attr-defined]
 
 
 def _shape(piece: Piece, index: int, inputs: bool = True) -> list[int]:
@@ -67,8 +70,9 @@ def _shape(piece: Piece, index: int, inputs: bool = True) -> list[int]:
     return [extent if isinstance(extent, int) else 1 for extent in spec.shape]
 
 
-def swift_coreml(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def swift_coreml(bundle: Bundle) -> str:
     """The class in Swift for Core ML."""
+    m, (trunk, tail) = bundle.manifest, _pieces(bundle)
     packed = trunk.function is not None
     size = m.preprocessing.size
     configure = "\n        configuration.functionName = name  // iOS 18" if packed else ""
@@ -118,8 +122,9 @@ final class RoutedModel {{
 """
 
 
-def swift_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
+def swift_executorch(bundle: Bundle) -> str:
     """The class in Swift for ExecuTorch."""
+    m, (trunk, _) = bundle.manifest, _pieces(bundle)
     packed = m.layout == "packed"
     opened = (
         f'Module(filePath: folder + "/{trunk.graph}", loadMode: .mmap)'
@@ -158,113 +163,31 @@ final class RoutedModel {{
 """
 
 
-def kotlin_executorch(m: Manifest, trunk: Piece, tail: Piece) -> str:
-    """The class in Kotlin for ExecuTorch."""
-    packed = m.layout == "packed"
-    path = f"$folder/{trunk.graph}" if packed else "$folder/$name.pte"
-    method = "name" if packed else f'"{trunk.function or "forward"}"'
-    shape = ", ".join(f"{extent}L" for extent in _shape(trunk, 0))
-    tokens = ", ".join(f"{extent}L" for extent in _shape(tail, 0))
-    return f"""{_facts(m)}
-import org.pytorch.executorch.EValue
-import org.pytorch.executorch.Module
-import org.pytorch.executorch.Tensor
-
-class RoutedModel(private val folder: String, private val resident: Int = 1) : AutoCloseable {{
-    private val trunk = open("{trunk.name}")
-    private val tails = LinkedHashMap<String, Module>(16, 0.75f, true)  // least recently used first
-
-    // The default mode reads the whole file into memory; mapped, the system keeps what is used.
-    private fun open(name: String) = Module.load("{path}", Module.LOAD_MODE_MMAP)
-
-    private fun tail(name: String): Module {{
-        tails[name]?.let {{ return it }}
-        while (tails.size >= resident) {{
-            val eldest = tails.keys.first()
-            tails.remove(eldest)!!.destroy()
-        }}
-        return open(name).also {{ tails[name] = it }}
-    }}
-
-    private fun run(module: Module, name: String, vararg inputs: Tensor) =
-        module.execute({method}, *inputs.map {{ EValue.from(it) }}.toTypedArray())
-
-    /** image: {_shape(trunk, 0)} floats, preprocessed, channels first; gives logits and the expert. */
-    fun logits(image: FloatArray): Pair<FloatArray, Int> {{
-        val routed = run(trunk, "{trunk.name}", Tensor.fromBlob(image, longArrayOf({shape})))
-        val probabilities = routed[1].toTensor().dataAsFloatArray
-        val expert = probabilities.indices.maxByOrNull {{ probabilities[it] }}!!
-        // Copied out: the trunk's memory is reused by its next run.
-        val tokens = Tensor.fromBlob(routed[0].toTensor().dataAsFloatArray, longArrayOf({tokens}))
-        val gate = Tensor.fromBlob(floatArrayOf(probabilities[expert]), longArrayOf(1L))
-        val name = "expert_%02d".format(expert)
-        return run(tail(name), name, tokens, gate)[0].toTensor().dataAsFloatArray to expert
-    }}
-
-    override fun close() {{
-        trunk.destroy()
-        tails.values.forEach {{ it.destroy() }}
-    }}
-
-    companion object {{
-        val SCALE = floatArrayOf({_numbers(m.preprocessing.scale, "f")})
-        val BIAS = floatArrayOf({_numbers(m.preprocessing.bias, "f")})
-    }}
-}}
-"""
+def kotlin_onnx(bundle: Bundle) -> str:
+    """The use of runtimes/kotlin with ONNX Runtime."""
+    return _kotlin(bundle, "mvmoe.onnxruntime.OnnxRuntimeBackend")
 
 
-def kotlin_onnx(m: Manifest, trunk: Piece, tail: Piece) -> str:
-    """The class in Kotlin for ONNX Runtime."""
-    shape = ", ".join(f"{extent}L" for extent in _shape(trunk, 0))
-    return f"""{_facts(m)}
-import ai.onnxruntime.OnnxTensor
-import ai.onnxruntime.OrtEnvironment
-import ai.onnxruntime.OrtSession
-import java.nio.FloatBuffer
+def kotlin_executorch(bundle: Bundle) -> str:
+    """The use of runtimes/kotlin with ExecuTorch."""
+    return _kotlin(bundle, "mvmoe.executorch.ExecuTorchBackend")
 
-// folder: a real directory (not assets): the graphs name their weight files beside them.
-class RoutedModel(private val folder: String, private val resident: Int = 1) : AutoCloseable {{
-    private val environment = OrtEnvironment.getEnvironment()
-    // One thread: each session has a pool of its own, and idle ones would spin against the one that computes.
-    private val options = OrtSession.SessionOptions().apply {{ setIntraOpNumThreads(1) }}
-    private val trunk = open("{trunk.graph}")
-    private val tails = LinkedHashMap<Int, OrtSession>(16, 0.75f, true)  // least recently used first
 
-    private fun open(graph: String) = environment.createSession("$folder/$graph", options)
+def _kotlin(bundle: Bundle, backend: str) -> str:
+    return f"""// Made by mvmoe-inspect --snippet, for the package in runtimes/kotlin.
+import java.io.File
+import mvmoe.Image
+import mvmoe.Runtime
+import {backend}
 
-    private fun tail(expert: Int): OrtSession {{
-        tails[expert]?.let {{ return it }}
-        while (tails.size >= resident) {{
-            val eldest = tails.keys.first()
-            tails.remove(eldest)!!.close()
-        }}
-        return open("expert_%02d.onnx".format(expert)).also {{ tails[expert] = it }}
-    }}
+// The folder holds the bundle, which the digest pins: a file that differs from what was exported is refused.
+fun openModel(folder: File) = Runtime.load(
+    folder, ::{backend.rpartition(".")[2]}, maxResident = 1, digest = "{bundle.digest}",
+)
 
-    /** image: {_shape(trunk, 0)} floats, preprocessed, channels first; gives logits and the expert. */
-    fun logits(image: FloatArray): Pair<FloatArray, Int> =
-        OnnxTensor.createTensor(environment, FloatBuffer.wrap(image), longArrayOf({shape})).use {{ input ->
-            trunk.run(mapOf("{trunk.inputs[0].name}" to input)).use {{ routed ->
-                val probabilities = (routed["{trunk.outputs[1].name}"].get().value as Array<FloatArray>)[0]
-                val expert = probabilities.indices.maxByOrNull {{ probabilities[it] }}!!
-                OnnxTensor.createTensor(environment, floatArrayOf(probabilities[expert])).use {{ gate ->
-                    val tokens = routed["{trunk.outputs[0].name}"].get() as OnnxTensor
-                    tail(expert).run(mapOf("{tail.inputs[0].name}" to tokens, "{tail.inputs[1].name}" to gate)).use {{
-                        (it["{tail.outputs[0].name}"].get().value as Array<FloatArray>)[0] to expert
-                    }}
-                }}
-            }}
-        }}
-
-    override fun close() {{
-        trunk.close()
-        tails.values.forEach {{ it.close() }}
-    }}
-
-    companion object {{
-        val SCALE = floatArrayOf({_numbers(m.preprocessing.scale, "f")})
-        val BIAS = floatArrayOf({_numbers(m.preprocessing.bias, "f")})
-    }}
+// The pixels are those of Bitmap.getPixels.
+fun describe(model: Runtime, width: Int, height: Int, argb: IntArray): String {{
+    val seen = model.predict(Image.fromArgb(width, height, argb))
+    return "${{seen.label}} (${{seen.probability}}), by expert ${{seen.expert}} in ${{seen.timings}} ms"
 }}
 """

@@ -381,4 +381,4 @@ def test_export_to_all_targets_goes_on_after_one_failed(
 
 def test_inspect_prints_a_snippet(bundle_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main([str(bundle_path), "--snippet", "kotlin"]) == 0
-    assert "class RoutedModel" in capsys.readouterr().out
+    assert "Runtime.load" in capsys.readouterr().out

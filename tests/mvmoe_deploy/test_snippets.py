@@ -30,16 +30,13 @@ def as_target(path: Path, target: str, layout: str = "separate", **options: Any)
 
 
 @pytest.mark.parametrize("layout", ["separate", "packed"])
-@pytest.mark.parametrize(
-    ("language", "target"),
-    [("swift", "coreml"), ("swift", "executorch"), ("kotlin", "executorch"), ("kotlin", "onnx")],
-)
-def test_a_snippet_names_what_the_bundle_has(bundle_path: Path, language: str, target: str, layout: str) -> None:
+@pytest.mark.parametrize("target", ["coreml", "executorch"])
+def test_a_swift_snippet_names_what_the_bundle_has(bundle_path: Path, target: str, layout: str) -> None:
     bundle = as_target(bundle_path, target, layout)
-    code = snippet(bundle, language)
+    code = snippet(bundle, "swift")
     trunk = bundle.piece("trunk")
     assert ("model." if layout == "packed" and target != "coreml" else "trunk") in code
-    if target in ("coreml", "onnx"):  # these engines take inputs by name
+    if target == "coreml":  # which takes inputs by name
         tail = bundle.piece("tail", 0)
         for spec in [*trunk.inputs, *trunk.outputs, *tail.inputs, tail.outputs[0]]:
             assert f'"{spec.name}"' in code
@@ -48,6 +45,16 @@ def test_a_snippet_names_what_the_bundle_has(bundle_path: Path, language: str, t
     assert code.count("{") == code.count("}")
     assert code.count("(") == code.count(")")
     assert not re.search(r"\bself\.manifest|None\b", code)
+
+
+@pytest.mark.parametrize(("target", "engine"), [("onnx", "OnnxRuntimeBackend"), ("executorch", "ExecuTorchBackend")])
+def test_a_kotlin_snippet_pins_its_bundle(bundle_path: Path, target: str, engine: str) -> None:
+    """tests/runtimes compiles and runs it."""
+    bundle = open_bundle(bundle_path)
+    manifest = msgspec.structs.replace(bundle.manifest, target=target)
+    code = snippet(Bundle(bundle.path, manifest, bundle.digest), "kotlin")
+    assert engine in code and f'digest = "{bundle.digest}"' in code
+    assert len([line for line in code.splitlines() if line and not line.startswith(("//", "import"))]) <= 10
 
 
 def test_an_image_input_needs_no_preprocessing_in_the_app(bundle_path: Path) -> None:
@@ -60,12 +67,7 @@ def test_languages_that_a_target_has_not(bundle_path: Path, dense_path: Path, k2
         snippet(open_bundle(bundle_path), "swift")
     for path in (dense_path, k2.path):
         with pytest.raises(BundleError, match="one expert per image and a fused router"):
-            snippet(open_bundle(path), "kotlin")
-
-
-def test_swappable_bundles_have_none(bundle_path: Path) -> None:
-    with pytest.raises(BundleError, match="no snippet for the swappable layout"):
-        snippet(as_target(bundle_path, "onnx", "swappable"), "kotlin")
+            snippet(as_target(path, "executorch"), "swift")
 
 
 @pytest.mark.parametrize("name", ['x"); evil(); ("', "a\nb", "${x}"])
@@ -75,4 +77,4 @@ def test_names_from_a_manifest_cannot_become_code(bundle_path: Path, name: str) 
     bad = msgspec.structs.replace(trunk, inputs=[TensorSpec(name, trunk.inputs[0].shape, "float32")])
     pieces = [bad if piece.role == "trunk" else piece for piece in bundle.manifest.pieces]
     with pytest.raises(BundleError, match="cannot stand in source code"):
-        snippet(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, pieces=pieces)), "kotlin")
+        snippet(Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, pieces=pieces, target="coreml")), "swift")

@@ -1,0 +1,19 @@
+package mvmoe
+
+/** Everything that is thrown on purpose. The message is one line: what was wrong, where, and what to do. */
+sealed class MvmoeException(message: String, cause: Throwable? = null) : Exception(oneLine(message), cause)
+
+/** Names from a manifest may hold anything. */
+private fun oneLine(message: String): String = message.map { if (it < ' ') ' ' else it }.joinToString("")
+
+/** A bundle is missing, damaged, unsafe, or of another version; the message names the file. */
+class BundleException(message: String, cause: Throwable? = null) : MvmoeException(message, cause)
+
+/** An engine cannot load or run a piece, or what the piece returned cannot be an answer. */
+class BackendException(message: String, cause: Throwable? = null) : MvmoeException(message, cause)
+
+/** The memory budget or the number of resident experts cannot work. */
+class BudgetException(message: String) : MvmoeException(message)
+
+/** An image, or another input of a call, cannot be used. */
+class ImageException(message: String) : MvmoeException(message)
