@@ -7,17 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from mvmoe_deploy import selftest
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.split import SplitModel
-from mvmoe_deploy.exporters.verify import reference_probabilities
 from mvmoe_deploy.images import Preprocessing, decode, evenly_spaced, preprocess
 from mvmoe_deploy.runtime import Runtime, top_k
+
+MOST_CASES = 32
+CASES_WITHOUT_EXPERTS = 2
 
 PHOTOS = 64
 """Most of the photos given that are looked at."""
@@ -25,17 +29,22 @@ PHOTOS = 64
 PER_EXPERT = 3
 """Most photos per expert that are cut to a picture's size, which may change their route."""
 
-DRAWN = 64
-"""Number of pictures that are drawn where photos do not lead to every expert."""
-
-CASES_WITHOUT_EXPERTS = 2
-
 LARGEST_SIDE = 96
 """Longest that a picture's shorter side is, in pixels, but for one picture: as PNG, photos are large."""
 
-MARGIN = 10.0
-"""Least margin between the last expert chosen and the next, in tolerances of the gate: a device that departs by as much
-as it may still chooses the same."""
+LEAST_MARGIN = 10.0
+"""Least margin of a case's route, in tolerances of the gate: a device that departs by as much as it may still chooses
+the same experts."""
+
+WIDE_MARGIN = 0.4
+"""Margin at which a pattern need not be changed further."""
+
+CELLS = 8
+"""Cells of a pattern, across and down."""
+
+STEPS = 12
+STEP = 0.08
+"""How far a cell's colour moves in a step, of 0…1."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Picture:
 
 
 def write_selftest(
-    split: SplitModel, draft: Bundle, backend: Backend, photos: list[Path], photo_inputs: Tensor | None
+    split: SplitModel, draft: Bundle, backend: Backend, photos: list[Path], photo_inputs: Tensor
 ) -> list[str]:
     """Writes the self-test's file and pictures into a bundle that has been verified.
 
@@ -62,7 +71,7 @@ def write_selftest(
         split: the reference, which tells where pictures are routed.
         draft: the bundle as written.
         backend: the backend that verified it; what it answers is expected of others.
-        photos: images to cut the pictures from; empty to draw them.
+        photos: images to cut the pictures from; empty for patterns instead.
         photo_inputs: the photos preprocessed, ``[n, 3, S, S]``.
 
     Returns:
@@ -70,30 +79,51 @@ def write_selftest(
     """
     manifest = draft.manifest
     tolerance = exporter_of(manifest.target).precision(manifest.precision).selftest
-    least = MARGIN * tolerance.gate
-    experts = split.routing.experts if split.routing else CASES_WITHOUT_EXPERTS
-    pictures = _from_photos(split, manifest.preprocessing, photos, photo_inputs)
-    found = widest(pictures, least)
-    if len(found) < experts:
-        drawn = [draw(number, manifest.preprocessing.size) for number in range(DRAWN if split.routing else experts)]
-        pictures += _routed(split, manifest.preprocessing, drawn)
-        found = widest(pictures, least) | found
-    if not found:  # a router that hardly decides
-        found = {0: max(pictures, key=lambda picture: picture.margin)}
+    pictures = choose(split, manifest.preprocessing, photos, photo_inputs, LEAST_MARGIN * tolerance.gate)
     runtime = Runtime(draft, backend, max_resident=1 if split.routing else None)
-    cases, paths = [], [selftest.FILE]
-    for number, (_, picture) in enumerate(sorted(found.items())[:experts]):
+    cases = []
+    for number, picture in enumerate(pictures):
         path = f"selftest_{number:02d}.png"
-        picture.image.save(draft.path / path, optimize=True)
+        picture.save(draft.path / path, optimize=True)
         answer = runtime.answer(draft.path / path)
         logits = answer.logits.astype("<f4").tobytes()
-        cases.append(selftest.Case(path, answer.pixels, answer.experts, answer.gates, logits))
-        paths.append(path)
+        cases.append(
+            selftest.Case(image=path, pixels=answer.pixels, experts=answer.experts, gates=answer.gates, logits=logits)
+        )
     selftest.write(draft.path, selftest.Selftest(tolerance, cases))
-    return paths
+    return [selftest.FILE, *(case.image for case in cases)]
 
 
-def widest(pictures: list[Picture], least: float) -> dict[int, Picture]:
+def choose(
+    split: SplitModel, preprocessing: Preprocessing, photos: list[Path], photo_inputs: Tensor, least: float
+) -> list[Image.Image]:
+    """Pictures whose routes have wide margins, in the order of their experts: photos where they lead to an expert, or
+    else patterns.
+
+    Args:
+        split: the reference.
+        preprocessing: how images become the model's input.
+        photos: images to cut pictures from.
+        photo_inputs: the photos preprocessed, ``[n, 3, S, S]``.
+        least: least margin; if no picture has it, the one with the widest is taken.
+    """
+    if split.routing is None:
+        own = [_cut(decode(photo), number, preprocessing.size) for number, photo in enumerate(photos[:2])]
+        drawn = [_as_picture(pattern, number, preprocessing) for number, pattern in enumerate(_patterns(2).numpy())]
+        return (own + drawn)[:CASES_WITHOUT_EXPERTS]
+    pictures = _routed(split, preprocessing, _from_photos(split, preprocessing.size, photos, photo_inputs))
+    found = _widest(pictures, least)
+    experts = range(min(split.routing.experts, MOST_CASES))
+    missing = [expert for expert in experts if expert not in found]
+    if missing:
+        pictures += steer(split, preprocessing, missing)
+        found = _widest(pictures, least) | found
+    if not found:  # a router that hardly decides
+        return [max(pictures, key=lambda picture: picture.margin).image]
+    return [found[expert].image for expert in sorted(found)[:MOST_CASES]]
+
+
+def _widest(pictures: list[Picture], least: float) -> dict[int, Picture]:
     """Of each expert the picture with the widest margin, if that is at least ``least``."""
     best: dict[int, Picture] = {}
     for picture in pictures:
@@ -102,50 +132,56 @@ def widest(pictures: list[Picture], least: float) -> dict[int, Picture]:
     return best
 
 
-def _routed(split: SplitModel, preprocessing: Preprocessing, pictures: list[Image.Image]) -> list[Picture]:
-    """Pictures with their routes; those for a dense model are numbered as if each had an expert of its own."""
-    if not pictures:
+def _routed(split: SplitModel, preprocessing: Preprocessing, images: list[Image.Image]) -> list[Picture]:
+    """Pictures with their routes in PyTorch."""
+    if not images:
         return []
-    if split.routing is None:
-        return [Picture(image, number, np.inf) for number, image in enumerate(pictures)]
-    inputs = torch.from_numpy(np.stack([preprocess(image, preprocessing) for image in pictures]))
-    return [Picture(image, *route) for image, route in zip(pictures, _routes(split, inputs), strict=True)]
+    inputs = torch.from_numpy(np.stack([preprocess(image, preprocessing) for image in images]))
+    return [Picture(image, *route) for image, route in zip(images, _routes(split, inputs), strict=True)]
 
 
 def _routes(split: SplitModel, inputs: Tensor) -> list[tuple[int, float]]:
     """The best expert of each preprocessed image, and the margin of its route."""
+    with torch.no_grad():
+        return margins(torch.cat([_probabilities(split, part) for part in inputs.split(32)]), split)
+
+
+def margins(probabilities: Tensor, split: SplitModel) -> list[tuple[int, float]]:
+    """The best expert of each image by a router's probabilities ``[B, E]``, and the margin of its route."""
     assert split.routing is not None
-    k = split.routing.k
-    probabilities = np.concatenate([reference_probabilities(split, part) for part in inputs.split(32)])
-    order = top_k(probabilities, min(k + 1, split.routing.experts))
-    gates = np.take_along_axis(probabilities, order, axis=1)
+    values = probabilities.detach().numpy()
+    order = top_k(values, min(split.routing.k + 1, split.routing.experts))
+    gates = np.take_along_axis(values, order, axis=1)
     gaps = -np.diff(gates, axis=1) if order.shape[1] > 1 else gates
     return list(zip(order[:, 0].tolist(), gaps.min(axis=1).tolist(), strict=True))
 
 
-def _from_photos(
-    split: SplitModel, preprocessing: Preprocessing, photos: list[Path], inputs: Tensor | None
-) -> list[Picture]:
-    """Pictures cut from those photos that are routed with the widest margins."""
-    if inputs is None or not photos:
+def _probabilities(split: SplitModel, inputs: Tensor) -> Tensor:
+    """The router's probabilities ``[B, E]``, with their gradient."""
+    result = split.of("trunk")[0].module(inputs)
+    for router in split.of("router"):
+        return router.module(result)  # type: ignore[no-any-return]
+    return result[1]  # type: ignore[no-any-return]
+
+
+def _from_photos(split: SplitModel, size: int, photos: list[Path], inputs: Tensor) -> list[Image.Image]:
+    """Pictures cut from those photos that are routed with the widest margins, a few per expert."""
+    if not photos:
         return []
-    chosen = evenly_spaced(len(photos), PHOTOS).tolist()
-    if split.routing is None:
-        ranked = [(number, number) for number in range(min(len(chosen), CASES_WITHOUT_EXPERTS))]
-    else:
-        routes = _routes(split, inputs[chosen])
-        by_margin = sorted(range(len(chosen)), key=lambda index: -routes[index][1])
-        ranked = [(routes[index][0], index) for index in by_margin]
-    pictures, taken = [], dict.fromkeys(range(len(ranked)), 0)
-    for expert, index in ranked:
+    looked_at = evenly_spaced(len(photos), PHOTOS)
+    routes = _routes(split, inputs[looked_at])
+    taken: dict[int, int] = {}
+    pictures = []
+    for index in sorted(range(len(routes)), key=lambda index: -routes[index][1]):
+        expert = routes[index][0]
         taken[expert] = taken.get(expert, 0) + 1
         if taken[expert] <= PER_EXPERT:
-            pictures.append(cut(decode(photos[chosen[index]]), picture_size(expert, preprocessing.size)))
-    return _routed(split, preprocessing, pictures)
+            pictures.append(_cut(decode(photos[looked_at[index]]), expert, size))
+    return pictures
 
 
 def picture_size(number: int, size: int) -> tuple[int, int]:
-    """Width and height of a picture, so that together they exercise resampling: growing and shrinking, wide and tall.
+    """Width and height of a picture; together they exercise resampling: growing and shrinking, wide and tall.
 
     Args:
         number: which picture.
@@ -157,27 +193,63 @@ def picture_size(number: int, size: int) -> tuple[int, int]:
     return (long, short) if number % 4 < 2 else (short, long)
 
 
-def cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred part of a photo that has the size's shape, made that size; metadata is left behind."""
-    scale = min(image.width / size[0], image.height / size[1])
-    width, height = scale * size[0], scale * size[1]
+def _cut(image: Image.Image, number: int, size: int) -> Image.Image:
+    """The largest centred part of a photo that has the shape of a picture, in its size; metadata is left behind."""
+    wanted = picture_size(number, size)
+    scale = min(image.width / wanted[0], image.height / wanted[1])
+    width, height = scale * wanted[0], scale * wanted[1]
     left, top = (image.width - width) / 2, (image.height - height) / 2
-    part = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+    part = image.resize(wanted, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
     return Image.fromarray(np.asarray(part))
 
 
-def draw(number: int, size: int) -> Image.Image:
-    """Draws a picture: shapes in random colours over a gradient; small as PNG, and different for every number."""
-    generator = np.random.default_rng(number)
-    width, height = picture_size(number, size)
-    ends = generator.integers(0, 256, (2, 3))
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    along = (x if number % 3 else y)[:, :, None]
-    image = Image.fromarray((ends[0] + along * (ends[1] - ends[0])).astype(np.uint8))
-    canvas = ImageDraw.Draw(image)
-    for _ in range(int(generator.integers(0, 7))):
-        corners = generator.uniform(-0.2, 1.2, (2, 2)) * (width, height)
-        box = [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()]
-        colour = tuple(generator.integers(0, 256, 3).tolist())
-        (canvas.ellipse if generator.random() < 0.5 else canvas.rectangle)(box, fill=colour)
-    return image
+def steer(split: SplitModel, preprocessing: Preprocessing, experts: list[int]) -> list[Picture]:
+    """Pictures of random patterns that are changed step by step until the router sends one to each of the experts.
+
+    A trained router sends whatever is not a photo to few of its experts. The patterns follow the gradient's sign of
+    the logarithm of the wanted experts' probabilities. The pictures of all steps are returned.
+    """
+    assert split.routing is not None
+    k, count = split.routing.k, split.routing.experts
+    wanted = torch.zeros(len(experts), count)
+    for row, expert in enumerate(experts):
+        for place in range(k):  # the next ones in falling order, so that the order has a margin as well
+            wanted[row, (expert + place) % count] = 2.0**-place
+    patterns = _patterns(len(experts))
+    found: list[Picture] = []
+    left = list(range(len(experts)))
+    for _ in range(STEPS):
+        pictures = [_as_picture(patterns[row].numpy(), experts[row], preprocessing) for row in left]
+        inputs = torch.from_numpy(np.stack([preprocess(picture, preprocessing) for picture in pictures]))
+        with torch.enable_grad():
+            probabilities = _probabilities(split, inputs.requires_grad_())
+        routes = margins(probabilities, split)
+        found += [Picture(picture, *route) for picture, route in zip(pictures, routes, strict=True)]
+        on_the_way = [
+            route[0] != experts[row] or route[1] < WIDE_MARGIN for row, route in zip(left, routes, strict=True)
+        ]
+        if not (any(on_the_way) and probabilities.requires_grad):
+            break
+        with torch.enable_grad():
+            likelihood = (wanted[left] * probabilities.clamp(min=1e-30).log()).sum()
+        (slope,) = torch.autograd.grad(likelihood, inputs)
+        patterns[left] = (patterns[left] + STEP * adaptive_avg_pool2d(slope, CELLS).sign()).clamp(0, 1)
+        left = [row for row, moves in zip(left, on_the_way, strict=True) if moves]
+    return found
+
+
+def _patterns(count: int) -> Tensor:
+    """Random patterns ``[count, 3, CELLS, CELLS]`` of 0.2…0.8."""
+    return 0.2 + 0.6 * torch.rand(count, 3, CELLS, CELLS, generator=torch.Generator().manual_seed(0))
+
+
+def _as_picture(pattern: NDArray[np.float32], number: int, preprocessing: Preprocessing) -> Image.Image:
+    """A pattern in the part of a picture that the model sees; the cells at its edge reach to the picture's edge."""
+    width, height = picture_size(number, preprocessing.size)
+    side = min(width, height) * preprocessing.crop
+    across, down = (
+        np.clip((np.arange(length) - (length - side) / 2) * CELLS / side, 0, CELLS - 1).astype(int)
+        for length in (width, height)
+    )
+    pixels = np.rint(255 * pattern.transpose(1, 2, 0)[down[:, None], across]).astype(np.uint8)
+    return Image.fromarray(pixels)
