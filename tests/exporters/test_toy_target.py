@@ -72,7 +72,7 @@ def test_the_document_quotes_it() -> None:
 def test_inspect(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main([str(bundle), "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "toy, fp32, separate layout, 5 files" in out
+    assert "toy, fp32, separate layout, 10 files" in out  # five pieces; a self-test, with a picture for each expert
     assert "expert_03.npz" in out
     with pytest.raises(BundleError, match=r"no kotlin snippet for toy bundles$"):
         snippet(open_bundle(bundle), "kotlin")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from mvmoe_deploy.files import atomic_directory
-from mvmoe_deploy.runtimes import WEB
 from mvmoe_deploy.web_engine import cache_folder
 
 HERE = Path(__file__).parents[1] / "runtimes" / "web"
@@ -61,9 +60,9 @@ class Node:
         self.folder = folder
         folder.mkdir()
         for name in ("src", "test"):
-            shutil.copytree(WEB / name, folder / name)
+            shutil.copytree(ROOT / "runtimes" / "web" / name, folder / name)
         for name in ("package.json", "tsconfig.json"):
-            shutil.copy(WEB / name, folder)
+            shutil.copy(ROOT / "runtimes" / "web" / name, folder)
         for file in HERE.glob("*.mjs"):
             shutil.copy(file, folder)
         (folder / "node_modules").symlink_to(npm_packages())

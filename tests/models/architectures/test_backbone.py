@@ -318,10 +318,12 @@ def test_memory_is_estimated_before_anything_is_built(monkeypatch: pytest.Monkey
     [("mobileone_s0", 32, "stages.2", "stages"), ("fastvit_t8", 64, "stages.3", "mlp"), ("repvgg_a0", 32, "stages.3", "conv_kxk")],
 )  # fmt: skip
 def test_merged_branches_compute_the_same(name: str, size: int, cut: str, own: str) -> None:
-    model = lively(build(config_of(name, image_size=size, cut=cut, own=own, experts=2)))
+    # in double precision: with random weights, these deep models amplify the rounding of single precision
+    model = lively(build(config_of(name, image_size=size, cut=cut, own=own, experts=2))).double()
     merged = model.merged()
     assert sum(1 for _ in merged.modules()) < sum(1 for _ in model.modules())
     with torch.no_grad():
-        torch.testing.assert_close(merged(inputs(3, size)), model(inputs(3, size)), rtol=1e-3, atol=1e-3)
+        images = inputs(3, size).double()
+        torch.testing.assert_close(merged(images), model(images), rtol=1e-8, atol=1e-8)
     if own == "conv_kxk":  # a part of a block that cannot be merged
         assert "conv_1x1" in dict(merged.backbone.stages[3][0].named_children())
