@@ -126,17 +126,18 @@ class Browser:
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
+def browser(profile: Path, *flags: str) -> Iterator[Browser]:
     """Starts Chromium with an empty profile.
 
     Args:
         profile: a folder that does not exist yet.
+        flags: further flags of Chromium.
     """
     options = ChromeOptions()
     options.binary_location = CHROMIUM or ""
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}"):  # fmt: skip
+                 "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}", *flags):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = Chrome(options=options, service=ChromeService(DRIVER))
