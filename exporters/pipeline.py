@@ -21,7 +21,7 @@ from mvmoe_deploy.checkpoint import Header, check_header
 from mvmoe_deploy.errors import ConfigError, ExportError, ImageError, as_text
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
-from mvmoe_deploy.exporters.selftest import write_selftest
+from mvmoe_deploy.exporters.selftest import Pictures, write_selftest
 from mvmoe_deploy.exporters.split import SplitModel, split_model
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
@@ -42,7 +42,7 @@ def export_checkpoint(
     *,
     options: Options | None = None,
     images: str | Path | None = None,
-    selftest_from_images: bool = True,
+    selftest: Pictures = "drawn",
     force: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Bundle:
@@ -54,8 +54,7 @@ def export_checkpoint(
         out: the bundle's directory; by default ``CHECKPOINT-TARGET.mvmoe`` in the working directory.
         options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
         images: folder of real images to verify (and calibrate) with; None for synthetic images.
-        selftest_from_images: whether the pictures of the self-test are cut from these images, which then lie in the
-            bundle for all who get it; otherwise they are drawn.
+        selftest: the pictures of the self-test, see :func:`export_model`.
         force: replace an existing bundle.
         progress: called with each step.
 
@@ -74,7 +73,7 @@ def export_checkpoint(
         source=source,
         options=options,
         images=images,
-        selftest_from_images=selftest_from_images,
+        selftest=selftest,
         force=force,
         progress=progress,
     )
@@ -99,7 +98,7 @@ def export_model(
     source: Source | None = None,
     options: Options | None = None,
     images: str | Path | Tensor | None = None,
-    selftest_from_images: bool = True,
+    selftest: Pictures = "drawn",
     force: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Bundle:
@@ -114,8 +113,8 @@ def export_model(
         source: where the weights came from.
         options: options of the target's own type (such as ``CoreMLOptions``) or only the shared ones.
         images: folder of real images, or preprocessed images ``[n, 3, S, S]`` float32; None for synthetic images.
-        selftest_from_images: whether the pictures of the self-test are cut from the images of a folder, which then lie
-            in the bundle for all who get it; otherwise they are drawn.
+        selftest: the pictures of the self-test: ``drawn`` patterns; cut from the ``images`` of a folder, parts of which
+            then lie in the bundle for all who get it; or ``none``, and the bundle has no self-test.
         force: replace an existing bundle.
         progress: called with each step.
 
@@ -140,6 +139,10 @@ def export_model(
             raise ExportError(f"{out}: exists and is not a bundle, so --force does not replace it")
     with torch.no_grad(), atomic_directory(out, replace=force) as directory:
         tensors, image_source, photos = verification_images(header.preprocessing, images)
+        if selftest == "images" and not photos:
+            raise ExportError(
+                "the self-test's pictures can only be cut from images of a folder; give one (--images PATH)"
+            )
         progress("splitting")
         size = header.preprocessing.size
         pieces = model if isinstance(model, SplitModel) else split_model(model, size, options.separate_router)
@@ -168,14 +171,15 @@ def export_model(
         backends = [open_backend(draft, name, threads=None) for name in converted.backends]
         first, *others = [verify(pieces, draft, backend, tensors, image_source, progress) for backend in backends]
         verification = {**msgspec.to_builtins(first), "verified_as_well_with": [report.backend for report in others]}
-        progress("self-test")
-        given = photos if selftest_from_images else []
-        selftest, *pictures = write_selftest(pieces, draft, backends[0], given, tensors)
+        written: list[str] = []
+        if selftest != "none":
+            progress("self-test")
+            written = write_selftest(pieces, draft, backends[0], photos if selftest == "images" else [], tensors)
         manifest = msgspec.structs.replace(
             manifest,
             verification=verification,
-            selftest=selftest,
-            files=[*manifest.files, *bundles.describe_files(directory, [selftest, *pictures])],
+            selftest=written[0] if written else None,
+            files=[*manifest.files, *bundles.describe_files(directory, written)],
         )
         bundles.write_manifest(directory, manifest)
         progress("writing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.split import SplitModel
 from mvmoe_deploy.images import Preprocessing, decode, evenly_spaced, preprocess
 from mvmoe_deploy.runtime import Runtime, top_k
+
+Pictures = Literal["drawn", "images", "none"]
+"""Where the pictures of a self-test come from; see :func:`mvmoe_deploy.exporters.pipeline.export_model`."""
 
 MOST_CASES = 32
 CASES_WITHOUT_EXPERTS = 2

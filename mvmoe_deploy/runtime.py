@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.backends import Backend, LoadedPiece, check_threads, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
-from mvmoe_deploy.errors import AnswerError, BackendError, BudgetError, ImageError
+from mvmoe_deploy.errors import AnswerError, BackendError, BudgetError, BundleError, ImageError
 from mvmoe_deploy.images import ImageSource, normalise, preprocess, to_pixels
 from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 
@@ -344,32 +344,51 @@ class Runtime:
             unfreed_bytes=unfreed,
         )
 
-    def selftest(self) -> Verdict | None:
+    def selftest(
+        self, progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items
+    ) -> Verdict | None:
         """Runs the cases that the bundle carries: does this device answer as the bundle did where it was exported?
+
+        Args:
+            progress: wraps the iteration over the cases.
 
         Returns:
             The verdict by stages; None if the bundle has no self-test, as those of format versions 1 to 3.
 
         Raises:
-            BundleError: the self-test, or an expert that it needs, is missing or damaged.
-            BackendError: a piece failed, or its output is impossible (see the message).
+            BundleError: the self-test, one of its pictures, or an expert that it needs, is missing or damaged.
+            BackendError: a piece failed.
         """
         from mvmoe_deploy.selftest import judge, read  # not on the way to a first prediction
 
         test = read(self.bundle)
         if test is None:
             return None
-        return judge(test, [self.answer(self.bundle.path / case.image) for case in test.cases])
+        try:
+            answers = [
+                self.answer(self.bundle.path / case.image) for case in progress(iter(test.cases), len(test.cases))
+            ]
+        except ImageError as error:
+            raise BundleError(f"{error}; export again") from None
+        return judge(test, answers)
 
     def answer(self, image: ImageSource, name: str = "image") -> Answer:
-        """Everything that a self-test compares for one image; for the arguments and errors see :meth:`predict`."""
+        """Everything that a self-test compares for one image; for the arguments and errors see :meth:`predict`.
+
+        Unlike there, an answer that cannot be one is returned, for :func:`mvmoe_deploy.selftest.judge` to see: logits
+        that are not finite, and no experts where the router does not return probabilities.
+        """
         from mvmoe_deploy.selftest import Answer, digest
 
-        pixels = to_pixels(image, self.bundle.manifest.preprocessing, name)
-        logits, routed = self.run(normalise(pixels, self.bundle.manifest.preprocessing)[None])
+        manifest = self.bundle.manifest
+        pixels = to_pixels(image, manifest.preprocessing, name)
+        try:
+            outputs, routed, _ = self._run(self._open_pieces(), normalise(pixels, manifest.preprocessing)[None], None)
+        except AnswerError:
+            return Answer(digest(pixels), [], [], np.full(len(manifest.class_names), np.nan, np.float32))
         if routed is None:
-            return Answer(digest(pixels), [], [], logits[0])
-        return Answer(digest(pixels), routed.experts[0].tolist(), routed.gates[0].tolist(), logits[0])
+            return Answer(digest(pixels), [], [], outputs[0][0])
+        return Answer(digest(pixels), routed.experts[0].tolist(), routed.gates[0].tolist(), outputs[0][0])
 
     def _run_image(
         self, pieces: dict[str, LoadedPiece], batch: Floats

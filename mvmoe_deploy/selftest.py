@@ -216,14 +216,16 @@ def judge(selftest: Selftest, answers: list[Answer]) -> Verdict:
 
 
 def _judge_case(case: Case, answer: Answer, allowed: dict[Stage, float]) -> CaseResult:
-    gates = [abs(found - wanted) for found, wanted in zip(answer.gates, case.gates, strict=True)]
+    gates = [float("inf")]  # where there is no route
+    if len(answer.gates) == len(case.gates):
+        gates = [abs(found - wanted) for found, wanted in zip(answer.gates, case.gates, strict=True)]
     result = CaseResult(
         image=case.image,
         failed=None,
         pixels=answer.pixels == case.pixels,
         experts=answer.experts,
         expected=case.experts,
-        gate=max(gates, default=0.0),
+        gate=float(np.max(gates, initial=0.0)),
         logits=logits_departure(answer.logits, case.values),
     )
     failed = next((stage for stage in STAGES if not _departure(result, stage) <= allowed.get(stage, 0.0)), None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.cli.common import command, parser, positive_int
-from mvmoe_deploy.cli.verification import verification_lines
+from mvmoe_deploy.cli.verification import selftest_line, verification_lines
 from mvmoe_deploy.errors import ConfigError, ExportError, MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell, table
 
@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--separate-router", action="store_true", help="export the router as a piece of its own")
     p.add_argument("--force", action="store_true", help="replace an existing bundle")
     p.add_argument(
+        "--selftest",
+        choices=("drawn", "images", "none"),
+        default="drawn",
+        help="pictures that the bundle carries to prove itself on any device: drawn patterns; small copies of some of "
+        "--images, which everyone who gets the bundle can then see; or none",
+    )
+    p.add_argument(
         "--json", action="store_true", help="print the verification report as JSON; with all targets, a list"
     )
     foreign = p.add_argument_group("a dense model that another program trained, instead of a checkpoint")
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     model, header, source = _read(args)
     out = args.out or f"{Path(source.checkpoint).stem}-{args.target}.mvmoe"
     bundle = export_model(model, header, args.target, out, source=source, **_arguments(args, args.target, given))
-    print(json.dumps(as_json(bundle), indent=1) if args.json else describe(bundle))
+    print(json.dumps(as_json(bundle), indent=1) if args.json else describe(bundle, args.selftest == "images"))
 
 
 def _read(args: argparse.Namespace) -> tuple[nn.Module, Header, Source]:
@@ -153,7 +160,7 @@ def _export_all(args: argparse.Namespace, own: dict[str, dict[str, Any]]) -> Non
             bundle = export_model(pieces, header, target, out, source=source, **_arguments(args, target, given))
             done.append(as_json(bundle))
             if not args.json:
-                print(describe(bundle))
+                print(describe(bundle, args.selftest == "images"))
         except MvmoeError as error:  # one target's failure does not hide the others' results
             print(f"{target}: {str(error).removeprefix(f'{target}: ')}", file=sys.stderr)
             failed.append(error)
@@ -170,7 +177,13 @@ def _arguments(args: argparse.Namespace, target: str, own: dict[str, Any]) -> di
     options = exporter_of(target).options(
         precision=args.precision, layout=args.layout, separate_router=args.separate_router, **own
     )
-    return {"options": options, "images": args.images, "force": args.force, "progress": _Steps()}
+    return {
+        "options": options,
+        "images": args.images,
+        "selftest": args.selftest,
+        "force": args.force,
+        "progress": _Steps(),
+    }
 
 
 def as_json(bundle: Bundle) -> dict[str, Any]:
@@ -178,10 +191,19 @@ def as_json(bundle: Bundle) -> dict[str, Any]:
     return {"bundle": str(bundle.path), **bundle.manifest.verification}
 
 
-def describe(bundle: Bundle) -> str:
-    """A bundle's verification results, path and size as text."""
+def describe(bundle: Bundle, shows_images: bool = False) -> str:
+    """A bundle's verification results, self-test, path and size as text.
+
+    Args:
+        bundle: the bundle.
+        shows_images: whether the self-test's pictures are cut from the user's images.
+    """
     size = sum(file.bytes for file in bundle.manifest.files)
-    return f"{describe_verification(bundle)}\nwrote {bundle.path} ({size / 1e6:.2f} MB)"
+    lines = [describe_verification(bundle), selftest_line(bundle)]
+    if shows_images:
+        source = bundle.manifest.verification["image_source"]
+        lines.append(f"  they are cut from {source}: everyone who gets the bundle can see them")
+    return "\n".join([*lines, f"wrote {bundle.path} ({size / 1e6:.2f} MB)"])
 
 
 class _Steps:

@@ -9,7 +9,7 @@ import msgspec
 
 from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
 from mvmoe_deploy.cli.common import command, parser
-from mvmoe_deploy.cli.verification import verification_lines
+from mvmoe_deploy.cli.verification import selftest_line, verification_lines
 from mvmoe_deploy.snippets import languages, snippet
 from mvmoe_deploy.terminal import folded, table
 
@@ -18,7 +18,13 @@ def build_parser() -> argparse.ArgumentParser:
     p = parser("Show what is in a bundle: pieces, experts, preprocessing, verification results.")
     p.add_argument("bundle", type=Path, help="directory written by mvmoe-export")
     p.add_argument("--verify", action="store_true", help="compare every file with its sha256; exit 2 if one differs")
-    p.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    p.add_argument(
+        "--selftest",
+        action="store_true",
+        help="run the cases that the bundle carries, and exit with 1 if it answers otherwise here than where it was "
+        "exported",
+    )
+    p.add_argument("--json", action="store_true", help="print the manifest, or with --selftest its result, as JSON")
     p.add_argument("--snippet", choices=languages(), help="print source code that runs this bundle in an app")
     return p
 
@@ -29,6 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     bundle = open_bundle(args.bundle)
     if args.verify:
         bundle.check()
+    if args.selftest:
+        from mvmoe_deploy.cli.verdict import run_selftest
+
+        run_selftest(args.bundle, args.json)
+        return
     if args.snippet:
         print(snippet(bundle, args.snippet), end="")
         return
@@ -47,6 +58,7 @@ def describe(bundle: Bundle) -> str:
         parts += ["", *_routing(bundle)]
     if bundle.manifest.verification:
         parts += ["", *map(folded, verification_lines(bundle))]
+    parts += ["", folded(selftest_line(bundle))]
     return "\n".join(parts)
 
 

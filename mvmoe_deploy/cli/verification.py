@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.terminal import number
+from mvmoe_deploy.terminal import counted, number
 
 SHOWN = 5
 """Most images that are listed of those with another route, or another class, than PyTorch gives."""
@@ -20,6 +20,17 @@ def verification_lines(bundle: Bundle) -> list[str]:
         return _lines(report, bundle.manifest.precision)
     except (KeyError, TypeError, ValueError, AttributeError):  # the manifest does not fix its form
         return ["verified: the report has another form than this release prints; --json shows it"]
+
+
+def selftest_line(bundle: Bundle) -> str:
+    """What a bundle carries to prove itself on a device."""
+    manifest = bundle.manifest
+    if manifest.selftest is None:
+        return "self-test: none, so no device can tell whether it runs this bundle as it should"
+    of_pieces = {path for piece in manifest.pieces for path in piece.files}
+    own = [file for file in manifest.files if file.path not in of_pieces]
+    pictures = counted(len(own) - 1, "picture")
+    return f"self-test: {pictures}, {sum(file.bytes for file in own) / 1e3:.1f} kB; mvmoe-inspect --selftest runs it"
 
 
 def _lines(report: dict[str, Any], precision: str) -> list[str]:
