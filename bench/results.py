@@ -13,6 +13,7 @@ import msgspec
 
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.selftest import StageResult
 
 FORMAT = 2
 """Version of the JSON file's format; :func:`read_json` refuses all others."""
@@ -203,6 +204,7 @@ class Row(Facts, frozen=True, kw_only=True, forbid_unknown_fields=True):
         hit: warm latency of a prediction whose expert is resident.
         switch: warm latency of a prediction whose expert has to be loaded; its files are in the page cache.
         energy: millijoules per prediction; None where the platform has no readable counter.
+        selftest: what each stage of the bundle's self-test says on this machine; empty where it was not run.
     """
 
     warm: Latency
@@ -215,6 +217,7 @@ class Row(Facts, frozen=True, kw_only=True, forbid_unknown_fields=True):
     residency: list[Residency] = msgspec.field(default_factory=list)
     accuracy: Accuracy | None = None
     energy: Estimate | None = None
+    selftest: list[StageResult] = msgspec.field(default_factory=list)
 
 
 class Results(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvmoe_deploy.bench.measure.bootstrap import resampled
-from mvmoe_deploy.bench.report.tables import NOISY, fact, interval, noise_reasons
+from mvmoe_deploy.bench.report.tables import NOISY, fact, interval, noise_reasons, selftest_failures
 from mvmoe_deploy.bench.results import Estimate, Results, Row
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.terminal import Cell, number, plain, table
@@ -142,6 +142,7 @@ def warnings(before: Results, after: Results) -> list[str]:
         if row.name in rows and (old_kind := _kind(rows[row.name])) != _kind(row):
             found.append(f"{plain(row.name)} is {old_kind} in the first, {_kind(row)} in the second")
     for which, results in (("first", before), ("second", after)):
+        found += [f"{failure} in the {which}" for failure in selftest_failures(results)]
         for row in results.rows:
             if noise_reasons(row):
                 found.append(f"{plain(row.name)} {NOISY} was noisy in the {which}: {'; '.join(noise_reasons(row))}")

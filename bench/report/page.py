@@ -21,6 +21,7 @@ from mvmoe_deploy.terminal import counted, number, numeric_columns, plain
 
 SECTIONS = {
     "models": ("Models", "What was measured, and what a device downloads."),
+    "selftest": ("Self-test", "Whether the bundles answer here as they did where they were exported."),
     "work": ("Work and accuracy", "FLOPs by the paper's convention, MACs as counted in the exported graphs, accuracy."),
     "measured": ("Results", "One line per model. Ratios are to the baseline of the same group, paired round by round."),
     "accuracy": ("Accuracy", "How often a model is right against what it costs."),

@@ -35,7 +35,14 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All tables for which the results have data, without columns in which nothing was measured."""
-    made = [_models(results), _work(results), _measured(results), _cold_start(results), _experts(results)]
+    made = [
+        _models(results),
+        _selftest(results),
+        _work(results),
+        _measured(results),
+        _cold_start(results),
+        _experts(results),
+    ]
     made += [_memory(results), _throughput(results), _residency(results), _routing(results)]
     return [shown for table in made if (shown := _without_empty_columns(table)) is not None]
 
@@ -133,6 +140,40 @@ def _models(results: Results) -> Table:
         for row in results.rows
     ]
     return Table("models", "Models", headers, rows)
+
+
+def _selftest(results: Results) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            plain(row.name),
+            stage.stage,
+            f"{stage.passed} of {stage.cases}",
+            _departure(stage.departure, stage.tolerance),
+            _departure(stage.tolerance, stage.tolerance),
+        ]
+        for row in results.rows
+        for stage in row.selftest
+    ]
+    note = "Does a bundle answer on this device as it did where it was exported? Logits are off by standard deviations."
+    if failed := selftest_failures(results):
+        note += "\nDo not trust the times of these rows:" + "".join(f"\n{each}" for each in failed)
+    headers = ["model", "stage", "passed", "off by", "allowed"]
+    return Table(key="selftest", title="Self-test", headers=headers, rows=rows, note=note)
+
+
+def selftest_failures(results: Results) -> list[str]:
+    """The rows whose bundle failed its self-test, and at which stage."""
+    return [
+        f"{plain(row.name)} failed its self-test at {failed.stage}"
+        for row in results.rows
+        if (failed := next((stage for stage in row.selftest if stage.passed < stage.cases), None))
+    ]
+
+
+def _departure(value: float | None, tolerance: float | None) -> str | None:
+    if tolerance is None:  # a stage that asks for equality
+        return None
+    return "0" if value == 0 else "not a number" if value is None or value == float("inf") else f"{value:.1e}"
 
 
 def _work(results: Results) -> Table:
@@ -368,6 +409,8 @@ def _flat(row: Row) -> dict[str, str | float | None]:
         out |= {"images": row.accuracy.images, "top1": row.accuracy.top1, "top5": row.accuracy.top5,
                 "router_accuracy": row.accuracy.router}  # fmt: skip
     add("energy_mj", row.energy)
+    for stage in row.selftest:
+        out |= {f"selftest_{stage.stage}_passed": stage.passed, f"selftest_{stage.stage}_cases": stage.cases}
     if row.paper:
         out |= {"paper_mflops": row.paper.mflops, "paper_top1_percent": row.paper.top1}
     return out

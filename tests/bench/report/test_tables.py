@@ -11,9 +11,11 @@ import msgspec
 import pytest
 import synthetic
 
+from mvmoe_deploy.bench.report.changes import warnings
 from mvmoe_deploy.bench.report.tables import Table, csv_text, interval, markdown, tables, text
 from mvmoe_deploy.bench.results import Results, read_json, write_json
 from mvmoe_deploy.cli import bench
+from mvmoe_deploy.selftest import StageResult
 from mvmoe_deploy.terminal import number, plain
 
 
@@ -70,6 +72,28 @@ def test_noisy_rows_are_marked_with_the_reason() -> None:
     assert reason in text(by_key(results)["measured"]) and reason in markdown(results)
     quiet = synthetic.results([synthetic.row("dense")])
     assert "†" not in by_key(quiet)["measured"].note
+
+
+def test_a_selftest_is_shown_by_stage_and_a_failed_one_is_said() -> None:
+    passed = synthetic.row("mobile-vmoe")
+    shown = by_key(synthetic.results([passed]))["selftest"]
+    assert shown.headers == ["model", "stage", "passed", "off by", "allowed"]
+    assert shown.rows[-2:] == [
+        ["mobile-vmoe", "gate", "10 of 10", "2.4e-07", "1.0e-04"],
+        ["mobile-vmoe", "logits", "10 of 10", "0", "1.0e-04"],
+    ]
+    assert "Do not trust" not in shown.note
+    wrong = StageResult("logits", 10, 9, float("inf"), 1e-4)
+    failed = msgspec.structs.replace(passed, selftest=[*passed.selftest[:3], wrong])
+    results = msgspec.json.decode(msgspec.json.encode(synthetic.results([failed])), type=Results)
+    shown = by_key(results)["selftest"]
+    assert shown.rows[-1] == ["mobile-vmoe", "logits", "9 of 10", "not a number", "1.0e-04"]
+    assert shown.note.endswith("\nmobile-vmoe failed its self-test at logits")
+    (line,) = csv.DictReader(io.StringIO(csv_text(results)))
+    assert (line["selftest_logits_passed"], line["selftest_logits_cases"]) == ("9", "10")
+    assert warnings(synthetic.results([passed]), results) == [
+        "mobile-vmoe failed its self-test at logits in the second"
+    ]
 
 
 def test_the_terminal_gets_no_control_characters() -> None:
