@@ -6,13 +6,18 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 .PHONY: demo test fuzz lint types docs schema clean
 
-# Exports the zoo's trained model and its dense baseline, verifies both, classifies a photo with one expert in memory,
-# and measures them against each other.
+# Reads a sign in nine scripts with the zoo's routed model and at most one expert in memory, then measures the model
+# against its dense baseline on labelled characters; last, two photos with the zoo's model for photos.
+demo: SCRIPTS := models/zoo/scripts
 demo: .venv/run
-	$(BIN)/mvmoe-export models/zoo/dense.safetensors --target onnx --images docs/photos --out .demo/dense.mvmoe --force
-	$(BIN)/mvmoe-export models/zoo/moe.safetensors --target onnx --images docs/photos --out .demo/moe.mvmoe --force
-	$(BIN)/mvmoe-run .demo/moe.mvmoe docs/photos/chelsea.jpg docs/photos/coffee.jpg --max-resident 1
-	$(BIN)/mvmoe-bench .demo/dense.mvmoe .demo/moe.mvmoe --device cpu --images docs/photos --plot .demo/bench.png
+	$(BIN)/python -m zipfile -e $(SCRIPTS)/sample/val.zip .demo/characters
+	$(BIN)/mvmoe-export $(SCRIPTS)/dense.safetensors --target onnx --images .demo/characters --out .demo/dense.mvmoe --force
+	$(BIN)/mvmoe-export $(SCRIPTS)/moe.safetensors --target onnx --layout swappable --images .demo/characters --out .demo/moe.mvmoe --force
+	$(BIN)/python -P -m mvmoe_deploy.models.zoo.scripts read .demo/moe.mvmoe docs/cafe.png --text docs/cafe.txt
+	$(BIN)/mvmoe-bench .demo/dense.mvmoe .demo/moe.mvmoe --data $(SCRIPTS)/sample --plot .demo/bench.png
+	@echo "Accuracy of 500 images. Of 23,700: dense 74.85 %, routed 75.98 % (models/zoo/scripts/moe.md)."
+	$(BIN)/mvmoe-export models/zoo/moe.safetensors --target onnx --images docs/photos --out .demo/photos.mvmoe --force
+	$(BIN)/mvmoe-run .demo/photos.mvmoe docs/photos/chelsea.jpg docs/photos/coffee.jpg --max-resident 1
 
 test: .venv/dev
 	$(BIN)/pytest -n auto --dist loadgroup  # not python -m pytest, which would find the checkout first

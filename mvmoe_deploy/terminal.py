@@ -7,7 +7,9 @@ import re
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 
 Cell = str | float | int | None
 
@@ -136,6 +138,11 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else "�" for c in " ".join(str(text).split()))
 
 
+def shown_width(text: str) -> int:
+    """Columns that a terminal needs for a text: two for a Han character, none for an accent that follows a letter."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
 class _Column:
     """A column: its header, its cells as text, and its alignment."""
 
@@ -144,7 +151,7 @@ class _Column:
 
     @property
     def width(self) -> int:
-        return max(len(line) for text in (self.header, *self.cells) for line in text.split("\n"))
+        return max(shown_width(line) for text in (self.header, *self.cells) for line in text.split("\n"))
 
     def with_wrapped_header(self) -> _Column:
         """The column with its header wrapped onto about two lines, if the header is longer than the cells."""
@@ -211,18 +218,19 @@ def _total(columns: Sequence[_Column]) -> int:
 
 
 def _render(columns: Sequence[_Column]) -> str:
-    from tabulate import tabulate  # not needed to predict
+    rows = [[column.header for column in columns], ["-" * column.width for column in columns]]
+    rows += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
+    lines = []
+    for row in rows:
+        for parts in zip_longest(*(cell.split("\n") for cell in row), fillvalue=""):
+            padded = [_padded(part, column) for part, column in zip(parts, columns, strict=True)]
+            lines.append((" " * GAP).join(padded).rstrip())
+    return "\n".join(lines)
 
-    # Headers are passed as rows, because tabulate adds no padding to rows.
-    lines = [[column.header for column in columns], ["-" * column.width for column in columns]]
-    lines += [list(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
-    text: str = tabulate(
-        lines,
-        tablefmt="plain",
-        colalign=["right" if column.right else "left" for column in columns],
-        disable_numparse=True,
-    )
-    return "\n".join(line.rstrip() for line in text.split("\n"))
+
+def _padded(text: str, column: _Column) -> str:
+    padding = " " * (column.width - shown_width(text))
+    return padding + text if column.right else text + padding
 
 
 def _is_numeric(cell: Cell) -> bool:

@@ -87,6 +87,7 @@ import mvmoe_deploy, mvmoe_deploy.exporters.pipeline, mvmoe_deploy.bench.report.
 from mvmoe_deploy.bench.candidates.suite import choose_scales
 assert len(choose_scales(None)) == 12
 assert (m.ZOO / "moe.safetensors").is_file()
+assert (m.ZOO / "scripts" / "moe.safetensors").is_file() and (m.ZOO / "scripts" / "sample" / "val.zip").is_file()
 from mvmoe_deploy.runtimes import WEB
 assert (WEB / "src" / "index.js").is_file()
 print(mvmoe_deploy.__file__, m.__file__, len(m.SCALES), mvmoe_deploy.__version__)

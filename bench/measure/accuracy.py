@@ -40,16 +40,26 @@ def read_labelled(data: Path, preprocessing: Preprocessing, count: int, val_shar
 
 
 def labels_for(c: Configuration, labelled: Labelled) -> NDArray[np.int64]:
-    """The images' classes in this configuration's numbering.
+    """The images' classes in this configuration's numbering; errors are those of :func:`numbered`."""
+    return numbered(labelled, c.class_ids, c.name)
+
+
+def numbered(labelled: Labelled, class_ids: list[str], model: str) -> NDArray[np.int64]:
+    """The images' classes in a model's numbering; the images need not be of all its classes.
+
+    Args:
+        labelled: the images.
+        class_ids: the model's classes.
+        model: its name, for errors.
 
     Raises:
         DataError: the model does not know an image's class.
     """
-    unknown = sorted(set(labelled.class_ids) - set(c.class_ids))
+    number = {class_id: n for n, class_id in enumerate(class_ids)}
+    unknown = sorted(set(labelled.class_ids) - set(number))
     if unknown:
-        raise DataError(f"{c.name}: knows no class {unknown[0]!r} ({len(unknown)} such classes); is --data its data?")
-    index = np.array([c.class_ids.index(class_id) for class_id in labelled.class_ids])
-    return index[labelled.labels]
+        raise DataError(f"{model}: knows no class {unknown[0]!r} ({len(unknown)} such classes); is --data its data?")
+    return np.array([number[class_id] for class_id in labelled.class_ids])[labelled.labels]
 
 
 def measure_accuracy(

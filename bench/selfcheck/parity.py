@@ -11,14 +11,13 @@ import torch
 
 from mvmoe_deploy import targets
 from mvmoe_deploy.backends import open_backend
+from mvmoe_deploy.bench.measure.accuracy import numbered, read_labelled
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.exporters.exporter import Options, converter_of, exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.images import evenly_spaced
+from mvmoe_deploy.images import normalise
 from mvmoe_deploy.models import load_checkpoint
-from mvmoe_deploy.models.train.data import normaliser
-from mvmoe_deploy.models.train.folders import read_images
 from mvmoe_deploy.runtime import Runtime
 from mvmoe_deploy.terminal import Cell
 
@@ -46,10 +45,9 @@ def measure(
         progress: called with the step about to begin, and with the reason why a target is left out.
     """
     model, header = load_checkpoint(checkpoint)
-    val = read_images(data, "val", header.preprocessing, header.class_ids)
-    rows_used = evenly_spaced(len(val.labels), count)
-    normalise = normaliser(header.preprocessing, torch.device("cpu"))
-    images, labels = normalise(val.pixels[rows_used]), val.labels[rows_used].numpy()
+    labelled = read_labelled(data, header.preprocessing, count)
+    labels = numbered(labelled, header.class_ids, str(checkpoint))
+    images = torch.from_numpy(normalise(labelled.pixels, header.preprocessing))
     with torch.no_grad():
         accuracy = float((model(images).argmax(1).numpy() == labels).mean())
     rows: list[list[Cell]] = [["PyTorch", "fp32", None, None, None, f"{accuracy:.1%}", None, None]]

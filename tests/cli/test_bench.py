@@ -14,6 +14,7 @@ import synthetic
 from mvmoe_deploy.bench.results import Estimate, Results, write_json
 from mvmoe_deploy.bench.selfcheck.bars import Figure
 from mvmoe_deploy.cli import bench
+from mvmoe_deploy.models import ZOO
 
 
 def shown(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -128,7 +129,11 @@ def test_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         "mvmoe_deploy.bench.selfcheck.parity.measure", lambda *args, **options: seen.append(args) or rows
     )
     assert "worst abs error" in shown(capsys, "parity", "--data", str(tmp_path), "--count", "5")
-    assert seen[0][0].name == "moe.safetensors" and seen[0][2] == 5
+    assert seen[0][0] == ZOO / "scripts" / "moe.safetensors" and seen[0][1:] == (tmp_path, 5)
+    shown(capsys, "parity")
+    assert seen[1][1] == ZOO / "scripts" / "sample"
+    assert bench.main(["parity", "--checkpoint", "a.pt"]) == 2
+    assert capsys.readouterr().err == "error: --checkpoint needs --data: labelled images of its classes\n"
     assert shown(capsys, "parity", "--data", str(tmp_path), "--markdown").split()[:4] == [
         "|",
         "target",
@@ -168,7 +173,7 @@ def test_measure_asks_for_what_was_given(
     seen: list[Any] = []
 
     def measure(configurations: Any, images: Any, plan: Any, progress: Any) -> Results:
-        seen.append(plan)
+        seen.append((images.data, plan))
         return synthetic.results([synthetic.row("dense", ratio=Estimate(1, 1, 1))])
 
     def prepare(given: Any, folder: Any, backends: Any, baselines: Any, progress: Any) -> list[Any]:
@@ -179,14 +184,16 @@ def test_measure_asks_for_what_was_given(
     monkeypatch.setattr("mvmoe_deploy.bench.candidates.prepare.prepare", prepare)
     argv = ["a.pt", "--threads", "1", "--rounds", "7", "--min-seconds", "0.5", "--cold-starts", "3", "--count", "11"]
     shown(capsys, *argv, "--memory-sweep")
-    (given, backends, baselines), plan = seen
+    (given, backends, baselines), (data, plan) = seen
+    assert data is None
     assert ([str(path) for path in given], backends, baselines) == (["a.pt"], ["onnxruntime"], [])
     assert (plan.threads, plan.rounds, plan.min_seconds, plan.cold_starts, plan.count) == (1, 7, 0.5, 3, 11)
     assert (plan.memory_by_resident, plan.throughput, plan.residency) == (True, False, False)
     seen.clear()
     shown(capsys, "--full")
-    (given, backends, baselines), plan = seen
-    assert [path.name for path in given] == ["dense.safetensors", "moe.safetensors"]
+    (given, backends, baselines), (data, plan) = seen
+    zoo = ZOO / "scripts"
+    assert (given, data) == ([zoo / "dense.safetensors", zoo / "moe.safetensors"], zoo / "sample")
     assert (backends, baselines) == (["onnxruntime", "torch"], ["stock", "dense-wide", "all-experts", "vmoe"])
     assert (plan.memory_by_resident, plan.throughput, plan.residency) == (True, True, True)
     assert (plan.rounds, plan.cold_starts) == (300, 10)

@@ -19,6 +19,7 @@ from PIL import Image
 import mvmoe_deploy
 from mvmoe_deploy import checkpoint
 from mvmoe_deploy.cli import train as mvmoe_train
+from mvmoe_deploy.models.zoo.scripts import __main__ as scripts
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,39 @@ def test_five_minutes(clone: Path) -> None:
     assert "1 evictions" in output
     assert "match their sha256" in output
     assert run([sys.executable, "-"], block("python"), clone).startswith("espresso 0.85")
+
+
+def test_the_demo(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``make demo`` without fonts: its lines up to the photos, which the README's five minutes show as well."""
+    recipe = re.search(r"^demo: \.venv/run\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    lines = recipe[1].replace("$(BIN)/", "").replace("$(SCRIPTS)", "models/zoo/scripts").splitlines()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no glyphs
+    monkeypatch.chdir(clone)
+    for line in lines:
+        program, *words = shlex.split(line.replace(".demo", str(tmp_path)))
+        if "models/zoo/moe.safetensors" in words:
+            break
+        if words[:2] == ["-m", "zipfile"]:
+            zipfile.main(words[2:])
+        elif words[:3] == ["-P", "-m", "mvmoe_deploy.models.zoo.scripts"]:
+            assert scripts.main(words[3:]) == 0
+        elif program != "@echo":
+            quick = ["--rounds", "5", "--min-seconds", "0.1", "--cold-starts", "1"] if program == "mvmoe-bench" else []
+            assert import_module(f"mvmoe_deploy.cli.{program.removeprefix('mvmoe-')}").main([*words, *quick]) == 0
+    else:
+        pytest.fail("the demo does not end in photos")
+    output = capsys.readouterr().out
+    assert re.search(
+        r"^E Ε Е +latin capital letter e +latin +9\d% +1 \(ĺ l լ\) +0\.99 +66\.8 kB$", output, re.MULTILINE
+    )
+    assert "28 characters, 7 of 10 experts, 20 loads. Weights in memory: 1.42 MB, of which the one resident" in output
+    assert "27 of 28 characters are as in docs/cafe.txt." in output
+    rows = re.findall(r"^(dense|moe) .* 6\.357 .* (\d\d\.\d\d) +\d\d\.\d\d +(–|\d\d\.\d\d)$", output, re.MULTILINE)
+    assert rows == [("dense", "72.80", "–"), ("moe", "75.60", "78.80")]
+    assert "memory MB" in output and "p50 ms" in output
 
 
 def test_from_your_own_images(

@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-from mvmoe_deploy.terminal import Cell, folded, markdown_table, number, numeric_columns, table, terminal_width, unique
+from mvmoe_deploy.terminal import (
+    Cell,
+    folded,
+    markdown_table,
+    number,
+    numeric_columns,
+    shown_width,
+    table,
+    terminal_width,
+    unique,
+)
 
 HEADERS = ["model", "p50 ms (95 %)", "p90 ms", "first image MB", "classes mostly sent there", "inputs"]
 ROWS: list[list[Cell]] = [
@@ -85,6 +95,12 @@ def test_markdown_shows_texts_as_they_are() -> None:
         "| a\\|b\\*  |   3 |",
         "| c       |   – |",
     ]
+
+
+def test_characters_that_are_two_columns_wide_are_counted_as_two() -> None:
+    assert [shown_width(text) for text in ("綱 鋼", "몰", "e\u0301", "Ж")] == [5, 2, 1, 1]
+    lines = table([["綱 鋼", "a", 1], ["Ж", "b", 22]], ["for", "name", "n"]).splitlines()
+    assert lines == ["for    name   n", "-----  ----  --", "綱 鋼  a      1", "Ж      b     22"]
 
 
 def test_names_that_are_the_same_are_numbered() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,24 @@ from mvmoe_deploy.models.zoo.scripts import cache, tables
 from mvmoe_deploy.models.zoo.scripts.faces import copyright_text
 from mvmoe_deploy.models.zoo.scripts.licences import licence_of
 
+READ = "reads a picture of characters with a bundle, with at most one expert in memory"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns the exit status: 2, with a line of explanation, where something is missing."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # most encodings lack most of these characters
     try:
         options.run(options)
+        sys.stdout.flush()
     except MvmoeError as error:
         print(f"scripts: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     return 0
 
 
@@ -59,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--per-class", type=int, default=4, metavar="N", help="images of each class (%(default)s)")
     images.add_argument("--seed", type=int, default=993, metavar="N", help="of the samples (%(default)s)")
     images.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets val/ and classes.tsv")
+    sample = command("sample", _sample, "writes the images that are in the zoo: some that images writes for test faces")
+    cached(sample)
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.zip", help="such as DIR/val.zip")
+    sign = command("sign", _sign, "draws a picture to read: a sign in several scripts, from test faces")
+    sign.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    reader = commands.add_parser("read", help=READ, description=READ)
+    reader.set_defaults(run=_read)
+    reader.add_argument("bundle", type=Path, help="exported from the zoo's characters")
+    reader.add_argument("picture", type=Path, help="characters of one brightness on a plain ground, spaced apart")
+    reader.add_argument("--text", type=Path, metavar="FILE", help="what the picture says, to count what was read right")
+    reader.add_argument("--json", action="store_true", help="print what was read as JSON")
     groups = command("superclasses", _superclasses, "groups classes by what a dense model confuses")
     cached(groups)
     groups.add_argument("checkpoint", type=Path, metavar="CKPT", help="dense, of these classes")
@@ -124,6 +146,39 @@ def _images(options: argparse.Namespace) -> None:
     written = folder.write(samples, options.per_class, options.out / "val", _progress("batches"))
     folder.write_class_names(samples, options.out / "classes.tsv")
     print(f"{options.out}: {written:,} images of {len(samples.present):,} classes, {options.split} faces")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models.zoo.scripts import folder
+    from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+
+    fonts = tables.read_fonts()
+    samples = Characters(cache.load(options.cache, fonts, tables.read_classes()), "test", 993)
+    written = folder.write_zip(samples, fonts, 4, 500, "OFL", options.out)
+    print(f"{options.out}: {written:,} images, {options.out.stat().st_size / 1e3:.0f} kB")
+
+
+def _sign(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models.zoo.scripts import sign
+
+    sign.draw(options.fonts).save(options.out, optimize=True)
+    print(f"{options.out}: {', '.join(text for text, _, _ in sign.LINES)}")
+
+
+def _read(options: argparse.Namespace) -> None:
+    from mvmoe_deploy import load
+    from mvmoe_deploy.models.zoo.scripts import reading
+
+    with load(options.bundle, max_resident=1) as runtime:
+        found = reading.read(runtime, options.picture)
+        text = reading.report(found, runtime)
+    if options.json:
+        print(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
+        return
+    print(text)
+    if options.text is not None:
+        right = reading.right(found, options.text.read_text(encoding="utf-8"))
+        print(f"{right} of {len(found)} characters are as in {options.text}.")
 
 
 def _superclasses(options: argparse.Namespace) -> None:

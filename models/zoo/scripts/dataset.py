@@ -51,6 +51,7 @@ class Characters(Dataset[tuple[Tensor, int]]):
             raise DataError(f"the split {split} has no glyphs")
         self.start = torch.from_numpy(glyphs.start[part]).to(device)
         self.count = count.to(device)
+        self.face = torch.from_numpy(glyphs.face).long().to(device)
         self.pictures = torch.from_numpy(glyphs.pictures)
         if self.device.type != "cpu":
             self.pictures = self.pictures.to(device)
@@ -82,14 +83,17 @@ class Characters(Dataset[tuple[Tensor, int]]):
     def grey(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Likewise, the one channel that there is: uint8 ``[B, 32, 32]``."""
         drawn = draws(self.seed, indices.to(self.device), 2 + NUMBERS)
-        labels, second = self._labels(drawn)
-        rows = self.start[labels] + (second * self.count[labels]).long()
+        labels, rows = self._glyphs(drawn)
         samples = distort(self.pictures[rows], drawn[:, 2:])
         return (samples * 255).round().to(torch.uint8), labels
 
     def labels(self, indices: Tensor) -> Tensor:
         """Labels of samples by number, int64 ``[B]``, without making their images."""
-        return self._labels(draws(self.seed, indices.to(self.device), 2))[0]
+        return self._glyphs(draws(self.seed, indices.to(self.device), 2))[0]
+
+    def faces(self, indices: Tensor) -> Tensor:
+        """The faces that samples are drawn from, as rows of the table of fonts: int64 ``[B]``."""
+        return self.face[self._glyphs(draws(self.seed, indices.to(self.device), 2))[1]]
 
     def balanced(self, per_class: int) -> Tensor:
         """Numbers of the first ``per_class`` samples of every class that the split has, by class: int64 ``[n]``.
@@ -110,7 +114,8 @@ class Characters(Dataset[tuple[Tensor, int]]):
             first += len(numbers)
         return torch.tensor([number for _, number in sorted(kept)])
 
-    def _labels(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels, and the second uniform number, which says which face."""
+    def _glyphs(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels, and which glyphs the samples show."""
         u = uniform(drawn[:, :2])
-        return self.present[(u[:, 0] * len(self.present)).long()], u[:, 1]
+        labels = self.present[(u[:, 0] * len(self.present)).long()]
+        return labels, self.start[labels] + (u[:, 1] * self.count[labels]).long()

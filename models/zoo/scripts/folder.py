@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mvmoe_deploy.images import evenly_spaced
 from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+from mvmoe_deploy.models.zoo.scripts.tables import FontRow
 
 
 def write(
@@ -37,6 +41,30 @@ def write(
             Image.fromarray(picture.numpy()).convert("RGB").save(path)
             written += 1
     return written
+
+
+def write_zip(samples: Characters, fonts: list[FontRow], per_class: int, count: int, licence: str, path: Path) -> int:
+    """Writes some of the samples that :func:`write` writes as a zip of ``CLASS/NUMBER.png``, and returns how many.
+
+    Args:
+        samples: where from.
+        fonts: the table that their glyphs were rendered from.
+        per_class: samples of each class to choose from.
+        count: how many, evenly spaced over the classes.
+        licence: of the faces to choose from.
+        path: such as ``DIR/val.zip``.
+    """
+    numbers = samples.balanced(per_class)
+    numbers = numbers[[fonts[face].licence == licence for face in samples.faces(numbers).tolist()]]
+    numbers = numbers[evenly_spaced(len(numbers), count)]
+    grey, labels = samples.grey(numbers)
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, picture, label in zip(numbers.tolist(), grey.cpu(), labels.tolist(), strict=True):
+            content = io.BytesIO()
+            Image.fromarray(picture.numpy()).save(content, "PNG", optimize=True)
+            # a fixed date, so that the same images are the same file
+            archive.writestr(zipfile.ZipInfo(f"{samples.classes[label].id}/{number:07d}.png"), content.getvalue())
+    return len(numbers)
 
 
 def write_class_names(samples: Characters, path: Path) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 HELP = "measure bundles, or checkpoints (exported first), against each other on this machine"
 EXAMPLES = """\
 examples:
-  mvmoe-bench --device cpu                        the zoo's model against its dense baseline (about a minute)
+  mvmoe-bench                                     the zoo's characters, routed and dense (about a minute)
   mvmoe-bench dense.pt moe.mvmoe --threads 2      ratios are to the first one
-  mvmoe-bench --full --data DIR --json all.json   every baseline, sweeps, throughput, accuracy
+  mvmoe-bench --full --json all.json              every baseline, sweeps, throughput
   mvmoe-bench --suite paper --scales 12x192,6x64  random weights at the paper's scales, beside its figures
 """
 
@@ -35,8 +35,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     from mvmoe_deploy.bench.candidates.configuration import BASELINES, backend_names
 
     p.add_argument(
-        "models", type=Path, nargs="*", metavar="BUNDLE|CKPT", help="what to measure (default: the zoo's two models)"
-    )
+        "models", type=Path, nargs="*", metavar="BUNDLE|CKPT",
+        help="what to measure (default: the two models of the zoo that read characters, on its 500 labelled images)",
+    )  # fmt: skip
     p.add_argument(
         "--device", choices=["cpu"], default="cpu", help="other devices have commands of their own, such as android"
     )
@@ -102,6 +103,9 @@ def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Res
     from mvmoe_deploy.bench.measure.run import measure, measure_suite
 
     backends, baselines = _list(args.backends), _list(args.baselines)
+    zoo = models.ZOO / "scripts"
+    if not (args.models or args.suite or args.images or args.data):
+        args.data = zoo / "sample"
     images, plan = choose_images(args.images, args.data, args.val_share), _plan(args)
     if args.suite:
         return measure_suite(
@@ -113,7 +117,7 @@ def _measure(args: argparse.Namespace, folder: Path, progress: _Progress) -> Res
             baselines=baselines,
             progress=progress,
         )
-    given = args.models or [models.ZOO / "dense.safetensors", models.ZOO / "moe.safetensors"]
+    given = args.models or [zoo / "dense.safetensors", zoo / "moe.safetensors"]
     prepared = prepare(given, folder, backends, baselines, progress=lambda what: progress(what, 0, 1))
     return measure(prepared, images, plan, progress)
 

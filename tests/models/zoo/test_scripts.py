@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
 from scipy.sparse import csr_matrix
 
 from mvmoe_deploy.checkpoint import Superclasses
@@ -325,8 +328,6 @@ class TestSamples:
 
 class TestFolder:
     def test_a_data_folder_holds_the_samples(self, glyphs, tmp_path):
-        from PIL import Image
-
         samples = Characters(glyphs, "val", 1)
         assert folder.write(samples, 2, tmp_path / "val") == 2 * len(LETTERS)
         folder.write_class_names(samples, tmp_path / "classes.tsv")
@@ -336,6 +337,25 @@ class TestFolder:
         number = int(first.stem)
         assert np.array_equal(np.asarray(Image.open(first)).transpose(2, 0, 1), samples[number][0].numpy())
         assert len(images) == len(labels) == 2 * len(LETTERS)
+
+    def test_a_zip_holds_some_of_them_of_one_licence(self, glyphs, surveyed, tmp_path):
+        samples = Characters(glyphs, "train", 1)
+        numbers = samples.balanced(2)
+        chosen = sorted(set(samples.faces(numbers).tolist()))
+        assert len(chosen) > 1 and all(surveyed[0][face].split == "train" for face in chosen)
+        other = [replace(row, licence="IPA") if n == chosen[0] else row for n, row in enumerate(surveyed[0])]
+        folder.write(samples, 2, tmp_path / "all")
+        for name in ("a.zip", "b.zip"):
+            assert folder.write_zip(samples, other, 2, 10, "OFL", tmp_path / name) == 10
+        assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+        with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+            names = archive.namelist()
+            assert len(set(names)) == 10 and len({name.split("/")[0] for name in names}) > 5
+            for name in names:
+                with Image.open(archive.open(name)) as one, Image.open(tmp_path / "all" / name) as same:
+                    assert np.array_equal(np.asarray(one.convert("RGB")), np.asarray(same))
+        shown = torch.tensor([int(name[-11:-4]) for name in names])
+        assert chosen[0] not in samples.faces(shown).tolist()
 
 
 class TestCommand:
