@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import socket
+import ssl
+import subprocess
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,9 +23,17 @@ from urllib.parse import quote, unquote, urlsplit
 
 from mvmoe_deploy.bundle import MANIFEST, MANIFEST_DIGEST, Bundle
 from mvmoe_deploy.errors import BackendError, BundleError
+from mvmoe_deploy.runtimes import WEB
+from mvmoe_deploy.web_engine import FILES, PROCESSOR, VERSION, cache_folder
 
 PORT = 8470
 """The port that is tried first, so that a page that was installed on a phone is found again."""
+
+CERTIFICATE_DAYS = 365
+"""How long a certificate lasts that is made here; phones refuse those that last longer than 825 days."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""How this machine calls itself, and no other machine can."""
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -35,6 +49,10 @@ TYPES = {
 """Types by a file's suffix; others are bytes."""
 
 
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+"""Headers without which a browser gives the engine no threads; they count on HTTPS and on localhost alone."""
+
+
 @dataclass
 class Site:
     """What is served.
@@ -42,10 +60,12 @@ class Site:
     Attributes:
         files: files by their path on the server.
         documents: contents that are no files, by their path; they are sent as JSON.
+        headers: what every answer's header has besides.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     documents: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=lambda: dict(ISOLATED))
 
     def add_folder(self, prefix: str, folder: Path) -> None:
         """Serves the files of a folder as they are now, without sub-folders."""
@@ -69,13 +89,11 @@ def app_site(bundles: Mapping[str, Bundle], engine: Path) -> Site:
     Raises:
         BundleError: a browser cannot run a bundle, or a bundle is damaged.
     """
-    from mvmoe_deploy.runtimes import WEB
-    from mvmoe_deploy.web_engine import FILES, VERSION
-
     site = Site()
     site.add_folder("/", WEB / "app")
     site.add_folder("/mvmoe-deploy/", WEB / "src")
-    site.files["/"] = WEB / "app" / "index.html"
+    site.files["/"] = site.files.pop("/index.html")
+    own = [path for path in sorted(site.files) if not path.endswith((".d.ts", "/node.js"))]
     site.files |= {f"/engine/{name}": engine / name for name in FILES}
     for name, bundle in bundles.items():
         if bundle.manifest.target != "onnx":
@@ -87,11 +105,31 @@ def app_site(bundles: Mapping[str, Bundle], engine: Path) -> Site:
         site.add_bundle(name, bundle)
     site.documents["/site.json"] = {
         "engine": f"onnxruntime-web {VERSION}",
-        "bundles": [
-            {"name": name, "url": f"bundles/{quote(name)}", "digest": bundle.digest} for name, bundle in bundles.items()
-        ],
+        "bundles": [_entry(name, bundle) for name, bundle in bundles.items()],
+        # what the app keeps to start offline; it fetches all of it again when the version is another
+        "shell": [f".{path}" for path in own if path != "/sw.js"] + [f"./engine/{name}" for name in PROCESSOR],
+        "version": _version([site.files[path] for path in own]),
     }
     return site
+
+
+def _entry(name: str, bundle: Bundle) -> dict[str, Any]:
+    """What the page is told of a bundle before it opens it."""
+    routing = bundle.manifest.routing
+    return {
+        "name": name,
+        "url": f"bundles/{quote(name)}",
+        "digest": bundle.digest,
+        "experts": routing.experts if routing else 0,
+    }
+
+
+def _version(files: Sequence[Path]) -> str:
+    """A text that differs when a file of the app does, or the engine."""
+    known = hashlib.sha256(VERSION.encode())
+    for file in files:
+        known.update(file.read_bytes())
+    return known.hexdigest()[:16]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -134,10 +172,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         with content:
-            size = file.stat().st_size
+            facts = os.fstat(content.fileno())
+            size, tag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}"'
+            if self.headers.get("If-None-Match") == tag:
+                self.send_response(HTTPStatus.NOT_MODIFIED)
+                self.send_header("ETag", tag)
+                self.end_headers()
+                return
             start = self._start(size)
             status = HTTPStatus.PARTIAL_CONTENT if start else HTTPStatus.OK
-            extra = {"Content-Range": f"bytes {start}-{size - 1}/{size}"} if start else {}
+            extra = {"ETag": tag}
+            if start:
+                extra["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
             content_type = TYPES.get(file.suffix, "application/octet-stream")
             self.head(status, content_type, size - start, {"Accept-Ranges": "bytes", **extra})
             content.seek(start)
@@ -151,6 +197,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.send_header("Cache-Control", "no-cache")  # a bundle that was exported again has the same names
         self.send_header("X-Content-Type-Options", "nosniff")
+        for name, value in self.server.site.headers.items():
+            self.send_header(name, value)
         for name, value in (extra or {}).items():
             self.send_header(name, value)
         self.end_headers()
@@ -164,10 +212,10 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing: the terminal shows the address."""
 
     def handle(self) -> None:
-        """Answers a connection's requests; a phone that leaves in the middle is no error."""
+        """Answers a connection's requests; a phone that leaves in the middle, or does not trust us, is no error."""
         try:
             super().handle()
-        except (ConnectionError, TimeoutError):
+        except (ConnectionError, TimeoutError, ssl.SSLError):
             self.close_connection = True
 
 
@@ -176,35 +224,96 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, site: Site, host: str, port: int, handler: type[Handler] = Handler) -> None:
+    def __init__(self, site: Site, host: str, port: int, certificate: Path | None, handler: type[Handler]) -> None:
         self.site = site
+        context = None if certificate is None else _context(certificate)
         super().__init__((host, port), handler)
+        self.scheme = "https" if context else "http"
+        if context:
+            # the handshake is left to the thread that answers, so that a phone that stays silent keeps nobody waiting
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     @property
     def port(self) -> int:
         """The port that it listens on."""
         return int(self.server_address[1])
 
+    def url(self, host: str) -> str:
+        """The address of the page, by a name or number of this machine."""
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/"
 
-def open_server(site: Site, host: str = "0.0.0.0", port: int | None = None, handler: type[Handler] = Handler) -> Server:
+
+def _context(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate)
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise BackendError(
+            f"{certificate}: no certificate with its key ({reason}); --certificate takes both in one PEM file"
+        ) from None
+    return context
+
+
+def open_server(
+    site: Site,
+    host: str = "0.0.0.0",
+    port: int | None = None,
+    certificate: Path | None = None,
+    handler: type[Handler] = Handler,
+) -> Server:
     """Opens a port; call ``serve_forever`` then.
 
     Args:
         site: what to serve.
         host: address to listen on; by default every network of this machine.
         port: the port; by default :data:`PORT`, or any that is free.
+        certificate: PEM file with a certificate and its key, for HTTPS.
         handler: what answers requests.
 
     Raises:
-        BackendError: the port cannot be opened.
+        BackendError: the port cannot be opened, or the certificate cannot be used.
     """
     tried: Sequence[int] = (PORT, 0) if port is None else (port,)
     for number in tried:
         try:
-            return Server(site, host, number, handler)
-        except OSError as error:
-            reason = error.strerror or error
-    raise BackendError(f"{host}:{tried[0]}: cannot be opened ({reason}); choose another by --port")
+            return Server(site, host, number, certificate, handler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+    raise BackendError(f"{host}:{tried[0]}: cannot be opened ({reason}); choose another by --port or --host")
+
+
+def self_signed(address: str) -> Path:
+    """A certificate for an address of this machine, made once and kept, so that a phone has to be told once.
+
+    Raises:
+        BackendError: ``openssl``, which makes it, is not installed or fails.
+    """
+    kept = cache_folder() / f"certificate-{address.replace(':', '-')}.pem"
+    if kept.is_file() and time.time() - kept.stat().st_mtime < 86400 * (CERTIFICATE_DAYS - 30):
+        return kept
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise BackendError(
+            "--https: a certificate is made by openssl, which is not installed; or give --certificate PEM"
+        )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # which no other user may read
+        key, certificate = Path(folder) / "key.pem", Path(folder) / "certificate.pem"
+        command = [
+            openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-days", str(CERTIFICATE_DAYS), "-subj", "/CN=mvmoe-deploy", "-keyout", str(key), "-out", str(certificate),
+            "-addext", f"subjectAltName=IP:{address},IP:127.0.0.1,DNS:localhost",
+            "-addext", "extendedKeyUsage=serverAuth",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            said = (done.stderr.strip() or "it said nothing").splitlines()[-1][:300]
+            raise BackendError(f"openssl req failed ({said}); or give --certificate PEM")
+        with key.open("a", encoding="ascii") as both:
+            both.write(certificate.read_text(encoding="ascii"))
+        key.replace(kept)
+    return kept
 
 
 def local_address() -> str:

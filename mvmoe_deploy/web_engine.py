@@ -26,6 +26,9 @@ FILES = {
 }
 """The files that a browser needs, for the processor and for WebGPU, and their sha256."""
 
+PROCESSOR = [name for name in FILES if "webgpu" not in name and "asyncify" not in name]
+"""Those that every page needs; the others, twice as large, are for WebGPU."""
+
 PACKAGE = f"onnxruntime-web@{VERSION}"
 NPM_SECONDS = 600.0
 

@@ -9,6 +9,7 @@ import msgspec
 
 from mvmoe_deploy.bundle import Bundle, TensorSpec, open_bundle
 from mvmoe_deploy.cli.common import command, parser
+from mvmoe_deploy.cli.serving import add_server_options, refuse_server_options, serve_app
 from mvmoe_deploy.cli.verification import selftest_line, verification_lines
 from mvmoe_deploy.snippets import languages, snippet
 from mvmoe_deploy.terminal import folded, table
@@ -26,6 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="print the manifest, or with --selftest its result, as JSON")
     p.add_argument("--snippet", choices=languages(), help="print source code that runs this bundle in an app")
+    p.add_argument(
+        "--serve", action="store_true", help="serve a page that runs this bundle to phones, and show its address"
+    )
+    add_server_options(p)
     return p
 
 
@@ -35,6 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     bundle = open_bundle(args.bundle)
     if args.verify:
         bundle.check()
+    if args.serve:
+        serve_app(bundle, args)
+        return
+    refuse_server_options(args, "--serve")
     if args.selftest:
         from mvmoe_deploy.cli.verdict import run_selftest
 

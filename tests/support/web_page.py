@@ -36,13 +36,13 @@ class FaultySite(Site):
         faults: what is wrong, by path.
         sent: bytes sent by path, headers included.
         requests: number of requests by path.
-        extra_headers: headers that every answer has.
+        gone: whether connections that are still open get no answer, as when the server's process has ended.
     """
 
     faults: dict[str, Fault] = field(default_factory=dict)
     sent: Counter[str] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
-    extra_headers: dict[str, str] = field(default_factory=dict)
+    gone: bool = False
     _whole: dict[str, Path] = field(default_factory=dict)
 
     def whole(self) -> None:
@@ -52,7 +52,7 @@ class FaultySite(Site):
     def heal(self) -> None:
         """Ends all faults."""
         self.faults.clear()
-        self.extra_headers.clear()
+        self.headers.clear()
         self.files |= self._whole
 
 
@@ -68,6 +68,9 @@ class FaultyHandler(Handler):
     def reply(self, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         site = self.site
+        if site.gone:
+            self.close_connection = True
+            return
         site.requests[path] += 1
         before = self.wfile
         self.wfile = Counting(before, site.sent, path)  # type: ignore[assignment]
@@ -83,12 +86,6 @@ class FaultyHandler(Handler):
             fault(self, file)
         else:
             super().send_file(file, with_body)
-
-    def end_headers(self) -> None:
-        site = self.site
-        for name, value in site.extra_headers.items():
-            self.send_header(name, value)
-        super().end_headers()
 
 
 class Counting:
@@ -163,7 +160,7 @@ def add_tree(site: Site, prefix: str, folder: Path) -> None:
 
 def page_site() -> FaultySite:
     """The package, its engine, and a page that asks."""
-    site = FaultySite()
+    site = FaultySite(headers={})
     site.add_folder("/src/", WEB / "src")
     engine = npm_packages() / "onnxruntime-web" / "dist"
     site.files |= {f"/engine/{name}": engine / name for name in FILES}
@@ -175,12 +172,14 @@ def page_site() -> FaultySite:
 @contextmanager
 def served(site: FaultySite, port: int = 0) -> Iterator[Server]:
     """A server of a site on this machine, with the address ``http://localhost:PORT``."""
-    server = open_server(site, "127.0.0.1", port, FaultyHandler)
+    site.gone = False
+    server = open_server(site, "127.0.0.1", port, handler=FaultyHandler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         yield server
     finally:
+        site.gone = True
         server.shutdown()
         server.server_close()
         thread.join()

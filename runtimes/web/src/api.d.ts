@@ -107,6 +107,8 @@ export interface Prediction {
   /** All k experts that were used, best first, and their router probabilities. */
   experts: number[];
   gates: number[];
+  /** The router's, of all experts; null for a dense model. */
+  probabilities: Float32Array | null;
   logits: Float32Array;
   /** Milliseconds of `preprocess`, `trunk` (with the router), `load` and `tail`; for a dense model `preprocess` and `model`. */
   timings: Record<string, number>;

@@ -47,6 +47,18 @@ const cacheApi = {
   },
 };
 
+/**
+ * Whether the Cache API has a file, without reading it.
+ * @param {string} key
+ */
+export async function isKept(key) {
+  try {
+    return Boolean(await (await caches.open(NAME)).match(address(key)));
+  } catch {
+    return false;
+  }
+}
+
 /** @param {string} key */
 const address = (key) => `/.mvmoe-deploy/${encodeURIComponent(key)}`;
 

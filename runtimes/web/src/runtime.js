@@ -125,6 +125,7 @@ export class Runtime {
       gate: routed.gates[0][0] ?? null,
       experts: routed.experts[0],
       gates: routed.gates[0],
+      probabilities: routed.probabilities,
       logits,
       timings: routing ? { preprocess, ...times } : { preprocess, model: times.trunk },
     };

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from web_page import Page
 import mvmoe_deploy
 from mvmoe_deploy.bundle import MANIFEST, MANIFEST_DIGEST, open_bundle
 from mvmoe_deploy.selftest import logits_departure
-from mvmoe_deploy.serve import Server
+from mvmoe_deploy.serve import ISOLATED, Server
 
 pytestmark = browser.needs_browser
 
@@ -265,10 +264,8 @@ def test_a_slow_server(page: Page, cases: dict[str, Any]) -> None:
     (answer,) = page.ask_one(**request_for(cases, page, timeout=0.6))["answers"]
     assert answer["experts"] == [2]
     page.site.faults[f"{url}/trunk.bin"] = web_page.fall_silent
-    began = time.monotonic()
     answer = page.ask_one(**request_for(cases, page, timeout=0.6))
     assert answer["error"].startswith("BundleError: trunk.bin: cannot be fetched (no data for 0.6 s)")
-    assert time.monotonic() - began < 15
 
 
 def test_threads_are_used_only_where_the_page_may(page: Page, cases: dict[str, Any]) -> None:
@@ -276,9 +273,7 @@ def test_threads_are_used_only_where_the_page_may(page: Page, cases: dict[str, A
     request = request_for(cases, page, threads=2)
     alone = page.ask_one(**request)["answers"]
     assert page.ask_one(ask="engine") == {"isolated": False, "threads": 1, "webgpu": False}
-    page.site.extra_headers = {
-        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"
-    }  # fmt: skip
+    page.site.headers |= ISOLATED
     page.open()
     together = page.ask_one(**request)["answers"]
     assert page.ask_one(ask="engine") == {"isolated": True, "threads": 2, "webgpu": False}
