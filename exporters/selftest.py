@@ -16,9 +16,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from mvmoe_deploy import selftest
 from mvmoe_deploy.backends import Backend
 from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.decoding import decode
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.split import SplitModel
-from mvmoe_deploy.images import Preprocessing, decode, evenly_spaced, preprocess
+from mvmoe_deploy.images import Preprocessing, evenly_spaced, preprocess
 from mvmoe_deploy.runtime import Runtime, top_k
 
 Pictures = Literal["drawn", "images", "none"]

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from mvmoe_deploy.backends import Backend, LoadedPiece, check_threads, open_backend
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import AnswerError, BackendError, BudgetError, BundleError, ImageError
-from mvmoe_deploy.images import ImageSource, normalise, preprocess, to_pixels
+from mvmoe_deploy.images import normalise, preprocess, to_pixels
 from mvmoe_deploy.residency import Ledger, Loaded, Residency, parse_bytes
 
 if TYPE_CHECKING:
+    from mvmoe_deploy.decoding import ImageSource
     from mvmoe_deploy.selftest import Answer, Verdict
 
 Floats = NDArray[np.float32]

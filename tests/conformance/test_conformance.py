@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import mvmoe_deploy
-from mvmoe_deploy import images
+from mvmoe_deploy import decoding, images
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import MvmoeError
 from mvmoe_deploy.selftest import digest, logits_departure
@@ -80,7 +80,7 @@ def test_a_runtime_that_keeps_to_no_rule_is_noticed(cases: dict[str, Any], confo
     def differs(name: str, image: Image.Image) -> bool:
         return digest(images.to_pixels(image, preprocessing)) != expected[name]
 
-    assert not differs("png_rgb_trns.png", images.decode(folder / "png_rgb_trns.png"))
+    assert not differs("png_rgb_trns.png", decoding.decode(folder / "png_rgb_trns.png"))
     assert differs("png_profile.png", Image.merge("RGB", Image.open(folder / "png_profile.png").split()[::-1]))
     assert differs("png_exif6.png", Image.fromarray(np.asarray(Image.open(folder / "png_exif6.png"))))
     for name in ("png_rgba.png", "png_palette_trns.png", "webp_alpha.webp", "png_rgb_trns.png"):

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageCms, ImageFile, PngImagePlugin
 from threads import together
 
-from mvmoe_deploy import images
+from mvmoe_deploy import decoding
+from mvmoe_deploy.decoding import decode
 from mvmoe_deploy.errors import ImageError
-from mvmoe_deploy.images import Preprocessing, decode, evenly_spaced, normalise, preprocess, to_pixels
+from mvmoe_deploy.images import Preprocessing, evenly_spaced, normalise, preprocess, to_pixels
 from mvmoe_deploy.models.train.data import normaliser
 
 GREY = 200
@@ -95,7 +96,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind: str, value: int) -> None:
 def test_wide_grey_is_scaled_from_the_smallest_range_that_holds_it(
     dtype: type, value: float, largest: float, expected: int, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+    monkeypatch.setattr(decoding, "_STRIP_PIXELS", strip)
     array = np.full((6, 6), value, dtype)
     array[5, 5] = largest
     for source in (Image.fromarray(array), encoded(Image.fromarray(array), "TIFF")):
@@ -192,7 +193,7 @@ TRANSPARENT_COLOURS = {  # two pixels, of which the first is transparent; then w
 @pytest.mark.parametrize("kind", TRANSPARENT_COLOURS)
 @pytest.mark.parametrize("strip", [1, 1 << 22])
 def test_transparency_of_every_kind_of_png(kind: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_STRIP_PIXELS", strip)
+    monkeypatch.setattr(decoding, "_STRIP_PIXELS", strip)
     file, second = TRANSPARENT_COLOURS[kind]
     pixels = rgb(file)
     uniform(pixels[:, :1], 255, 255, 255)
@@ -213,7 +214,7 @@ def test_strips_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
     palette.info["transparency"] = bytes(range(200))
     for source in (Image.fromarray(rgba), palette):
         whole = rgb(source)
-        monkeypatch.setattr(images, "_STRIP_PIXELS", 100)
+        monkeypatch.setattr(decoding, "_STRIP_PIXELS", 100)
         assert np.array_equal(rgb(source), whole)
         monkeypatch.undo()
 
@@ -423,7 +424,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(size: tuple[int, int]) 
 
 
 def test_the_stated_limit_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 1200)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 1200)
     assert decode(picture((40, 30))).size == (40, 30)
     for source in (picture((41, 30)), np.asarray(picture((41, 30))), encoded(picture((41, 30)), "PNG")):
         with pytest.raises(ImageError, match=r"41 × 30 is more than 1,200 pixels"):

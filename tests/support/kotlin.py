@@ -18,8 +18,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from mvmoe_deploy.decoding import decode
 from mvmoe_deploy.files import atomic_directory
-from mvmoe_deploy.images import decode
 from mvmoe_deploy.web_engine import cache_folder
 
 ROOT = Path(__file__).parents[2]
