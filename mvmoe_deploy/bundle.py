@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,9 @@ IMAGES, TOKENS, PROBABILITIES, GATE, LOGITS = "images", "tokens", "probabilities
 
 WEIGHT_ALIGNMENT = 64
 """Alignment of weights in their file, in bytes, for vector loads from a mapped file."""
+
+WORTH_A_THREAD = 1 << 20
+"""Bytes from which on a sha256, at half a millisecond a megabyte, is computed while an engine loads the file."""
 
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_NAME_BYTES = 255
@@ -204,8 +208,7 @@ def piece_name(role: str, expert: int | None = None, layer: int | None = None) -
     return f"attention_{layer}" if role == "attention" else role
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(msgspec.Struct, frozen=True, eq=False):
     """An opened bundle: its manifest is valid and consistent; :meth:`check` checks its files.
 
     Attributes:
@@ -220,8 +223,8 @@ class Bundle:
     manifest: Manifest
     digest: str = ""
     trusted: bool = False
-    _checked: set[str] = field(default_factory=set, compare=False, repr=False)
-    _places: dict[tuple[str, int | None, int | None], Piece] = field(default_factory=dict, compare=False, repr=False)
+    _checked: set[str] = msgspec.field(default_factory=set)
+    _places: dict[tuple[str, int | None, int | None], Piece] = msgspec.field(default_factory=dict)
 
     def pieces(self, role: Role) -> list[Piece]:
         """All pieces of a role, in the manifest's order."""
@@ -249,12 +252,47 @@ class Bundle:
         Raises:
             BundleError: a file is missing, outside the bundle, of another size, or altered; the message names it.
         """
-        unchecked = {file.path for file in self.manifest.files} if paths is None else set(paths)
-        unchecked -= self._checked
-        for file in self.manifest.files if unchecked else ():
-            if file.path in unchecked:
-                check_file(self.path, file)
-                self._checked.add(file.path)
+        for file in self._unchecked([file.path for file in self.manifest.files] if paths is None else paths):
+            check_file(self.path, file)
+            self._checked.add(file.path)
+
+    @contextlib.contextmanager
+    def checking(self, paths: list[str]) -> Iterator[None]:
+        """Compares files as :meth:`check` does, but their sha256 while the caller's block runs, in another thread.
+
+        Existence and sizes are compared before. The block must not use the files' content in a way that damaged content
+        could harm.
+
+        Raises:
+            BundleError: see :meth:`check`; at the block's end, and in place of an error that the block itself raises.
+        """
+        files = self._unchecked(paths)
+        if sum(file.bytes for file in files) < WORTH_A_THREAD:
+            self.check(paths)
+            yield
+            return
+        for file in files:
+            locate_file(self.path, file)
+        found: list[BundleError] = []
+
+        def compare() -> None:
+            try:
+                self.check(paths)
+            except BundleError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=compare, name="mvmoe-check", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+            if found:
+                raise found[0] from None
+
+    def _unchecked(self, paths: list[str]) -> list[File]:
+        wanted = set(paths) - self._checked
+        return [file for file in self.manifest.files if file.path in wanted] if wanted else []
 
 
 def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = False) -> Bundle:
@@ -388,6 +426,21 @@ def check_file(directory: Path, file: File) -> None:
     Raises:
         BundleError: the file is missing, outside the bundle, of another size, altered, or not readable.
     """
+    path = locate_file(directory, file)
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
+    if found != file.sha256:
+        raise BundleError(f"{path}: sha256 differs from {MANIFEST}; the file is damaged, export again")
+
+
+def locate_file(directory: Path, file: File) -> Path:
+    """Compares everything but one file's content with its manifest entry.
+
+    Raises:
+        BundleError: the file is missing, outside the bundle, or of another size.
+    """
     path = directory / file.path
     try:
         if not path.is_file():
@@ -400,10 +453,9 @@ def check_file(directory: Path, file: File) -> None:
             raise BundleError(
                 f"{path}: has {size} bytes, {MANIFEST} says {file.bytes}; the file is damaged, export again"
             )
-        if sha256(path) != file.sha256:
-            raise BundleError(f"{path}: sha256 differs from {MANIFEST}; the file is damaged, export again")
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
+    return path
 
 
 _UNSAFE = re.compile(r"[\\:\x00-\x1f]")

@@ -7,7 +7,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.errors import BudgetError
@@ -16,16 +17,14 @@ Loaded = Sequence[LoadedPiece]
 """A resident expert: its tail or, for k > 1, its segment of each MoE layer."""
 
 
-@dataclass
-class _Slot:
+class _Slot(msgspec.Struct):
     """An expert that is resident or being loaded."""
 
     loaded: Loaded | None = None
     users: int = 0
 
 
-@dataclass
-class Ledger:
+class Ledger(msgspec.Struct):
     """A snapshot of the counts so far and of the resident experts.
 
     Attributes:
@@ -39,7 +38,7 @@ class Ledger:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
-    resident: list[int] = field(default_factory=list)
+    resident: list[int] = msgspec.field(default_factory=list)
     resident_bytes: int = 0
 
 

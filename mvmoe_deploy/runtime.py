@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,7 +152,7 @@ def load(
         opened.check()
     check_threads(threads)
     # absolute, so that experts are found after the process has changed its working directory
-    opened = replace(opened, path=opened.path.absolute())
+    opened = msgspec.structs.replace(opened, path=opened.path.absolute())
     return Runtime(
         opened,
         open_backend(opened, backend, threads),
@@ -228,8 +227,12 @@ class Runtime:
         self._residency.clear()
 
     def _load_piece(self, piece: Piece) -> LoadedPiece:
-        self.bundle.check(piece.files)
-        return self.backend.load(piece)
+        if not getattr(self.backend, "plain_weights", False):
+            self.bundle.check(piece.files)
+            return self.backend.load(piece)
+        self.bundle.check([piece.graph])
+        with self.bundle.checking(piece.files):
+            return self.backend.load(piece)
 
     def _load_expert(self, expert: int) -> Loaded:
         loaded = [self._load_piece(piece) for piece in self._expert_pieces[expert]]

@@ -7,10 +7,11 @@ imports no toolchain and no PyTorch. docs/adding-a-target.md shows how to add a 
 from __future__ import annotations
 
 import functools
-import pkgutil
+import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from mvmoe_deploy.errors import BackendError, ConfigError, MvmoeError
 from mvmoe_deploy.plugins import announced
@@ -19,8 +20,7 @@ GROUP = "mvmoe_deploy.targets"
 """The entry point group under which another package announces its targets."""
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(msgspec.Struct, frozen=True):
     """How a backend is opened, and which packages it needs.
 
     Attributes:
@@ -37,8 +37,7 @@ class Engine:
     imports: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """An export format.
 
     Attributes:
@@ -56,7 +55,7 @@ class Target:
     requirement: str
     backends: tuple[Engine, ...]
     exporter: str
-    snippets: Mapping[str, str] = field(default_factory=dict)
+    snippets: Mapping[str, str] = msgspec.field(default_factory=dict)
     android: str = ""
 
     def backend(self, name: str | None = None) -> Engine:
@@ -190,7 +189,8 @@ def resolve(reference: str, what: str, requirement: str, error: type[MvmoeError]
         MvmoeError: a package is not installed; the error is of type ``error``.
     """
     try:
-        return pkgutil.resolve_name(reference)
+        module, _, attribute = reference.partition(":")
+        return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
         raise error(f"{what} needs the package {package}: pip install '{requirement}'") from None

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.measure.accuracy import Labelled, labels_for, read_labelled
+from mvmoe_deploy.decoding import ImageSource
 from mvmoe_deploy.errors import ImageError, as_text
-from mvmoe_deploy.images import ImageSource, Preprocessing, evenly_spaced, to_pixels
+from mvmoe_deploy.images import Preprocessing, evenly_spaced, to_pixels
 
 MAX_IMAGES = 256
 """Largest number of decoded images that models are shown in turn; more would only take memory."""

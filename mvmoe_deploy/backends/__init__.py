@@ -20,6 +20,10 @@ LoadedPiece = Callable[..., list[NDArray[Any]]]
 class Backend(Protocol):
     """What every backend offers.
 
+    A backend may also have an attribute ``plain_weights`` that is true: the files of a piece beside its graph hold
+    nothing but numbers, so the engine may read them before their sha256 is known. The runtime then compares them while
+    the piece is loaded, and drops the piece if they differ.
+
     Attributes:
         name: the backend's name in the target's record, see :class:`mvmoe_deploy.targets.Engine`.
         unloads: whether dropping a loaded piece gives its memory back.
@@ -31,7 +35,7 @@ class Backend(Protocol):
     def load(self, piece: Piece) -> LoadedPiece:
         """Makes a piece ready to run.
 
-        The caller has already compared the piece's files with the manifest.
+        The caller has already compared the piece's files with the manifest, of plain weights only the sizes.
 
         Raises:
             BackendError: the engine cannot read the piece.

@@ -29,6 +29,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     unloads = True
+    plain_weights = True  # the check of a graph bounds which bytes of which file each weight is
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._bundle = bundle

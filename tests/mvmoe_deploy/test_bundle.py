@@ -105,8 +105,12 @@ def test_a_damaged_file_is_named_and_nothing_is_run(
         mvmoe_deploy.load(bundle_copy, check="all")
 
 
-def test_a_damaged_expert_is_named_before_it_is_loaded(bundle_copy: Path) -> None:
+@pytest.mark.parametrize("worth_a_thread", [0, bundles.WORTH_A_THREAD], ids=["thread", "first"])
+def test_a_damaged_expert_is_named_and_never_run(
+    bundle_copy: Path, worth_a_thread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Experts may arrive later; one that arrives damaged is not run, and the others still are."""
+    monkeypatch.setattr(bundles, "WORTH_A_THREAD", worth_a_thread)
     file = bundle_copy / "expert_01.bin"
     content = file.read_bytes()
     file.unlink()
@@ -120,6 +124,32 @@ def test_a_damaged_expert_is_named_before_it_is_loaded(bundle_copy: Path) -> Non
         file.write_bytes(content)
         runtime.run(tiny.inputs(1).numpy(), [[1]])
         assert runtime.stats().resident == [0, 2, 1]
+
+
+def test_files_are_compared_while_the_callers_block_runs(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "WORTH_A_THREAD", 0)
+    content = bytearray((bundle_copy / "trunk.bin").read_bytes())
+    with pytest.raises(ZeroDivisionError), open_bundle(bundle_copy).checking(["trunk.bin"]):
+        raise ZeroDivisionError
+    content[-1] ^= 1
+    (bundle_copy / "trunk.bin").write_bytes(content)
+    reached = []
+    with (
+        pytest.raises(BundleError, match=r"trunk\.bin: sha256 differs"),
+        open_bundle(bundle_copy).checking(["trunk.bin"]),
+    ):
+        reached.append("block")
+        raise ZeroDivisionError  # what damaged weights may lead to; the damage is what the caller hears of
+    (bundle_copy / "trunk.bin").write_bytes(content[:-1])
+    with (
+        pytest.raises(BundleError, match=r"trunk\.bin: has \d+ bytes"),
+        open_bundle(bundle_copy).checking(["trunk.bin"]),
+    ):
+        reached.append("a file of another size is never opened")
+    with pytest.raises(BundleError, match=r"trunk\.bin: sha256 differs"):
+        (bundle_copy / "trunk.bin").write_bytes(content)
+        mvmoe_deploy.load(bundle_copy)
+    assert reached == ["block"]
 
 
 def test_a_bundle_in_a_hubs_cache_runs(bundle_path: Path, tmp_path: Path) -> None:
