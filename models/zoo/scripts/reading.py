@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mvmoe_deploy.decoding import decode
 from mvmoe_deploy.errors import BundleError, DataError, ImageError
-from mvmoe_deploy.images import decode
 from mvmoe_deploy.models.zoo.scripts.characters import name_of
 from mvmoe_deploy.models.zoo.scripts.render import INK, SIDE
 from mvmoe_deploy.models.zoo.scripts.sign import in_view
