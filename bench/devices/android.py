@@ -23,6 +23,7 @@ import numpy as np
 
 import mvmoe_deploy
 from mvmoe_deploy import targets
+from mvmoe_deploy.backends import LoadedPiece
 from mvmoe_deploy.bench.candidates.prepare import of_bundle
 from mvmoe_deploy.bench.measure.bootstrap import quantile_estimate, ratio_estimate
 from mvmoe_deploy.bench.measure.noise import scatter
@@ -30,6 +31,8 @@ from mvmoe_deploy.bench.results import FORMAT, Latency, Noise, Results, Row
 from mvmoe_deploy.bundle import Bundle, Piece, open_bundle
 from mvmoe_deploy.errors import BackendError, ConfigError
 from mvmoe_deploy.images import preprocess
+from mvmoe_deploy.runtime import Runtime
+from mvmoe_deploy.selftest import StageResult
 from mvmoe_deploy.terminal import unique
 
 PLACE = PurePosixPath("/data/local/tmp")
@@ -43,6 +46,19 @@ WARMUP = 5
 
 QUICK = 30.0
 """Seconds that a query to the phone may take."""
+
+END = "mvmoe-bench: ended with"
+"""What the phone's shell prints at the end of a script, before the exit status."""
+
+LOST = re.compile(
+    r"device '.*' not found|device (still )?(offline|unauthorized|connecting)|no devices|error: closed|protocol fault"
+    r"|couldn't read from device|remote (read|write) failed|connection reset|failed to get feature set",
+    re.IGNORECASE,
+)
+"""What adb says when the phone is gone; commandline.cpp, transport.cpp and file_sync_client.cpp have the words."""
+
+
+Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -60,29 +76,59 @@ class Adb:
         """
         done = call(self.program, ["-s", self.serial, *arguments], timeout)
         if done.returncode:
-            raise BackendError(self.explain(f"adb {arguments[0]}", done))
+            gone = LOST.search(f"{done.stdout}\n{done.stderr}")
+            raise BackendError(self.lost(done) if gone else self.explain(f"adb {arguments[0]}", done))
         return done.stdout
 
+    def script(self, script: str, timeout: float = QUICK) -> subprocess.CompletedProcess[str]:
+        """Runs a script in the phone's shell; the result has the script's exit status.
+
+        The shell prints the status after everything else. If that line is missing, the script has not ended: adb exits
+        with 0 when a phone is unplugged in the middle, and phones older than Android 7 send no status at all.
+
+        Raises:
+            BackendError: the connection was lost, or the script took longer than ``timeout`` seconds.
+        """
+        wrapped = f"({script}\n); status=$?; echo; echo {shlex.quote(END)} $status"
+        done = call(self.program, ["-s", self.serial, "shell", wrapped], timeout)
+        found = re.fullmatch(rf"(.*)\n{END} (\d+)\s*", done.stdout.replace("\r\n", "\n"), re.DOTALL)
+        if not found:
+            raise BackendError(self.lost(done))
+        return subprocess.CompletedProcess(done.args, int(found[2]), found[1], done.stderr)
+
     def shell(self, *words: str, timeout: float = QUICK) -> str:
-        """Runs a command on the phone; each word arrives there as one word."""
-        return self.run("shell", shlex.join(words), timeout=timeout)
+        """Runs a command on the phone and returns what it printed; each word arrives there as one word.
+
+        Raises:
+            BackendError: the command failed, or see :meth:`script`.
+        """
+        done = self.script(shlex.join(words), timeout)
+        if done.returncode:
+            raise BackendError(self.explain(words[0], done))
+        return done.stdout
 
     def ask(self, script: str) -> str | None:
         """The output of a shell script on the phone; None if it prints nothing, as when it fails."""
-        done = call(self.program, ["-s", self.serial, "shell", script], QUICK)
-        return done.stdout.strip() or None
+        return self.script(script).stdout.strip() or None
 
     def explain(self, what: str, done: subprocess.CompletedProcess[str]) -> str:
         """A one-line error message made from the output of adb or the phone."""
         said = f"{done.stdout}\n{done.stderr}"
-        # adb's own messages: client/commandline.cpp, transport.cpp and file_sync_client.cpp in its sources
-        if re.search(r"device '.*' not found|device offline|no devices|closed|protocol fault", said):
-            return f"{self.serial}: the connection to the device was lost ({_last_line(said)})"
         if "No space left on device" in said:
             return f"{self.serial}: no space left in {PLACE}; free some and measure again"
         status = done.returncode
-        by_signal = f" ({signal.Signals(status - 128).name})" if 128 < status < 128 + 32 else ""
-        return f"{self.serial}: {what} failed with exit status {status}{by_signal}: {_last_line(said)}"
+        by_signal = ""
+        if 128 < status < 128 + 32:
+            by_signal = f" ({signal.Signals(status - 128).name})"
+            shells = signal.strsignal(status - 128) or " "  # the shell says "Aborted", after what the program said
+            said = "\n".join(line for line in said.splitlines() if not line.startswith(shells))
+        return f"{self.serial}: {what} failed with exit status {status}{by_signal}: {_reason(said)}"
+
+    def lost(self, done: subprocess.CompletedProcess[str]) -> str:
+        """The error message for a phone that is gone."""
+        said = f"{done.stdout}\n{done.stderr}"
+        reason = _reason(said) if LOST.search(said) else "a command on it did not end"
+        return f"{self.serial}: the connection to the device was lost ({reason})"
 
 
 def call(program: str, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
@@ -106,14 +152,20 @@ def find_device(program: str = "adb", serial: str | None = None) -> Adb:
 
     Args:
         program: the adb program.
-        serial: the phone's serial number; optional if only one phone is connected.
+        serial: the phone's serial number; optional if only one phone is connected. With HOST:PORT, adb is asked to
+            connect to it.
 
     Raises:
         BackendError: no phone is connected, several are and no serial is given, or the phone cannot be used; the
             message says what to do.
     """
-    listed = call(program, ["devices"], QUICK).stdout.splitlines()
-    states = dict(line.split("\t", 1) for line in listed if "\t" in line)
+    states = _devices(program)
+    if serial and ":" in serial and serial not in states:
+        done = call(program, ["connect", serial], QUICK)  # exits with 0 when it fails, too
+        states = _devices(program)
+        if serial not in states:
+            said = _reason(f"{done.stdout}\n{done.stderr}")
+            raise BackendError(f"{serial}: adb cannot connect to it ({said}); turn on wireless debugging there")
     if serial is None:
         if not states:
             raise BackendError("adb sees no device; connect one with USB debugging on, or start an emulator")
@@ -126,10 +178,19 @@ def find_device(program: str = "adb", serial: str | None = None) -> Adb:
     advice = {
         None: "is not connected" + (f"; adb sees {', '.join(sorted(states))}" if states else ""),
         "unauthorized": "has not authorised this computer; unlock it and accept the prompt",
+        "authorizing": "has not authorised this computer yet; unlock it and accept the prompt",
         "offline": "is offline; reconnect it, or restart adb with adb kill-server",
     }
     reason = advice.get(state, f"is in state {(state or '').strip()!r}, which adb cannot run programs in")
     raise BackendError(f"{serial}: {reason}")
+
+
+def _devices(program: str) -> dict[str, str]:
+    """The state of each phone that adb sees, by serial number."""
+    done = call(program, ["devices"], QUICK)
+    if done.returncode:
+        raise BackendError(f"adb devices failed: {_reason(f'{done.stdout}{done.stderr}')}")
+    return dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
 
 
 @dataclass(frozen=True)
@@ -168,7 +229,7 @@ class Place:
         # exec keeps the process id, which is needed to filter the log
         script = f"echo pid $$; cd {shlex.quote(str(folder))} && LD_LIBRARY_PATH={shlex.quote(str(self.folder))} exec "
         script += shlex.join([str(self.runner), *arguments]) + " 2>&1"
-        done = call(self.adb.program, ["-s", self.adb.serial, "shell", script], self.timeout)
+        done = self.adb.script(shlex.join(["sh", "-c", script]), self.timeout)
         found = re.search(r"^pid (\d+)", done.stdout)
         if done.returncode:
             if found:
@@ -209,6 +270,25 @@ def run_executorch(place: Place, folder: PurePosixPath, piece: Piece, inputs: Se
     return Timing(float(load[1]), times[0], times[WARMUP:], None)
 
 
+def answer_executorch(
+    place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], local: Path
+) -> list[np.ndarray[Any, Any]]:
+    """Runs ``executor_runner`` once, which writes each output's bytes to a file; they are pulled into ``local``."""
+    flags = {"model_path": piece.graph, "method_name": piece.function or "", "inputs": ",".join(inputs)}
+    flags |= {"output_file": "output", "cpu_threads": str(place.threads), "print_output": "none"}
+    place.run(folder, *(f"--{name}={value}" for name, value in flags.items() if value))
+    outputs = []
+    for number, spec in enumerate(piece.outputs):
+        name = f"output-{number}.bin"
+        place.adb.run("pull", str(folder / name), str(local / name), timeout=place.timeout)
+        shape = [1, *(int(extent) for extent in spec.shape[1:])]
+        value = np.fromfile(local / name, np.dtype(spec.dtype))
+        if value.size != np.prod(shape):
+            raise BackendError(f"{piece.graph}: {place.runner.name} wrote {value.size} values of {spec.name} {shape}")
+        outputs.append(value.reshape(shape))
+    return outputs
+
+
 def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: Sequence[str], runs: int) -> Timing:
     """Runs ``onnxruntime_perf_test`` on one graph and the test data in its folder.
 
@@ -218,7 +298,9 @@ def run_onnxruntime(place: Place, folder: PurePosixPath, piece: Piece, inputs: S
     data = folder / "test_data_set_0"
     prepare = [["rm", "-rf", str(data), str(folder / "result.csv")], ["mkdir", str(data)]]
     prepare += [["cp", str(folder / name), str(data / f"input_{number}.pb")] for number, name in enumerate(inputs)]
-    place.adb.run("shell", " && ".join(map(shlex.join, prepare)))
+    done = place.adb.script(" && ".join(map(shlex.join, prepare)))
+    if done.returncode:
+        raise BackendError(place.adb.explain(f"copying the inputs of {piece.graph}", done))
     _, printed = place.run(
         folder,
         "-e",
@@ -253,11 +335,13 @@ class Runner:
         program: name of the program.
         run: function that runs a piece :data:`WARMUP` plus ``runs`` times, in the folder with its files and inputs.
         encode: function that turns an input's name and value into the file content that the program reads.
+        answer: function that runs a piece once and returns its outputs; None if the program does not give them away.
     """
 
     program: str
     run: Callable[[Place, PurePosixPath, Piece, Sequence[str], int], Timing]
     encode: Callable[[str, np.ndarray[Any, Any]], bytes]
+    answer: Callable[[Place, PurePosixPath, Piece, Sequence[str], Path], list[np.ndarray[Any, Any]]] | None = None
 
 
 def _raw(name: str, value: np.ndarray[Any, Any]) -> bytes:
@@ -270,7 +354,7 @@ def _tensor_proto(name: str, value: np.ndarray[Any, Any]) -> bytes:
     return bytes(numpy_helper.from_array(value, name).SerializeToString())
 
 
-EXECUTORCH = Runner("executor_runner", run_executorch, _raw)
+EXECUTORCH = Runner("executor_runner", run_executorch, _raw, answer_executorch)
 ONNXRUNTIME = Runner("onnxruntime_perf_test", run_onnxruntime, _tensor_proto)
 
 
@@ -297,9 +381,51 @@ class _Measured:
     folder: PurePosixPath
     inputs: dict[str, list[str]]
     timings: dict[str, list[Timing]] = field(default_factory=dict)
+    selftest: list[StageResult] = field(default_factory=list)
 
     def samples(self, piece: str) -> list[float]:
         return [sample for timing in self.timings[piece] for sample in timing.samples]
+
+
+@dataclass
+class OnPhone:
+    """A backend of the Python runtime whose pieces run on the phone, one process each time."""
+
+    place: Place
+    runner: Runner
+    folder: PurePosixPath
+    local: Path
+    name: str = "the phone's engine"
+    unloads: bool = True
+
+    def load(self, piece: Piece) -> LoadedPiece:
+        """See :class:`mvmoe_deploy.backends.Backend`."""
+        answer = self.runner.answer
+        assert answer is not None
+
+        def run(*inputs: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+            names = []
+            for number, (spec, value) in enumerate(zip(piece.inputs, inputs, strict=True)):
+                names.append(f"case_{number}")
+                (self.local / names[-1]).write_bytes(self.runner.encode(spec.name, value))
+                pushed = str(self.folder / names[-1])
+                self.place.adb.run("push", str(self.local / names[-1]), pushed, timeout=self.place.timeout)
+            return answer(self.place, self.folder, piece, names, self.local)
+
+        return run
+
+
+def selftest(place: Place, runner: Runner, measured: _Measured, local: Path, progress: Progress) -> list[StageResult]:
+    """The verdict on a bundle's self-test, its pieces run on the phone; empty if it cannot be run.
+
+    Decoding and resampling are this computer's, so the first stage says nothing of the phone.
+    """
+    if runner.answer is None:
+        return []
+    backend = OnPhone(place, runner, measured.folder, local)
+    with Runtime(measured.bundle, backend) as runtime:
+        verdict = runtime.selftest(progress)
+    return verdict.stages if verdict else []
 
 
 def measure(
@@ -310,7 +436,7 @@ def measure(
     runs: int = 100,
     images: Sequence[Path] = (),
     timeout: float = 300.0,
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
+    progress: Progress = lambda items, total: items,
 ) -> Results:
     """Measures bundles on a phone.
 
@@ -328,7 +454,7 @@ def measure(
         images: image files; trunks run on the first one, or on noise if there is none. Tails run on noise, because
             their work does not depend on the values.
         timeout: seconds that one process of the runner may take.
-        progress: wraps the iteration over the runs.
+        progress: wraps the iteration over the cases of each self-test, and that over the runs.
 
     Raises:
         BackendError: the phone or the runner failed; the pushed files are removed all the same.
@@ -355,6 +481,8 @@ def measure(
             )
             for number, (bundle, name) in enumerate(zip(bundles, names, strict=True))
         ]
+        for each in measured:
+            each.selftest = selftest(place, program, each, Path(local), progress)
         before = describe(adb)
         turns = [(each, piece) for each in measured for piece in each.bundle.manifest.pieces]
         order = [turns[number % len(turns) :] + turns[: number % len(turns)] for number in range(PASSES)]
@@ -376,6 +504,9 @@ def measure(
         "in turn, one of its tails; preprocessing and choosing the expert are not included",
         "images": f"{images[0].name}" if images else "noise",
         "runner": f"{runner.name}, {runner.stat().st_size} bytes",
+        "self-test": "the phone runs the pieces; decoding and resampling are this computer's"
+        if program.answer
+        else f"not run: {program.program} does not give away what a graph computed",
         "load ms": _each(measured, lambda timing: timing.load),
         "peak resident set of the runner's process, bytes": _each(measured, lambda timing: timing.peak),
     }
@@ -449,15 +580,28 @@ def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
 
 @contextlib.contextmanager
 def _folder(adb: Adb) -> Iterator[PurePosixPath]:
-    """Yields a new folder on the phone; at the end it is removed, and processes that still run from it are ended."""
+    """Yields a new folder on the phone; at the end it is removed, and processes that still run from it are ended.
+
+    Raises:
+        BackendError: the folder cannot be made, or not removed.
+    """
     folder = PLACE / f"mvmoe-bench-{secrets.token_hex(4)}"
     adb.shell("mkdir", str(folder))
     try:
         yield folder
-    finally:
-        # a disconnected phone cannot be tidied up, and the error that says so is already being raised
+    except BaseException:
+        # a disconnected phone cannot be tidied up, and the error that says so is being raised
         with contextlib.suppress(BackendError):
-            adb.ask(f"pkill -f {folder}; rm -rf {folder}")
+            _remove(adb, folder)
+        raise
+    _remove(adb, folder)
+
+
+def _remove(adb: Adb, folder: PurePosixPath) -> None:
+    # The pattern does not match itself. Otherwise pkill would end the shell that runs it; and so it would if the
+    # folder's name stood in the same script.
+    adb.ask(f"pkill -f '[{folder.name[0]}]{folder.name[1:]}'")
+    adb.shell("rm", "-rf", str(folder))
 
 
 def _push(
@@ -466,8 +610,8 @@ def _push(
     """Pushes a bundle's files and the inputs of each piece."""
     folders = {str((folder / file.path).parent) for file in bundle.manifest.files} | {str(folder)}
     adb.shell("mkdir", "-p", *sorted(folders))
-    for file in bundle.manifest.files:
-        adb.run("push", str(bundle.path / file.path), str(folder / file.path), timeout=timeout)
+    for path in sorted({path for piece in bundle.manifest.pieces for path in piece.files}):
+        adb.run("push", str(bundle.path / path), str(folder / path), timeout=timeout)
     generator = np.random.default_rng(0)
     inputs: dict[str, list[str]] = {}
     for piece in bundle.manifest.pieces:
@@ -517,6 +661,7 @@ def _rows(measured: _Measured, base: list[float] | None, throttled: bool | None,
         **whole.facts(),
         warm=_latency(image, sum(first_runs), throttled, load),
         ratio=None if base is None else ratio_estimate(image, base),
+        selftest=measured.selftest,
     )
     manifest = measured.bundle.manifest
     if len(manifest.pieces) == 1:
@@ -557,6 +702,8 @@ def _each(measured: Sequence[_Measured], pick: Callable[[Timing], float | None])
     return found if any(found.values()) else None
 
 
-def _last_line(text: str) -> str:
+def _reason(text: str) -> str:
+    """The line of some output that says what went wrong: one with an error of adb, or else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("pid ")]
-    return lines[-1][:300] if lines else "it printed nothing"
+    of_adb = [line for line in lines if re.match(r"(adb: )?error: |failed to ", line)]
+    return [*lines, *of_adb[:1]][-1][:300] if lines else "it printed nothing"

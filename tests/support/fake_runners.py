@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stand-ins for executor_runner and onnxruntime_perf_test on the fake phone, told apart by the name they run under.
+"""Stand-ins for executor_runner and onnxruntime_perf_test on the phone of adbd.py, told apart by the name they run under.
 
 They take the flags that the real ones take, look at the files they are given, and print what the real ones print.
 """
@@ -12,14 +12,16 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
-SCENARIO = json.loads(os.environ["SCENARIO"])
+PHONE = Path(os.environ["PHONE"])
+SCENARIO = json.loads((PHONE / "scenario.json").read_text())
 
 
 def executor_runner() -> int:
     p = argparse.ArgumentParser()
-    for flag in ("model_path", "method_name", "inputs", "print_output"):
+    for flag in ("model_path", "method_name", "inputs", "print_output", "output_file"):
         p.add_argument(f"--{flag}", default="")
     p.add_argument("--num_executions", type=int, default=1)
     p.add_argument("--cpu_threads", type=int, default=-1)
@@ -32,13 +34,33 @@ def executor_runner() -> int:
         log("Could not prepare inputs: 0x12", "F")
         os.kill(os.getpid(), signal.SIGABRT)
     crash(args.model_path)
+    hang()
     log(f"Model file {args.model_path} is loaded.")
     log("Model loaded in 7.251000 ms.")
     times = [milliseconds(args.model_path, number) for number in range(args.num_executions)]
-    for number, time in enumerate(times[: SCENARIO.get("iterations_logged")], 1):
-        log(f"Iteration {number} of {args.num_executions}: {time:.6f} ms")
+    for number, taken in enumerate(times[: SCENARIO.get("iterations_logged")], 1):
+        log(f"Iteration {number} of {args.num_executions}: {taken:.6f} ms")
     log(f"Model executed successfully {args.num_executions} time(s) in {sum(times):.6f} ms.")
+    if args.output_file:
+        write_outputs(args)
     return 0
+
+
+def write_outputs(args: argparse.Namespace) -> None:
+    """What the graph computes, a file for each output; the tests' graphs are ONNX, whatever they are named."""
+    sys.path += SCENARIO["path"]  # this process was started without the installed packages
+    import numpy as np
+    import onnxruntime
+
+    graph = onnxruntime.InferenceSession(args.model_path)
+    given = {
+        spec.name: np.fromfile(name, np.float32).reshape([1, *spec.shape[1:]])
+        for spec, name in zip(graph.get_inputs(), args.inputs.split(","), strict=True)
+    }
+    for number, values in enumerate(graph.run(None, given)):
+        if values.dtype == np.float32:
+            values[..., 0] *= SCENARIO.get("factor", {}).get(Path(args.model_path).stem.split("_")[0], 1)
+        values.tofile(f"{args.output_file}-{number}.bin")
 
 
 def onnxruntime_perf_test() -> int:
@@ -59,6 +81,7 @@ def onnxruntime_perf_test() -> int:
         print(f"there is no test input data for input {expected} and model {args.model}")
         return 1
     crash(args.model)
+    hang()
     print(f"Setting intra_op_num_threads to {args.x}")
     with open(args.result, "a", encoding="utf-8") as result:
         for number in range(args.r):
@@ -84,8 +107,14 @@ def crash(model: str) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def hang() -> None:
+    if SCENARIO.get("hang"):
+        print("loading takes long", flush=True)
+        time.sleep(60)
+
+
 def log(message: str, level: str = "I") -> None:
-    with open(Path(os.environ["FAKE_ADB"]) / "logcat", "a", encoding="utf-8") as file:
+    with open(PHONE / "logcat", "a", encoding="utf-8") as file:
         print(f"11-23 02:00:00.123 {os.getpid():5} {os.getpid():5} {level} ExecuTorch: {message}", file=file)
 
 

@@ -1,41 +1,70 @@
-"""Measuring on a phone, against a fake adb that checks every call and runs what reaches the phone's shell."""
+"""Measuring on a phone, through the real adb, which talks to the tests' own daemon and runs what reaches its shell."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import site
+import socket
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import adbd
 import msgspec
 import pytest
 import tiny
 
 from mvmoe_deploy.bench.devices import android
+from mvmoe_deploy.bench.report.tables import terminal_text
 from mvmoe_deploy.bench.results import Results, read_json
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import BackendError, ConfigError
+
+pytestmark = adbd.needs_adb
 
 TOOLS = {
     "getprop": """case "$1" in ro.product.manufacturer) echo Google;; ro.product.model) echo "Pixel 8";; ro.soc.model) echo Tensor;;
         ro.build.version.release) echo 15;; ro.product.cpu.abi) echo arm64-v8a;; esac""",
     "dumpsys": """case "$1" in battery) printf 'Current Battery Service state:\\n  AC powered: false\\n  level: 81\\n  temperature: 287\\n';;
-        thermalservice) echo "IsStatusOverride: false"; echo "Thermal Status: $(cat $FAKE_ADB/status)";; esac""",
+        thermalservice) echo "IsStatusOverride: false"; echo "Thermal Status: $(cat $PHONE/status)";; esac""",
     "nproc": "echo 9",
-    "logcat": """test "$1" = -d && test "$3 $4" = "-s ExecuTorch" && grep " ${2#--pid=} *${2#--pid=} " $FAKE_ADB/logcat""",
+    "logcat": """test "$1" = -d && test "$3 $4" = "-s ExecuTorch" && grep " ${2#--pid=} *${2#--pid=} " $PHONE/logcat""",
 }  # fmt: skip
+
+PKILL = """
+import os, re, signal, sys
+from pathlib import Path
+assert sys.argv[1] == "-f" and len(sys.argv) == 3
+found = 1
+for process in Path("/proc").glob("[0-9]*"):
+    try:
+        command = (process / "cmdline").read_bytes().replace(b"\\0", b" ").decode()
+        of_phone = f"PHONE={os.environ['PHONE']}".encode() in (process / "environ").read_bytes().split(b"\\0")
+    except OSError:
+        continue
+    if of_phone and int(process.name) != os.getpid() and re.search(sys.argv[2], command):
+        os.kill(int(process.name), signal.SIGTERM)
+        found = 0
+sys.exit(found)
+"""
+"""As Android's: it ends every process of the phone whose command line matches, but for itself."""
 
 
 class Phone:
-    """The fake phone's folder, and how it behaves."""
+    """A phone, and how it behaves."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, adb: Callable[..., str]) -> None:
         self.folder = folder
-        self.scenario: dict[str, Any] = {"devices": {"emulator-5554": "device"}, "inputs": {}}
+        self._adb = adb
         (folder / "data").mkdir(parents=True)
         (folder / "bin").mkdir()
         for name, script in TOOLS.items():
             self._program(folder / "bin" / name, f"#!/bin/sh\n{script}\n")
+        self._program(folder / "bin" / "pkill", f"#!{sys.executable} -IS\n{PKILL}")
         for core in range(2):
             governor = folder / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_governor"
             governor.parent.mkdir(parents=True)
@@ -47,17 +76,18 @@ class Phone:
         (folder / "proc").mkdir()
         (folder / "proc/loadavg").write_text("1.25 1.00 0.90 2/900 12345\n")
         (folder / "status").write_text("0\n")
-        (folder / "calls.jsonl").touch()
-        here = Path(__file__).parents[2] / "support"
-        self.adb = self._program(folder / "adb", f"#!{sys.executable} -IS\n" + (here / "fake_adb.py").read_text())
+        (folder / "logcat").touch()
+        programs = (Path(__file__).parents[2] / "support" / "fake_runners.py").read_text()
         self.runners = {
-            name: self._program(
-                folder / "host" / name, f"#!{sys.executable} -IS\n" + (here / "fake_runners.py").read_text()
-            )
+            name: self._program(folder / "host" / name, f"#!{sys.executable} -IS\n{programs}")
             for name in ("executor_runner", "onnxruntime_perf_test")
         }
-        monkeypatch.setenv("FAKE_ADB", str(folder))
+        self.scenario: dict[str, Any] = {"inputs": {}, "path": [*site.getsitepackages(), *sys.path]}
         self.behave()
+        environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PHONE": str(folder)}
+        elsewhere = {path: f"{folder}{path}" for path in ("/proc/loadavg", "/sys/")}
+        self.daemon = adbd.Adbd(folder / "data", environment, elsewhere)
+        self.serial = f"127.0.0.1:{self.daemon.port}"
 
     @staticmethod
     def _program(path: Path, content: str) -> Path:
@@ -66,33 +96,65 @@ class Phone:
         path.chmod(0o755)
         return path
 
+    def connect(self) -> None:
+        assert f"connected to {self.serial}" in self._adb("connect", self.serial)
+
+    def unplug(self) -> None:
+        self.daemon.vanish()
+        self._adb("disconnect", self.serial)
+
     def behave(self, **scenario: Any) -> None:
         self.scenario |= scenario
         (self.folder / "scenario.json").write_text(json.dumps(self.scenario))
 
     @property
-    def calls(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-
-    @property
     def runs(self) -> list[str]:
-        """Shell commands that started a runner."""
-        return [call[3] for call in self.calls if call[2:3] == ["shell"] and " exec " in call[3]]
+        """Scripts that started a runner."""
+        return [service for service in self.daemon.services if " exec " in service]
 
     @property
     def left_over(self) -> list[str]:
         return [path.name for path in (self.folder / "data").iterdir()]
 
+    @property
+    def running(self) -> list[str]:
+        """Command lines of the phone's processes; those that are about to end are waited for."""
+        for _ in range(50):
+            found = list(self._running())
+            if not found:
+                break
+            time.sleep(0.05)
+        return found
+
+    def _running(self) -> Iterator[str]:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"PHONE={self.folder}".encode() in (process / "environ").read_bytes():
+                    yield (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+
     def measure(self, *bundles: Path, runner: str = "onnxruntime_perf_test", **options: Any) -> Results:
-        adb = android.find_device(str(self.adb))
+        adb = android.find_device(serial=self.serial)
         pieces = [piece for bundle in bundles for piece in open_bundle(bundle).manifest.pieces]
         self.behave(names={piece.graph: [spec.name for spec in piece.inputs] for piece in pieces})
         return android.measure(adb, self.runners[runner], bundles, runs=10, **options)
 
 
+@pytest.fixture(scope="module")
+def adb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """Runs commands of the real adb, whose server is the tests' own."""
+    with adbd.adb_server(tmp_path_factory.mktemp("adb")) as run:
+        yield run
+
+
 @pytest.fixture
-def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Phone:
-    return Phone(tmp_path / "phone", monkeypatch)
+def phone(tmp_path: Path, adb: Callable[..., str]) -> Iterator[Phone]:
+    """A phone that adb is connected to."""
+    phone = Phone(tmp_path / "phone", adb)
+    phone.connect()
+    yield phone
+    phone.unplug()
 
 
 def executorch_like(bundle: Path, folder: Path, batch: int = 1) -> Path:
@@ -167,7 +229,9 @@ def test_onnx_bundles_with_perf_test(phone: Phone, bundle_path: Path, dense_path
     assert set(results.method["peak resident set of the runner's process, bytes"]["dense/model"]) == {52428800}
     assert len(phone.runs) == android.PASSES * (2 + tiny.EXPERTS)
     assert all("-e cpu -m times -r 7 -x 2 " in run for run in phone.runs)
-    assert phone.left_over == []
+    assert [row.selftest for row in results.rows] == [[]] * len(results.rows)
+    assert results.method["self-test"] == "not run: onnxruntime_perf_test does not give away what a graph computed"
+    assert phone.left_over == [] == phone.running
 
 
 def test_executorch_bundles_with_executor_runner(
@@ -180,13 +244,30 @@ def test_executorch_bundles_with_executor_runner(
     assert {row.backend for row in results.rows} == {"executorch"}
     assert results.method["load ms"]["moe/trunk"] == [7.251] * android.PASSES
     assert results.method["peak resident set of the runner's process, bytes"] is None
-    assert phone.left_over == []
+    stages = {row.name: [stage.stage for stage in row.selftest] for row in results.rows if row.selftest}
+    assert stages == {"dense": ["pixels", "logits"], "moe": ["pixels", "route", "gate", "logits"]}
+    assert all(stage.passed == stage.cases for row in results.rows for stage in row.selftest)
+    assert {stage.cases for stage in results.rows[1].selftest} == {tiny.EXPERTS}
+    assert phone.left_over == [] == phone.running
+
+
+@pytest.mark.parametrize(("piece", "stage"), [("trunk", "gate"), ("expert", "logits")])
+def test_a_phone_that_computes_something_else_fails_the_selftest(
+    piece: str, stage: str, phone: Phone, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = executorch_like(bundle_path, tmp_path)
+    phone.behave(inputs=input_sizes(moe), factor={piece: 1.001})  # of the first class, channel and expert
+    monkeypatch.setattr(android, "PASSES", 1)
+    results = phone.measure(moe, runner="executor_runner")
+    failed = [each.stage for each in results.rows[0].selftest if each.passed < each.cases]
+    assert failed[0] == stage
+    assert f"moe failed its self-test at {stage}" in terminal_text(results)
 
 
 def test_pieces_take_turns(phone: Phone, bundle_path: Path) -> None:
     """Each piece is the first in one pass, if there are enough passes for that."""
     phone.measure(bundle_path)
-    graphs = [run.split()[-3] for run in phone.runs]
+    graphs = [found[1] for run in phone.runs if (found := re.search(r"(\S+\.onnx) result\.csv", run))]
     passes = [graphs[start : start + 1 + tiny.EXPERTS] for start in range(0, len(graphs), 1 + tiny.EXPERTS)]
     assert len({order[0] for order in passes}) == len(passes) == android.PASSES
     assert all(sorted(order) == sorted(passes[0]) for order in passes)
@@ -211,32 +292,89 @@ def test_hostile_file_names_stay_names(
     tiny.edit_manifest(copy, edit)
     monkeypatch.setattr(android, "PASSES", 1)
     assert len(phone.measure(copy).rows) == 2 + tiny.EXPERTS
-    assert not list(phone.folder.rglob("pwned")) and not Path("pwned").exists()
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+
+
+@pytest.fixture
+def more(tmp_path: Path, adb: Callable[..., str]) -> Iterator[Callable[[str], Phone]]:
+    """Makes further phones, which greet adb with a state."""
+    made: list[Phone] = []
+
+    def make(state: str) -> Phone:
+        made.append(Phone(tmp_path / f"phone{len(made)}", adb))
+        made[-1].daemon.answers = state
+        return made[-1]
+
+    yield make
+    for phone in made:
+        phone.unplug()
+
+
+def test_no_phone(adb: Callable[..., str]) -> None:
+    with pytest.raises(BackendError, match="adb sees no device; connect one"):
+        android.find_device()
+    with pytest.raises(BackendError, match=r"C: is not connected$"):
+        android.find_device(serial="C")
+
+
+def test_the_phone_is_picked_by_serial(phone: Phone, more: Callable[[str], Phone]) -> None:
+    assert android.find_device().serial == phone.serial
+    other = more("device")
+    other.connect()
+    both = ", ".join(sorted([phone.serial, other.serial]))
+    with pytest.raises(BackendError, match=rf"several devices \({both}\); pick one with --serial"):
+        android.find_device()
+    assert android.find_device(serial=other.serial).serial == other.serial
+    with pytest.raises(BackendError, match=f"C: is not connected; adb sees {both}"):
+        android.find_device(serial="C")
 
 
 @pytest.mark.parametrize(
-    ("devices", "serial", "message"),
+    ("state", "message"),
     [
-        ({}, None, "adb sees no device; connect one"),
-        ({"A": "unauthorized"}, None, "A: has not authorised this computer; unlock it"),
-        ({"A": "offline"}, None, "A: is offline"),
-        ({"A": "no permissions (missing udev rules? user is in the plugdev group); see [http://developer.android.com]"}, None, "A: is in state 'no permissions"),
-        ({"A": "recovery"}, "A", "A: is in state 'recovery'"),
-        ({"A": "device", "B": "device"}, None, r"several devices \(A, B\); pick one with --serial"),
-        ({"A": "device"}, "C", "C: is not connected; adb sees A"),
-        ({}, "C", "C: is not connected"),
+        ("unauthorized", "has not authorised this computer( yet)?; unlock it"),
+        ("recovery", "is in state 'recovery', which adb cannot run programs in"),
     ],
-)  # fmt: skip
-def test_a_phone_that_cannot_be_used(phone: Phone, devices: dict[str, str], serial: str | None, message: str) -> None:
-    phone.behave(devices=devices)
+)
+def test_a_phone_that_cannot_be_used(state: str, message: str, more: Callable[[str], Phone]) -> None:
+    phone = more(state)
+    with pytest.raises(BackendError, match=f"{phone.serial}: {message}"):
+        android.find_device(serial=phone.serial)  # which connects to it
+    with pytest.raises(BackendError, match=f"{phone.serial}: {message}"):
+        android.find_device()
+    assert phone.daemon.services == []  # nothing was tried on it
+
+
+def test_a_phone_that_went_offline(phone: Phone) -> None:
+    phone.daemon.vanish()
+    with pytest.raises(BackendError, match=f"{phone.serial}: is offline; reconnect it"):
+        android.find_device()
+
+
+def test_a_phone_behind_usb_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = "no permissions (missing udev rules? user is in the plugdev group); see [http://developer.android.com]"
+    monkeypatch.setattr(android, "_devices", lambda program: {"A": state})
+    with pytest.raises(BackendError, match="A: is in state 'no permissions"):
+        android.find_device()
+
+
+def test_adb_is_asked_to_connect_to_an_address(more: Callable[[str], Phone]) -> None:
+    phone = more("device")
+    assert android.find_device(serial=phone.serial).ask("echo hello") == "hello"
+
+
+def test_an_address_where_nothing_listens(adb: Callable[..., str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    message = rf"127.0.0.1:{port}: adb cannot connect to it \(failed to connect .*refused\); turn on wireless debugging"
     with pytest.raises(BackendError, match=message):
-        android.find_device(str(phone.adb), serial)
-    assert phone.calls == [["devices"]]  # nothing was tried on it
+        android.find_device(serial=f"127.0.0.1:{port}")
 
 
-def test_the_phone_is_picked_by_serial(phone: Phone) -> None:
-    phone.behave(devices={"A": "offline", "B": "device"})
-    assert android.find_device(str(phone.adb), "B").serial == "B"
+def test_an_adb_that_fails(tmp_path: Path) -> None:
+    program = Phone._program(tmp_path / "bin" / "adb", "#!/bin/sh\necho 'error: cannot start server' >&2; exit 1\n")
+    with pytest.raises(BackendError, match="adb devices failed: error: cannot start server"):
+        android.find_device(str(program))
 
 
 def test_no_adb(tmp_path: Path) -> None:
@@ -244,29 +382,87 @@ def test_no_adb(tmp_path: Path) -> None:
         android.find_device(str(tmp_path / "adb"))
 
 
-@pytest.mark.parametrize(
-    ("scenario", "message"),
-    [
-        ({"crash": "expert_02"}, r"onnxruntime_perf_test result.csv failed with exit status 139 \(SIGSEGV\): terminating with uncaught"),
-        ({"space": 10_000}, "no space left in /data/local/tmp"),
-        ({"lost_at": "push"}, "the connection to the device was lost"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("shell_v2", [True, False], ids=["new", "before Android 7"])
 def test_what_goes_wrong_is_said_and_tidied_up(
-    phone: Phone, bundle_path: Path, scenario: dict[str, Any], message: str
+    shell_v2: bool, tmp_path: Path, more: Callable[[str], Phone], bundle_path: Path
 ) -> None:
-    phone.behave(**scenario)
+    """A phone's old shell does not even send exit statuses."""
+    phone = more("device")
+    phone.daemon.shell_v2 = shell_v2
+    phone.connect()
+    phone.behave(crash="expert_02")
+    message = r"onnxruntime_perf_test result.csv failed with exit status 139 \(SIGSEGV\): terminating with uncaught"
     with pytest.raises(BackendError, match=message):
         phone.measure(bundle_path)
-    assert "lost_at" in scenario or phone.left_over == []
-    assert phone.calls[-1][3].startswith("pkill -f /data/local/tmp/mvmoe-bench-")
+    assert phone.left_over == [] == phone.running
+    phone.daemon.space = 10_000
+    with pytest.raises(BackendError, match=f"{phone.serial}: no space left in /data/local/tmp; free some"):
+        phone.measure(bundle_path)
+    assert phone.left_over == [] == phone.running
 
 
-def test_a_runner_that_hangs_is_given_up(phone: Phone, bundle_path: Path) -> None:
+def test_a_runner_that_hangs_is_given_up_and_ended(phone: Phone, bundle_path: Path) -> None:
     phone.behave(hang=True)
     with pytest.raises(BackendError, match=r"no answer in 2 s"):
         phone.measure(bundle_path, timeout=2)
+    assert phone.left_over == [] == phone.running
+
+
+def test_processes_and_folder_are_removed_without_ending_the_shell_that_does_it(phone: Phone) -> None:
+    device = android.find_device()
+    with android._folder(device) as folder:
+        device.script(f"cp $(command -v sleep) {folder}/sleep; {folder}/sleep 60 > {folder}/output 2>&1 < /dev/null &")
+        assert len(list(phone._running())) == 1 and phone.left_over == [folder.name]
+    assert phone.left_over == [] == phone.running
+    with pytest.raises(KeyError), android._folder(device):
+        raise KeyError
     assert phone.left_over == []
+
+
+def test_a_folder_that_cannot_be_removed_is_said(phone: Phone, dense_path: Path) -> None:
+    (phone.folder / "bin" / "rm").write_text("#!/bin/sh\necho 'rm: Permission denied' >&2; exit 1\n")
+    (phone.folder / "bin" / "rm").chmod(0o755)
+    with (
+        pytest.raises(BackendError, match="rm failed with exit status 1: rm: Permission denied"),
+        android._folder(android.find_device()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("shell_v2", [True, False], ids=["new", "before Android 7"])
+@pytest.mark.parametrize("moment", ["push", "run", "last words"])
+def test_a_phone_that_vanishes_never_looks_like_success(
+    moment: str, shell_v2: bool, more: Callable[[str], Phone], bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """adb exits with 0, and says nothing, when a phone is unplugged while a command runs on it."""
+    phone = more("device")
+    phone.daemon.shell_v2 = shell_v2
+    phone.connect()
+    monkeypatch.setattr(android, "PASSES", 1)
+    if moment == "push":
+        phone.daemon.vanish_after = 10_000
+    elif moment == "run":
+        phone.behave(hang=True)
+        phone.daemon.vanish_during = " exec "
+
+    def progress(items: Iterator[Any], total: int) -> Iterator[Any]:
+        yield from items
+        if moment == "last words":  # after the last run, while the phone is asked how warm it is
+            (phone.folder / "bin" / "dumpsys").write_text("#!/bin/sh\nsleep 60\n")
+            phone.daemon.vanish_during = "dumpsys"
+
+    reason = "couldn't read from device" if moment == "push" else "a command on it did not end"
+    with pytest.raises(BackendError, match=rf"{phone.serial}: the connection to the device was lost \(.*{reason}"):
+        phone.measure(bundle_path, progress=progress)
+
+
+def test_words_arrive_as_they_are(phone: Phone) -> None:
+    device = android.find_device()
+    for word in ("a b", "$HOME", "it's", '"', "*", "a\nb", "--", "ü"):
+        assert device.shell("printf", "%s", word) == word
+    assert device.script("exit 3").returncode == 3
+    assert device.script("sh -c 'kill -9 $$'").returncode == 137
+    assert device.ask("false") is None
 
 
 def test_executorch_errors_name_what_the_log_says(phone: Phone, dense_path: Path, tmp_path: Path) -> None:
@@ -315,7 +511,7 @@ def test_the_command(phone: Phone, dense_path: Path, tmp_path: Path, capsys: pyt
     from mvmoe_deploy.cli import bench
 
     phone.behave(names={"model.onnx": ["images"]})
-    arguments = ["--device", "android", str(dense_path), "--adb", str(phone.adb), "--rounds", "5"]
+    arguments = ["--device", "android", str(dense_path), "--rounds", "5"]
     runner = str(phone.runners["onnxruntime_perf_test"])
     assert (
         bench.main(
@@ -326,7 +522,7 @@ def test_the_command(phone: Phone, dense_path: Path, tmp_path: Path, capsys: pyt
     assert "dense" in capsys.readouterr().out
     assert [row.name for row in read_json(tmp_path / "r.json").rows] == ["dense"]
     assert (tmp_path / "r.html").stat().st_size > 10_000
-    phone.behave(devices={})
+    phone.unplug()
     assert bench.main([*arguments, "--runner", runner]) == 2
     assert (
         capsys.readouterr().err
