@@ -182,10 +182,10 @@ def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeat
         c = found[name]
         return " + ".join(f"{statistics.median(part):.0f}" for part in (c.interpreter, c.imports, c.load, c.first_run))
 
-    for name in ("in a bare session", "in the same runtime"):
+    for name, bar in (("in a bare session", 1.15), ("in the same runtime", 0.8)):
         detail = f"interpreter + imports + load + run: {parts('routed')} ms / {parts(name)} ms"
         ratio = found["routed"].total.value / found[name].total.value
-        yield Figure(f"cold start / one graph of all experts {name}", ratio, 0.8, detail)
+        yield Figure(f"cold start / one graph of all experts {name}", ratio, bar, detail)
 
 
 def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -270,7 +270,7 @@ def predict_overhead(scale: str, threads: int, rounds: int, folder: Path) -> Fig
         samples = interleave({"predict": lambda _: runtime.predict(image), "bare": bare}, rounds).samples
     difference = np.median(np.array(samples["predict"]) - np.array(samples["bare"]))
     detail = f"{np.median(samples['predict']):.3f} ms - {np.median(samples['bare']):.3f} ms"
-    return Figure(f"predict(array) minus bare runs and preprocessing, {scale}, ms", float(difference), 0.1, detail)
+    return Figure(f"predict(array) minus bare runs and preprocessing, {scale}, ms", float(difference), 0.05, detail)
 
 
 def _memory(c: Configuration) -> int:
