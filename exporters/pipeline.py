@@ -147,7 +147,9 @@ def export_model(
         size = header.preprocessing.size
         pieces = model if isinstance(model, SplitModel) else split_model(model, size, options.separate_router)
         _check_classes(pieces, header)
-        manifest = _manifest(header, target, options, pieces.routing, source or Source("", "0" * 64))
+        manifest = _manifest(
+            header, target, options=options, routing=pieces.routing, source=source or Source("", "0" * 64)
+        )
         converted = convert(
             Job(
                 split=pieces,
@@ -169,12 +171,16 @@ def export_model(
         )
         draft = Bundle(directory, manifest)
         backends = [open_backend(draft, name, threads=None) for name in converted.backends]
-        first, *others = [verify(pieces, draft, backend, tensors, image_source, progress) for backend in backends]
+        first, *others = [
+            verify(pieces, draft, backend=backend, images=tensors, image_source=image_source, progress=progress)
+            for backend in backends
+        ]
         verification = {**msgspec.to_builtins(first), "verified_as_well_with": [report.backend for report in others]}
         written: list[str] = []
         if selftest != "none":
             progress("self-test")
-            written = write_selftest(pieces, draft, backends[0], photos if selftest == "images" else [], tensors)
+            cut = photos if selftest == "images" else []
+            written = write_selftest(pieces, draft, backend=backends[0], photos=cut, photo_inputs=tensors)
         manifest = msgspec.structs.replace(
             manifest,
             verification=verification,

@@ -84,7 +84,9 @@ def write_selftest(
     """
     manifest = draft.manifest
     tolerance = exporter_of(manifest.target).precision(manifest.precision).selftest
-    pictures = choose(split, manifest.preprocessing, photos, photo_inputs, LEAST_MARGIN * tolerance.gate)
+    pictures = choose(
+        split, manifest.preprocessing, photos=photos, photo_inputs=photo_inputs, least=LEAST_MARGIN * tolerance.gate
+    )
     runtime = Runtime(draft, backend, max_resident=1 if split.routing else None)
     cases = []
     for number, picture in enumerate(pictures):

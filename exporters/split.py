@@ -200,7 +200,7 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
     routing = Routing(model.experts, model.k, model.moe_layers, "separate" if separate_router else "fused")
     trunk, router = _made(model, "trunk_module"), _made(model, "router_module")
     (tokens,) = _tried("trunk", trunk, [images], [TOKENS])
-    _tried("router", router, [tokens], [PROBABILITIES], {PROBABILITIES: (2, model.experts)})
+    _tried("router", router, inputs=[tokens], outputs=[PROBABILITIES], shapes={PROBABILITIES: (2, model.experts)})
     gate = torch.tensor([0.25, 0.75])
     shapes = {LOGITS: tuple(logits.shape)}
     if separate_router:
@@ -213,24 +213,30 @@ def split_model(model: nn.Module, image_size: int, separate_router: bool = False
     if model.k == 1:
         for expert in range(model.experts):
             tail = _made(model, "tail_module", expert)
-            pieces.append(PieceModule("tail", tail, {TOKENS: tokens, GATE: gate}, [LOGITS], expert))
-            _tried(pieces[-1].name, tail, [tokens, gate], [LOGITS], shapes)
+            pieces.append(
+                PieceModule("tail", tail, inputs={TOKENS: tokens, GATE: gate}, outputs=[LOGITS], expert=expert)
+            )
+            _tried(pieces[-1].name, tail, inputs=[tokens, gate], outputs=[LOGITS], shapes=shapes)
     else:
         # The chosen experts' outputs add up within each layer, so a layer cannot be part of any one expert's graph.
         for layer in range(model.moe_layers):
             attention = _made(model, "attention_module", layer)
             outputs = ["residual", "expert_input"]
-            pieces.append(PieceModule("attention", attention, {TOKENS: tokens}, outputs, None, layer))
+            pieces.append(
+                PieceModule("attention", attention, inputs={TOKENS: tokens}, outputs=outputs, expert=None, layer=layer)
+            )
             tokens, expert_input = _tried(pieces[-1].name, attention, [tokens], outputs)
             for expert in range(model.experts):
                 module = _made(model, "expert_module", expert, layer)
                 inputs = {"expert_input": expert_input, GATE: gate}
-                pieces.append(PieceModule("expert_layer", module, inputs, ["addend"], expert, layer))
+                pieces.append(
+                    PieceModule("expert_layer", module, inputs=inputs, outputs=["addend"], expert=expert, layer=layer)
+                )
                 added = {"addend": tuple(tokens.shape)}
-                _tried(pieces[-1].name, module, [expert_input, gate], ["addend"], added)
+                _tried(pieces[-1].name, module, inputs=[expert_input, gate], outputs=["addend"], shapes=added)
         head = _made(model, "head_module")
         pieces.append(PieceModule("head", head, {TOKENS: tokens}, [LOGITS]))
-        _tried("head", head, [tokens], [LOGITS], shapes)
+        _tried("head", head, inputs=[tokens], outputs=[LOGITS], shapes=shapes)
     return SplitModel(whole, routing, pieces)
 
 

@@ -189,11 +189,13 @@ def verify(
     for piece, inputs in _reference_inputs(split, images):
         progress(f"{piece.name}: verifying")
         expected = [tensor.numpy() for tensor in piece(*inputs)]
-        results.append(check_piece(piece, inputs, expected, bundle, backend, tolerance))
+        results.append(
+            check_piece(piece, inputs, expected=expected, bundle=bundle, backend=backend, tolerance=tolerance)
+        )
         if piece.expert is not None:
             families.setdefault((piece.role, piece.layer), []).append((piece, expected[0]))
     progress("verifying end to end")
-    report = _end_to_end(split, bundle, backend, images, tolerance)
+    report = _end_to_end(split, bundle, backend=backend, images=images, tolerance=tolerance)
     report.pieces, report.image_source = results, image_source
     report.eyesight = _eyesight(list(families.values()), bundle, tolerance)
     return report
@@ -535,7 +537,7 @@ def class_changes(logits: Array, found: NDArray[np.int64], tolerance: Tolerance)
     for image in np.flatnonzero(logits.argmax(axis=1) != found).tolist():
         right, wrong = int(logits[image].argmax()), int(found[image])
         margin = float(logits[image, right].astype(np.float64) - logits[image, wrong]) / float(spread[image])
-        changes.append(Change(image, [right], [wrong], margin, margin <= tolerance.margin))
+        changes.append(Change(image, [right], bundle=[wrong], margin=margin, tie=margin <= tolerance.margin))
     return changes
 
 

@@ -210,7 +210,13 @@ def routed_by_tails(
         tail(expert)(features[images], choice.gates[images, 0]) for expert, images in enumerate(rows) if len(images)
     ]
     logits = torch.cat(parts)[torch.cat(rows).argsort()]
-    return ImageRouted(logits, router_logits, choice.noisy_logits, choice.gates, choice.chosen)
+    return ImageRouted(
+        logits,
+        router_logits=router_logits,
+        noisy_logits=choice.noisy_logits,
+        gates=choice.gates,
+        chosen=choice.chosen,
+    )
 
 
 def check_state_dict(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -77,7 +77,16 @@ def new_header(
     training: dict[str, Any] | None = None,
 ) -> Header:
     """A header of the current format version."""
-    return Header(FORMAT, VERSION, model, class_ids, class_names, preprocessing, superclasses, training or {})
+    return Header(
+        FORMAT,
+        VERSION,
+        model=model,
+        class_ids=class_ids,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        superclasses=superclasses,
+        training=training or {},
+    )
 
 
 def save(path: str | Path, checkpoint: Checkpoint, dtype: str = "float32") -> None:

@@ -203,9 +203,9 @@ class Runtime:
         self._residency = Residency(
             self._load_expert,
             [sum(piece.weight_bytes for piece in pieces) for pieces in self._expert_pieces],
-            parse_bytes(memory_budget) if memory_budget is not None else None,
-            max_resident,
-            pinned,
+            memory_budget=parse_bytes(memory_budget) if memory_budget is not None else None,
+            max_resident=max_resident,
+            pinned=pinned,
         )
         self._pieces: dict[str, LoadedPiece] = {piece.name: self._load_piece(piece) for piece in self._fixed}
         for expert in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,17 +191,18 @@ def _baseline(
 ) -> list[Configuration]:
     model, header = load_checkpoint(checkpoint)
     config = model.config
+    exported = functools.partial(_exported, group=group, folder=folder, progress=progress)
     if baseline == "all-experts":
-        c = _exported(model.graph_module(), header, config.to_dict(), "all-experts", group, folder, progress)
+        c = exported(model.graph_module(), header, model=config.to_dict(), kind="all-experts")
         # a bare session without hashing: the strongest competitor is a user who uses nothing of this project
         return [msgspec.structs.replace(c, path=f"{c.path}/model.onnx", trained=_trained(header))]
     if baseline == "dense-wide":
         wide, _ = load_checkpoint(_random(baseline, config.wide, config, folder))
-        return [_exported(wide, header, wide.config.to_dict(), "dense-wide", group, folder, progress)]
+        return [exported(wide, header, model=wide.config.to_dict(), kind="dense-wide")]
     if baseline == "vmoe":
         path = _random(baseline, config.token_routed, config, folder)
         vmoe, _ = load_checkpoint(path)
-        rows = [_exported(vmoe.graph_module(), header, vmoe.config.to_dict(), "vmoe", group, folder, progress)]
+        rows = [exported(vmoe.graph_module(), header, model=vmoe.config.to_dict(), kind="vmoe")]
         return [*rows, *([of_checkpoint(path, "vmoe torch", group)] if TORCH.name in backends else [])]
     path = _random("dense", config.dense, config, folder)
     if baseline == "dense":

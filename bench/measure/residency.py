@@ -84,7 +84,9 @@ def measure_residency(
     for mix in MIXES:
         images, experts = _images_of(c=c, mix=mix, count=count, super_classes=super_classes, length=predictions)
         for resident in range(c.k, c.experts + 1):
-            request = _Request(c, threads, mix, resident, str(pixels), images, experts)
+            request = _Request(
+                c, threads, mix=mix, resident=resident, pixels=str(pixels), images=images, experts=experts
+            )
             what = f"{c.name}: measuring residency failed"
             points.append(in_fresh_process("measure.residency", request, Residency, what))
             progress(len(points), total)

@@ -173,7 +173,7 @@ def _changes(first: Row, second: Row) -> Iterator[Change]:
             continue  # throughputs at different batch sizes cannot be compared
         old, new = _value(before, metric.percentile), _value(after, metric.percentile)
         if old > 0:
-            yield Change(second.name, name, old, new, _factor(before, after, metric.percentile))
+            yield Change(second.name, name, before=old, after=new, factor=_factor(before, after, metric.percentile))
 
 
 def _value(value: Value, percentile: float | None) -> float:

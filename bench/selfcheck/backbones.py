@@ -65,7 +65,7 @@ SUBJECTS = (
     Subject("deit_tiny_patch16_224", "blocks.10", "mlp"),
     Subject("deit_tiny_distilled_patch16_224", "blocks.10", "mlp"),
     Subject("vit_wee_patch16_reg1_gap_256", "blocks.12", "mlp", 256),
-    Subject("vit_small_patch16_dinov3", "blocks.2", "mlp", 256, SMALL),
+    Subject("vit_small_patch16_dinov3", "blocks.2", own="mlp", size=256, arguments=SMALL),
     Subject("eva02_tiny_patch14_224", "blocks.10", "mlp"),
 )
 
@@ -174,10 +174,10 @@ def measure(
             except MvmoeError as error:
                 reason = str(error)
             if models is None:
-                yield Result(subject.name, export, subject.own, experts, reason)
+                yield Result(subject.name, export, own=subject.own, experts=experts, reason=reason)
                 continue
             with tempfile.TemporaryDirectory(prefix="mvmoe-backbones-") as folder:
-                yield _exported(subject, models, export, Path(folder), rounds, progress)
+                yield _exported(subject, models, export=export, folder=Path(folder), rounds=rounds, progress=progress)
 
 
 def _models(subject: Subject, experts: int) -> tuple[Model, Model]:

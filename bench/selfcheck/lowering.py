@@ -53,7 +53,9 @@ def measure_scale(
     if config.routes != "images" or config.dense is None:
         raise ConfigError(f"{name} is not routed; name a Mobile V-MoE such as mvmoe_12x192")
     torch.manual_seed(0)
-    return measure(build(config), build(config.dense), directory, rounds, threads, progress=progress)
+    return measure(
+        build(config), build(config.dense), directory=directory, rounds=rounds, threads=threads, progress=progress
+    )
 
 
 def measure(

@@ -43,7 +43,7 @@ def measure_exports(
     Raises:
         BackendError: the process failed.
     """
-    request = _Request(_text(bundles), _text(methods), str(images), rounds, threads)
+    request = _Request(_text(bundles), _text(methods), images=str(images), rounds=rounds, threads=threads)
     return in_fresh_process("selfcheck.lowering_timing", request, dict[str, list[float]], "timing failed")
 
 

@@ -222,7 +222,7 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
             # positive, because a variance must be
             state[name].copy_(0.5 + torch.rand(state[name].shape, generator=generator))
         template = _convert_module(family[0], module, job)
-        placed = [_put_weights(template, module, each, own, job.options) for each in modules]
+        placed = [_put_weights(template, module, module=each, own=own, options=job.options) for each in modules]
         if all(placed):
             return [package for package in placed if package]
     packages = []

@@ -57,20 +57,20 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 PALETTE6 = Precision(
     "palette6",
     0.75,
-    Tolerance(logits=0.6, probabilities=0.3, channels=1.5, margin=0.2, agreement=0.97),
-    "Each weight tensor has 64 values, placed by k-means. Largest errors seen: logits 0.24, probabilities 0.11, "
+    tolerance=Tolerance(logits=0.6, probabilities=0.3, channels=1.5, margin=0.2, agreement=0.97),
+    reason="Each weight tensor has 64 values, placed by k-means. Largest errors seen: logits 0.24, probabilities 0.11, "
     "channels 0.6; the class differed where PyTorch prefers its own by 0.09.",
-    "64 values per weight tensor",
-    FP16.selftest,
+    note="64 values per weight tensor",
+    selftest=FP16.selftest,
 )
 PALETTE4 = Precision(
     "palette4",
     0.5,
-    Tolerance(logits=1.5, probabilities=0.7, channels=5.0, margin=0.3, agreement=0.75),
-    "Each weight tensor has 16 values. This is known to cost accuracy and exists for measuring how much. Largest "
-    "errors seen: logits 0.8, probabilities 0.4, channels 2.8; 16 of 64 images got another class, 6 of them where "
-    "PyTorch prefers its own by more than the margin.",
-    "16 values per weight tensor",
+    tolerance=Tolerance(logits=1.5, probabilities=0.7, channels=5.0, margin=0.3, agreement=0.75),
+    reason="Each weight tensor has 16 values. This is known to cost accuracy and exists for measuring how much. "
+    "Largest errors seen: logits 0.8, probabilities 0.4, channels 2.8; 16 of 64 images got another class, 6 of them "
+    "where PyTorch prefers its own by more than the margin.",
+    note="16 values per weight tensor",
 )
 EXPORTER = Exporter(
     converts="mvmoe_deploy.exporters.coreml.convert:convert",

@@ -174,7 +174,9 @@ def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:
     if reflect:
         module = _replaced(module, _reflected)
     module = _replaced(module, _supported).eval()
-    rewritten = PieceModule(piece.role, module, piece.inputs, piece.outputs, piece.expert, piece.layer)
+    rewritten = PieceModule(
+        piece.role, module, inputs=piece.inputs, outputs=piece.outputs, expert=piece.expert, layer=piece.layer
+    )
     _compare(piece, rewritten)
     return module
 

@@ -138,7 +138,7 @@ def convert(job: Job[Options]) -> Converted:
                 raise ExportError(
                     f"{family[0].name}: tracing folds its weights, so they cannot be swapped: use --layout separate"
                 )
-            pieces += _write_swappable(graph, family, states, shared, store, job)
+            pieces += _write_swappable(graph, family, states=states, shared=shared, store=store, job=job)
             continue
         for piece, module, state in zip(family, modules, states, strict=True):
             common = shared
@@ -154,8 +154,8 @@ def convert(job: Job[Options]) -> Converted:
             own = _WeightFile(job.directory, f"{piece.name}.bin")
             stores = {name: store if name in common else own for name in graph.graph.initializers}
             path = job.directory / f"{piece.name}.onnx"
-            files = _write_graph(graph.clone(), path, state, stores, half)
-            pieces.append(_describe(piece, graph, path.name, files, job))
+            files = _write_graph(graph.clone(), path, state=state, stores=stores, half=half)
+            pieces.append(_describe(piece, graph, name=path.name, files=files, job=job))
     _check_graphs(pieces, job.directory)
     versions = {m.__name__: m.__version__ for m in (onnx, onnxruntime, onnxscript)}
     return Converted(pieces, {**versions, "opset": str(OPSET)})
@@ -287,7 +287,7 @@ def _write_swappable(
         file = _WeightFile(job.directory, f"{piece.name}.bin")
         arrays = {name: state[name].detach().cpu().contiguous().numpy() for name in own}
         weights = [Weight(n, list(array.shape), file.name, file.place(n, array)) for n, array in arrays.items()]
-        described = _describe(piece, graph, path.name, [*files, file.name], job)
+        described = _describe(piece, graph, name=path.name, files=[*files, file.name], job=job)
         mine = sum(weight.bytes for weight in weights)
         pieces.append(
             msgspec.structs.replace(

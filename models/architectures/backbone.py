@@ -472,7 +472,13 @@ class RoutedBackbone(TimmModel):
             return self._gate(name, Dispatch(self._parts(name), route, self._times[name]), route)
 
         logits = self._tail(dispatched)(features, choice.gates[:, 0], choice.chosen[:, 0])
-        return ImageRouted(logits, router_logits, choice.noisy_logits, choice.gates, choice.chosen)
+        return ImageRouted(
+            logits,
+            router_logits=router_logits,
+            noisy_logits=choice.noisy_logits,
+            gates=choice.gates,
+            chosen=choice.chosen,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits

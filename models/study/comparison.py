@@ -120,14 +120,14 @@ def compare(candidates: Sequence[tuple[str, Header, Model, Predictions]]) -> lis
             Row(
                 name,
                 routing,
-                result.accuracy,
-                result.top5,
-                result.router_accuracy,
-                None if first else paired_difference(predictions.right, base.right),
-                None if first else PAPER[routing] - PAPER[rows[0].routing],
-                training_images(header.training),
-                _recipe(header.training),
-                needs(model, predictions),
+                accuracy=result.accuracy,
+                top5=result.top5,
+                router_accuracy=result.router_accuracy,
+                difference=None if first else paired_difference(predictions.right, base.right),
+                paper_points=None if first else PAPER[routing] - PAPER[rows[0].routing],
+                training_images=training_images(header.training),
+                recipe=_recipe(header.training),
+                needs=needs(model, predictions),
             )
         )
     return rows

@@ -196,7 +196,13 @@ class ImageBatches:
 
     def _shown(self, view: int) -> Shown:
         drawn = torch.Generator().manual_seed(self._recipe.seed * 1_000_003 + 500_000 + view)
-        return Shown(self._set, draw(self.images, self._recipe, drawn), self._recipe, self._preprocessing, self._device)
+        return Shown(
+            self._set,
+            draw(self.images, self._recipe, drawn),
+            recipe=self._recipe,
+            preprocessing=self._preprocessing,
+            device=self._device,
+        )
 
     def _answers(self, view: int, shown: Shown, progress: Progress | None) -> Tensor:
         assert self._teacher is not None
@@ -258,7 +264,7 @@ class EndlessBatches:
         drawn = torch.Generator().manual_seed((self._recipe.seed * 1_000_003 + number) % 2**63)
         images = ImageSet(pixels, labels, self._source.class_ids, [])
         view = draw(len(labels), self._recipe, drawn)
-        shown = Shown(images, view, self._recipe, self._preprocessing, self._device)
+        shown = Shown(images, view, recipe=self._recipe, preprocessing=self._preprocessing, device=self._device)
         x, target = shown.inputs(rows), shown.targets(rows)
         if self._teacher is not None:
             answer = self._teacher.ask(x).to(self._device).float()

@@ -129,7 +129,12 @@ def _licences(options: argparse.Namespace) -> None:
 
 def _render(options: argparse.Namespace) -> None:
     glyphs = cache.build(
-        options.cache, tables.read_fonts(), tables.read_classes(), options.fonts, options.workers, _progress("faces")
+        options.cache,
+        tables.read_fonts(),
+        classes=tables.read_classes(),
+        root=options.fonts,
+        workers=options.workers,
+        progress=_progress("faces"),
     )
     counts = ", ".join(
         f"{int(count):,} {split}" for split, count in zip(tables.SPLITS, glyphs.count.sum(1), strict=True)
@@ -222,15 +227,15 @@ def _train(options: argparse.Namespace) -> None:
     train.train(
         glyphs,
         config,
-        how,
-        options.out,
-        superclasses,
-        options.gates,
-        options.resume,
-        options.force,
-        options.workers,
-        lambda items, length, title: _progress(title)(items, length),
-        lambda line: print(_line(line), flush=True),
+        how=how,
+        out=options.out,
+        superclasses=superclasses,
+        gates=options.gates,
+        resume=options.resume,
+        force=options.force,
+        workers=options.workers,
+        progress=lambda items, length, title: _progress(title)(items, length),
+        report=lambda line: print(_line(line), flush=True),
     )
 
 

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None, file=sys.stderr) as bar:
         for subject in subjects:
             wanted = [name for name in exports if (subject.name, name) not in done]
-            for result in backbones.measure([subject], wanted, args.experts, args.rounds, bar.set_description_str):
+            for result in backbones.measure(
+                [subject], wanted, experts=args.experts, rounds=args.rounds, progress=bar.set_description_str
+            ):
                 results = [each for each in results if (each.model, each.export) != (result.model, result.export)]
                 results.append(result)
                 print(f"{result.model}: {result.export}: {result.reason or 'verified'}", file=sys.stderr)
