@@ -212,8 +212,3 @@ def check_probabilities(values: Array, where: str, side: str) -> None:
         raise VerificationError(
             f"{where}: the router does not return probabilities ({side}: {found}); it has to end in a softmax"
         )
-
-
-def gap(logits: Array, wanted: int, found: int, spread: float) -> float:
-    """By how many spreads an image's logits ``[C]`` prefer one class to another."""
-    return float(logits[wanted].astype(np.float64) - logits[found]) / spread
