@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 import conformance as conformance_cases
@@ -95,10 +97,35 @@ def bundle_copy(bundle_path: Path, tmp_path: Path) -> Path:
     return tiny.copy_of(bundle_path, tmp_path)
 
 
+def pytest_collection_finish() -> None:
+    """Tells the garbage collector to leave alone what is imported by now.
+
+    It would otherwise walk over a million objects of torch and coremltools again and again while a test exports, which
+    takes a quarter of such a test's time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+FIRST = ("runtimes", "docs", "fuzz", "test_packaging", "test_run", "test_toy_target")
+"""Folders and files whose tests are few and long. A process that got one of them last would end long after the others."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has xdist give out groups in the order below, not again by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests in one process, and all that share ExecuTorch's bundles: lowering one takes seconds."""
+    """Keeps a file's tests in one process, and all that share ExecuTorch's bundles: lowering one takes seconds.
+
+    Groups that take longest come first.
+    """
     groups: dict[Path, str] = {}
     for item in items:
         if item.path not in groups:
             groups[item.path] = "executorch" if "executorch_bundles" in item.path.read_text() else str(item.path)
         item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    size = Counter(groups[item.path] for item in items)
+    few = {path for path in groups if {path.stem, *path.parent.parts} & {*FIRST}}
+    items.sort(key=lambda item: (item.path not in few, -size[groups[item.path]], groups[item.path]))

@@ -12,17 +12,17 @@ from mvmoe_deploy.bench.selfcheck.backbones import Result, Subject
 from mvmoe_deploy.cli import bench
 from mvmoe_deploy.errors import ConfigError, ExportError
 
-SMALL = Subject("mobilenetv3_small_050", "blocks.4", "pointwise", 64)
+SMALL = Subject("resnet10t", "layer4", "stages", 32)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "SUBJECTS", (SMALL, Subject("resnet10t", "layer9", "stages", 32)))
+    monkeypatch.setattr(backbones, "SUBJECTS", (SMALL, Subject("mobilenetv3_small_050", "blocks.9", "pointwise", 64)))
 
 
 def test_a_model_is_exported_timed_and_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept.json"
-    argv = ["backbones", "--only", "mobilenet", "--exports", "onnx fp32", "--experts", "2", "--rounds", "2"]
+    argv = ["backbones", "--only", "resnet", "--exports", "onnx fp32", "--experts", "2", "--rounds", "2"]
     assert bench.main([*argv, "--results", str(kept), "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["reason"] == "" and 0.99 < result["bytes_ratio"] < 1.2 and result["made_with"]["timm"]
@@ -43,7 +43,7 @@ def test_a_failure_is_named_and_fails_the_command(
     assert bench.main([*argv, "--markdown"]) == 1
     printed = capsys.readouterr()
     assert "fails: routed.mvmoe: cannot" in printed.out  # without the temporary folder
-    assert "has no stage 'layer9'" in printed.out and "4 of 4 exports fail" in printed.err
+    assert "has no stage 'blocks.9'" in printed.out and "4 of 4 exports fail" in printed.err
     kept = backbones.read(tmp_path / "x.json")
     assert len(kept) == 4 and all(result.reason for result in kept)
 
@@ -67,7 +67,7 @@ def test_a_row_says_what_was_found() -> None:
         Result(export="coreml fp16", reason="trunk: no", **common),
     ]
     ((name, cut, onnx, fp16, _, executorch, _, coreml, dense, stock),), headers = backbones.table_of(results)
-    assert (name, cut, fp16) == (SMALL.name, "blocks.4, stages", None)
+    assert (name, cut, fp16) == (SMALL.name, "layer4, stages", None)
     assert (onnx, coreml) == ("verified, 15.3 MB (× 1.003)", "fails: trunk: no")
     assert executorch == "verified, 15.3 MB; trunk 1 + 0, tail 2 + 3"
     assert (dense, stock) == ("1.02", "0.99") and len(headers) == 10
@@ -76,7 +76,7 @@ def test_a_row_says_what_was_found() -> None:
 @pytest.mark.parametrize("argv", [["--only", "alexnet"], ["--exports", "tflite"]])
 def test_what_is_unknown_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["backbones", *argv]) == 2
-    assert "mobilenetv3_small_050" in (error := capsys.readouterr().err) or "onnx fp32" in error
+    assert "resnet10t" in (error := capsys.readouterr().err) or "onnx fp32" in error
 
 
 def test_results_that_are_none_are_refused(tmp_path: Path) -> None:

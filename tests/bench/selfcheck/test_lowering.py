@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("executorch")
 
-import tiny
+import executorch_bundles
 
 from mvmoe_deploy import models
+from mvmoe_deploy.bench.selfcheck import lowering
 from mvmoe_deploy.bench.selfcheck.lowering import RATIOS, measure
 
 
-def test_every_candidate_is_timed(tmp_path: Path) -> None:
-    moe = tiny.lively(models.MobileVMoE(tiny.moe_config(experts=2)))
-    assert isinstance(moe, models.MobileVMoE)
+def test_every_candidate_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, exported, export = executorch_bundles.routed_model(), executorch_bundles.bundle("separate"), lowering._export
+
+    def export_once(model: models.Model, path: Path, progress: Callable[[str], None]) -> Path:
+        return exported.path if model is moe else export(model, path, progress)
+
+    monkeypatch.setattr(lowering, "_export", export_once)
     steps: list[str] = []
     report = measure(moe, models.ViT(moe.config.dense), tmp_path, rounds=3, progress=steps.append)
     assert report["ms"].keys() == {name for pair in RATIOS.values() for name in pair}
