@@ -242,6 +242,17 @@ def test_a_fault_of_a_graph(written: Written, alter: Callable[..., Arrays], matc
         written.verify(alter=alter)
 
 
+def test_classes_that_a_graph_ranks_otherwise(tmp_path: Path) -> None:
+    made = make(tmp_path, "onnx", "fp32")
+
+    def change(values: dict[str, Any]) -> None:
+        if "top_classes" in values:
+            values["top_classes"] = values["top_classes"][:, ::-1]
+
+    with pytest.raises(VerificationError, match="expert_00: ranks classes otherwise"):
+        made.verify(alter=outputs(change))
+
+
 def test_a_reference_whose_router_has_no_softmax(written: Written) -> None:
     wrong = copy.deepcopy(written.model)
     wrong.router.forward = wrong.router.logits  # type: ignore[method-assign]
@@ -331,14 +342,22 @@ def test_an_outlier_channel_hides_nothing(tmp_path: Path) -> None:
 # gates
 
 
-@pytest.mark.parametrize(("k", "sure"), [(2, False), (2, True), (1, False), (1, True)])
-def test_renormalised_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, sure: bool) -> None:
+@pytest.mark.parametrize(
+    ("k", "sure", "where"),
+    [
+        (1, 1, "end to end"),
+        (2, 1, "end to end"),
+        (2, 10, "end to end(, images between two experts)?"),
+        (1, 100, "end to end, images between two experts"),
+    ],
+)
+def test_renormalised_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int, sure: float, where: str) -> None:
     """With a confident router, gates sum to 1 anyway, except for images between two experts."""
     model = tiny.lively_model(tiny.moe_config(k=k, experts=3, moe_layers=2, depth=3))
     assert isinstance(model, MobileVMoE)
     with torch.no_grad():
         for parameter in model.router.linear.parameters():
-            parameter *= 10 if sure else 1
+            parameter *= sure
     made = export(tmp_path, model, "onnx", "fp32")
     report = made.verify()
     assert report.gates_apart is not None
@@ -350,7 +369,7 @@ def test_renormalised_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: 
         return gates / gates.sum(1, keepdim=True), chosen
 
     monkeypatch.setattr(models.architectures.routing, "select", renormalised)  # in the reference, not in its pieces
-    with pytest.raises(VerificationError, match=r"end to end(, images between two experts)?: differs"):
+    with pytest.raises(VerificationError, match=f"{where}: differs"):
         made.verify()
 
 
@@ -381,6 +400,9 @@ def test_a_route_is_a_tie_within_the_margin_only(gap: float, tie: bool) -> None:
     assert route_flips(probabilities, np.array([[0, 1]]), np.array([[1, 0]]), TOLERANCE) == []
     (flip,) = route_flips(probabilities, np.array([[0, 1]]), np.array([[1, 2]]), TOLERANCE)
     assert not flip.tie  # expert 0 was lost, not 1
+    close = np.exp([[2.0, 0.0, -1e-3, -2.0]]) / np.exp([2.0, 0.0, -1e-3, -2.0]).sum()
+    (flip,) = route_flips(close, np.array([[0, 1]]), np.array([[1, 2]]), TOLERANCE)
+    assert not flip.tie  # experts 1 and 2 are tied, but 1 was kept
 
 
 def test_a_router_that_hardly_decides_is_judged_as_if_it_did() -> None:
