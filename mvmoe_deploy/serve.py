@@ -157,10 +157,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 
-    def send_document(self, content: Any, with_body: bool = True) -> None:
+    def send_document(self, content: Any, with_body: bool = True, status: HTTPStatus = HTTPStatus.OK) -> None:
         """Sends JSON."""
         data = json.dumps(content).encode()
-        self.head(HTTPStatus.OK, TYPES[".json"], len(data))
+        self.head(status, TYPES[".json"], len(data))
         if with_body:
             self.wfile.write(data)
 
@@ -195,13 +195,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(length))
-        self.send_header("Cache-Control", "no-cache")  # a bundle that was exported again has the same names
+        self.send_header("Cache-Control", self.cache_control())
         self.send_header("X-Content-Type-Options", "nosniff")
         for name, value in self.server.site.headers.items():
             self.send_header(name, value)
         for name, value in (extra or {}).items():
             self.send_header(name, value)
         self.end_headers()
+
+    def cache_control(self) -> str:
+        """What a browser may do with the answer later: ask whether it still holds, as exporting again keeps names."""
+        return "no-cache"
 
     def _start(self, size: int) -> int:
         """The offset that the request asks for; 0 for a whole file."""

@@ -11,7 +11,7 @@ from mvmoe_deploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from mvmoe_deploy.bundle import Bundle
-    from mvmoe_deploy.serve import Server
+    from mvmoe_deploy.serve import Handler, Server, Site
 
 
 def add_server_options(p: argparse.ArgumentParser) -> None:
@@ -58,15 +58,14 @@ def serve_app(bundle: Bundle, args: argparse.Namespace) -> None:
         server.server_close()
 
 
-def open_with_options(site: object, args: argparse.Namespace) -> Server:
-    """A server of a site as the options want it."""
-    from mvmoe_deploy.serve import Site, local_address, open_server, self_signed
+def open_with_options(site: Site, args: argparse.Namespace, handler: type[Handler] | None = None) -> Server:
+    """A server of a site as the options want it; a handler answers in another way than the usual."""
+    from mvmoe_deploy.serve import Handler, local_address, open_server, self_signed
 
-    assert isinstance(site, Site)
     certificate = args.certificate
     if args.https and certificate is None:
         certificate = self_signed(local_address())
-    return open_server(site, args.host, args.port, certificate)
+    return open_server(site, args.host, args.port, certificate, handler or Handler)
 
 
 def print_address(server: Server, args: argparse.Namespace) -> None:
@@ -83,7 +82,7 @@ def print_address(server: Server, args: argparse.Namespace) -> None:
         print("(with pip install 'mvmoe-deploy[serve]' it is shown as a QR code as well)")
     if any(host in address for host in LOOPBACK):
         print("Only this machine can open it.")
-    if not address.startswith("https:"):
+    elif not address.startswith("https:"):
         print(
             f"Live camera and offline use need HTTPS or localhost: {server.url('localhost')} on this machine, and\n"
             f"on an Android phone on a cable after adb reverse tcp:{server.port} tcp:{server.port}"

@@ -235,7 +235,7 @@ def test_the_command_serves_until_it_is_ended(bundle_path: Path, tmp_path: Path)
         said.append(line)
         if found := re.search(r"http://127\.0\.0\.1:(\d+)/", line):
             port = int(found[1])
-        if "adb reverse" in line:
+        if "Only this machine" in line:
             break
     assert port, (said, started.communicate())
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

@@ -7,6 +7,7 @@ import sys
 from mvmoe_deploy.cli.bench import (
     android,
     backbones,
+    browser,
     compare,
     coreml,
     executorch,
@@ -18,7 +19,7 @@ from mvmoe_deploy.cli.bench import (
 )
 from mvmoe_deploy.cli.common import Parser, SubCommand, command_group
 
-DEVICES: dict[str, SubCommand] = {"android": android, "coreml": coreml}
+DEVICES: dict[str, SubCommand] = {"android": android, "browser": browser, "coreml": coreml}
 """Commands that do not measure on this machine's processor; each is a module of this folder.
 
 ``mvmoe-bench --device android …`` is ``mvmoe-bench android …``.

@@ -293,14 +293,18 @@ async function selftest() {
 
 const STAGES = { pixels: 'preparing the picture', route: 'choice of the expert', gate: 'router probability', logits: 'answer' };
 
+export const verdictSentence = ({ passed, cases }) => (passed
+  ? `This device answers all ${cases.length} test pictures as it should.`
+  : 'This device departs from what it should answer.');
+
 /** A verdict as a sentence and a table. */
-export function verdictTable({ passed, stages, cases }) {
-  const sentence = passed ? `This device answers all ${cases.length} test pictures as it should.` : 'This device departs from what it should answer.';
+export function verdictTable(verdict) {
+  const { passed, stages } = verdict;
   const rows = stages.map(({ stage, passed: good, cases: all, departure, tolerance }) => make('tr', {},
     make('td', { text: STAGES[stage] }),
     make('td', { text: `${good} of ${all}`, className: good < all ? 'failed' : '' }),
     make('td', { text: departure === null ? 'exact' : `${departure.toExponential(0)} of ${tolerance.toExponential(0)}` })));
-  return make('div', {}, make('p', { text: sentence, className: passed ? '' : 'failed' }),
+  return make('div', {}, make('p', { text: verdictSentence(verdict), className: passed ? '' : 'failed' }),
     make('table', {}, make('caption', { className: 'visually-hidden', text: 'Test of this device by stage' }), make('thead', {}, make('tr', {}, ...['stage', 'right', 'departs by, of allowed'].map((text) => make('th', { text, scope: 'col' })))), make('tbody', {}, ...rows)));
 }
 
