@@ -1,9 +1,9 @@
-"""Runs a .pte file for the tests' ``org.pytorch.executorch.Module``, which talks to it over a pipe.
+"""Runs .pte files for the tests' ``org.pytorch.executorch.Module``, which talks to it over a pipe.
 
-    python executorch_runner.py FILE
+    python executorch_runner.py
 
-Writes the names of the methods, then answers requests until the pipe is closed. Module.java has the format: everything
-is big-endian, as java.io.DataOutputStream writes it.
+Answers requests until the pipe is closed. Each names a file, and a method with its inputs, or no method: then the answer
+is the methods' names. Module.java has the format: everything is big-endian, as java.io.DataOutputStream writes it.
 """
 
 from __future__ import annotations
@@ -11,31 +11,33 @@ from __future__ import annotations
 import math
 import os
 import struct
-import sys
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 
-def main(path: Path) -> None:
-    """Serves one file."""
+def main() -> None:
+    """Serves the pipe."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what executorch prints must not come between the answers
     from executorch.runtime import Runtime
 
-    program = Runtime.get().load_program(path)
-    write_text(answers, ",".join(program.method_names))
-    answers.flush()
-    methods = {}
-    while name := read_text(requests):
+    programs: dict[str, Any] = {}
+    methods: dict[tuple[str, str], Any] = {}
+    while path := read_text(requests):
+        if path not in programs:
+            programs[path] = Runtime.get().load_program(path)
+        if not (name := read_text(requests)):
+            write_text(answers, ",".join(programs[path].method_names))
+            answers.flush()
+            continue
         (count,) = struct.unpack(">i", requests.read(4))
         inputs = [torch.from_numpy(read_tensor(requests)) for _ in range(count)]
-        if name not in methods:
-            methods[name] = program.load_method(name)
-        outputs = [output.numpy() for output in methods[name].execute(inputs)]
+        if (path, name) not in methods:
+            methods[path, name] = programs[path].load_method(name)
+        outputs = [output.numpy() for output in methods[path, name].execute(inputs)]
         answers.write(struct.pack(">i", len(outputs)))
         for output in outputs:
             write_tensor(answers, output)
@@ -67,4 +69,4 @@ def write_tensor(file: BinaryIO, values: NDArray[np.float32]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -6,32 +6,42 @@ import java.io.IOException;
 
 /**
  * The names and signatures of ExecuTorch's Android class, as far as the runtime uses it, over ExecuTorch's Python
- * runtime: a process for each module, which the property {@code executorch.runner} says how to start.
+ * runtime: one process for all modules, which the property {@code executorch.runner} says how to start. The process is
+ * not told when a module is destroyed, but a destroyed module runs no more.
  */
 public class Module {
     public static final int LOAD_MODE_FILE = 0;
     public static final int LOAD_MODE_MMAP = 1;
 
-    private final Process process;
-    private final DataInputStream answers;
-    private final DataOutputStream requests;
+    private static Process process;
+    private static DataInputStream answers;
+    private static DataOutputStream requests;
+
+    private final String path;
     private final String[] methods;
+    private boolean destroyed;
 
     private Module(String path) {
+        this.path = path;
         try {
-            String[] runner = System.getProperty("executorch.runner").split("\t");
-            String[] command = java.util.Arrays.copyOf(runner, runner.length + 1);
-            command[runner.length] = path;
-            process = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT).start();
-            answers = new DataInputStream(process.getInputStream());
-            requests = new DataOutputStream(new java.io.BufferedOutputStream(process.getOutputStream(), 1 << 16));
+            if (process == null) start();
+            requests.writeUTF(path);
+            requests.writeUTF(""); // asks for the names of the methods
+            requests.flush();
             methods = answers.readUTF().split(",");
         } catch (IOException error) {
             throw new IllegalStateException("cannot load " + path, error);
         }
     }
 
-    public static Module load(String modelPath, int loadMode, int numThreads) {
+    private static void start() throws IOException {
+        String[] command = System.getProperty("executorch.runner").split("\t");
+        process = new ProcessBuilder(command).redirectError(ProcessBuilder.Redirect.INHERIT).start();
+        answers = new DataInputStream(process.getInputStream());
+        requests = new DataOutputStream(new java.io.BufferedOutputStream(process.getOutputStream(), 1 << 16));
+    }
+
+    public static synchronized Module load(String modelPath, int loadMode, int numThreads) {
         return new Module(modelPath);
     }
 
@@ -44,8 +54,16 @@ public class Module {
     }
 
     /** Both ways: the number of tensors, and of each its rank, its extents, and its values. */
-    public synchronized EValue[] execute(String methodName, EValue... inputs) {
+    public EValue[] execute(String methodName, EValue... inputs) {
+        synchronized (Module.class) {
+            return executeAlone(methodName, inputs);
+        }
+    }
+
+    private EValue[] executeAlone(String methodName, EValue... inputs) {
+        if (destroyed) throw new IllegalStateException(path + ": was destroyed");
         try {
+            requests.writeUTF(path);
             requests.writeUTF(methodName);
             requests.writeInt(inputs.length);
             for (EValue input : inputs) {
@@ -66,11 +84,13 @@ public class Module {
             }
             return outputs;
         } catch (IOException error) {
-            throw new IllegalStateException("the module's process has ended", error);
+            throw new IllegalStateException("the modules' process has ended", error);
         }
     }
 
     public void destroy() {
-        process.destroy();
+        synchronized (Module.class) {
+            destroyed = true;
+        }
     }
 }
