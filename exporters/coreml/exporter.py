@@ -71,6 +71,7 @@ PALETTE4 = Precision(
     "Largest errors seen: logits 0.8, probabilities 0.4, channels 2.8; 16 of 64 images got another class, 6 of them "
     "where PyTorch prefers its own by more than the margin.",
     note="16 values per weight tensor",
+    selftest=FP16.selftest,
 )
 EXPORTER = Exporter(
     converts="mvmoe_deploy.exporters.coreml.convert:convert",

@@ -18,6 +18,7 @@ from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.cli import export, inspect
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters import selftest
+from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.selftest import LEAST_MARGIN, Pictures
 from mvmoe_deploy.exporters.split import split_model
@@ -101,6 +102,13 @@ def test_drawn_pictures_lead_to_every_expert_with_a_margin(config: ViTConfig) ->
     assert split.routing is not None
     assert [expert for expert, _ in routes] == list(range(split.routing.experts))
     assert min(margin for _, margin in routes) >= least
+
+
+def test_the_tolerance_is_that_of_the_arithmetic() -> None:
+    """Core ML computes in half precision unless the weights are fp32, and the devices' engines round differently."""
+    for precision in exporter_of("coreml").precisions:
+        exact = precision.name == "fp32"
+        assert (precision.selftest.logits <= 1e-4) == (precision.selftest.gate <= 1e-4) == exact, precision.name
 
 
 def test_a_router_that_does_not_decide_gives_one_case() -> None:

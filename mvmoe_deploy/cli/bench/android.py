@@ -29,7 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--runner", type=Path, required=True, metavar="PATH", help="the engine's runner, built for the phone"
     )
     p.add_argument("--adb", default="adb", metavar="PATH", help="the adb program")
-    p.add_argument("--serial", help="serial number of the device, if there are several (adb devices lists them)")
+    p.add_argument("--serial", help="if there are several devices: a serial number of adb devices, or HOST:PORT")
     p.add_argument("--images", type=Path, metavar="PATH", help="image that trunks run on, or its folder")
     p.add_argument("--threads", type=thread_count, default=1, help="CPU threads")
     p.add_argument("--rounds", type=positive_int, default=100, help="runs of each piece that are kept")
