@@ -32,6 +32,9 @@ LEAST_CHANNEL = 0.1
 UNDECIDED = 0.1
 """Least unit for a router's errors, in nats: a router that prefers its experts by less hardly decides."""
 
+USUAL_SPREAD = 2.3
+"""Spread of logits, in nats, of the models that the tolerances of probabilities were found on."""
+
 USUAL_MARGIN = 0.5
 """How far the best of ten normally distributed scores is ahead of the second on average, in standard deviations."""
 
@@ -148,6 +151,15 @@ def class_errors(actual: Array, expected: Array, scale: Scale) -> Doubles:
     bit = LAST_BIT * np.abs(expected.astype(np.float64)[:, scale.reachable]).max(axis=1, keepdims=True)
     result: NDArray[np.float64] = np.maximum(np.abs(softmax(actual) - right) - bit * right, 0)
     return result
+
+
+def sharpness(scale: Scale) -> float:
+    """How many times the usual spread the median image's logits have; at least 1.
+
+    Rounding is relative, so that the same share of the spread is more nats where the spread is larger, and a class's
+    probability moves by up to a quarter of these nats. Models of thousands of classes have spreads of six nats.
+    """
+    return max(1.0, float(np.median(scale.spread)) / USUAL_SPREAD)
 
 
 def channel_errors(actual: Array, expected: Array) -> Doubles:

@@ -263,7 +263,11 @@ def measure(name: str, actual: Array, expected: Array, tolerance: Tolerance) -> 
         probabilities = differences.class_errors(actual, expected, scale)
         return [
             Measure("spreads of the logits", float(errors.max()), tolerance.logits),
-            Measure("of a class's probability", float(probabilities.max()), tolerance.probabilities),
+            Measure(
+                "of a class's probability",
+                float(probabilities.max()),
+                tolerance.probabilities * differences.sharpness(scale),
+            ),
         ]
     if name == "probabilities":
         worst = float(differences.router_errors(actual, expected).max())

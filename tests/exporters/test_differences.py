@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.exporters.differences import router_errors
 from mvmoe_deploy.exporters.precision import FP16, FP32
-from mvmoe_deploy.exporters.verify import route_flips
+from mvmoe_deploy.exporters.verify import measure, route_flips
 
 Doubles = NDArray[np.float64]
 
@@ -68,3 +68,21 @@ def test_which_of_two_unlikely_experts_comes_next_is_a_tie() -> None:
     assert flip.tie
     (flip,) = route_flips(probabilities, np.array([[0]]), np.array([[1]]), FP16.tolerance)
     assert not flip.tie
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.3, 6.6, 15.0])
+def test_probabilities_are_judged_alike_however_sharp_a_model_is(spread: float) -> None:
+    """Logits that are 0.6 % of their spread apart pass. A class that is off by a fifth of the spread fails."""
+    rng = np.random.default_rng(1)
+    logits = spread * rng.standard_normal((200, 10))
+    off = logits + spread * np.where(rng.random(logits.shape) < 0.5, -0.003, 0.003)
+    assert [each.tolerances <= 1 for each in measure("logits", off, logits, FP16.tolerance)] == [True, True]
+    wrong = logits.copy()
+    wrong[np.arange(200), logits.argmax(axis=1)] -= 0.2 * spread
+    assert [each.tolerances > 1 for each in measure("logits", wrong, logits, FP16.tolerance)] == [True, True]
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.2])
+def test_up_to_the_usual_spread_the_tolerance_of_probabilities_is_as_it_is_stated(spread: float) -> None:
+    logits = spread * np.random.default_rng(1).standard_normal((9, 40))
+    assert measure("logits", logits, logits, FP16.tolerance)[1].allowed == FP16.tolerance.probabilities
