@@ -25,8 +25,9 @@ Pass = Callable[[fx.Graph], None]
 """A function that rewrites a graph in place."""
 
 TOLERANCE = 1e-5
-"""Largest difference between a flat graph's outputs and its module's, as a share of the output's largest magnitude (or
-of 1 if that is smaller). It allows about a hundred float32 roundings; a wrong rewrite is off by 1e-2 or more."""
+"""Largest difference between a rewritten module's outputs and the original's, as a share of the output's largest
+magnitude (or of 1 if that is smaller). It allows about a hundred float32 roundings; a wrong rewrite is off by 1e-2 or
+more."""
 
 
 def flatten(

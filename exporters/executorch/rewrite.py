@@ -18,13 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvmoe_deploy.errors import ExportError
+from mvmoe_deploy.exporters.graph import check_same
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.models.architectures.vit import Attention, Stream
-
-TOLERANCE = 1e-5
-"""Largest difference between a rewritten piece and the original, as a share of the output's largest magnitude (or of
-1 if that is smaller). It allows about a hundred float32 roundings; a wrong rewrite is off by 1e-2 or more."""
 
 
 class FoldedAttention(nn.Module):
@@ -167,30 +163,15 @@ def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:
             model then gave 31 of 1,000 images another class instead of 21.
 
     Raises:
-        ExportError: the rewritten module's outputs differ from the original's by more than :data:`TOLERANCE`.
+        ExportError: see :func:`~mvmoe_deploy.exporters.graph.check_same`.
     """
     shared = {id(tensor): tensor for tensor in [*piece.module.parameters(), *piece.module.buffers()]}
     module = copy.deepcopy(piece.module, shared)
     if reflect:
         module = _replaced(module, _reflected)
     module = _replaced(module, _supported).eval()
-    rewritten = PieceModule(
-        piece.role, module, inputs=piece.inputs, outputs=piece.outputs, expert=piece.expert, layer=piece.layer
-    )
-    _compare(piece, rewritten)
+    check_same(piece, module, "rewritten for XNNPACK")
     return module
-
-
-def _compare(piece: PieceModule, rewritten: PieceModule) -> None:
-    inputs = piece.inputs.values()
-    for name, expected, found in zip(piece.outputs, piece(*inputs), rewritten(*inputs), strict=True):
-        error = (found - expected).abs().max().item()
-        allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-        if not error <= allowed:  # true for NaN as well
-            raise ExportError(
-                f"{piece.name}: rewritten for XNNPACK, its output {name} differs by {error:.2e} (allowed "
-                f"{allowed:.0e}); the rewrite does not fit this model's layers, please report the model"
-            )
 
 
 def _replaced(module: nn.Module, by: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mvmoe_deploy.exporters.differences import router_errors
+from mvmoe_deploy.exporters.differences import logit_errors, logit_scale, router_errors
 from mvmoe_deploy.exporters.precision import FP16, FP32
 from mvmoe_deploy.exporters.verify import measure, route_flips
 
@@ -24,6 +24,24 @@ def router_scores(experts: int, size: float) -> Doubles:
     first, second = np.argsort(-scores[0])[:2]
     scores[0, second] = scores[0, first] - 1e-3
     return scores
+
+
+def test_what_all_classes_share_is_no_error_of_the_logits() -> None:
+    """Softmax does not see it, nor does the order of the classes."""
+    logits = np.random.default_rng(0).standard_normal((4, 6))
+    scale = logit_scale(logits)
+    assert logit_errors(logits + 3, logits, scale).max() == pytest.approx(0, abs=1e-12)
+    assert logit_errors(logits + 3 * np.eye(6)[0], logits, scale).max() > 1
+
+
+def test_a_class_s_probability_counts_beside_the_logits() -> None:
+    """In spreads of the logits, a nat is little for two classes far above a hundred others."""
+    logits = np.array([[100.0, 100.0, *np.linspace(0, 99, 100)]])
+    found = logits + np.array([1.0, *[0.0] * 101])
+    of_logits, of_probabilities = measure("logits", found, logits, FP16.tolerance)
+    assert of_logits.error < 0.05
+    assert of_probabilities.error == pytest.approx(abs(softmax(found) - softmax(logits)).max(), rel=1e-4)
+    assert of_probabilities.error > 0.2 and of_probabilities.tolerances > 10
 
 
 @pytest.mark.parametrize("experts", [2, 3, 10])

@@ -101,11 +101,24 @@ def test_wrong_rewrite_is_an_error_that_names_the_piece() -> None:
         xnnpack.rewrite(piece)
 
 
-def test_weights_that_are_not_numbers_are_an_error() -> None:
+class NoNumber(Attention):
+    """An Attention of numbers whose rewritten form gives none."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 2)
+        nn.init.constant_(self.qkv.bias, float("nan"))
+
+    def forward(self, x: Tensor, n: int | None = None) -> Tensor:
+        return x
+
+
+def test_outputs_that_are_no_numbers_are_an_error_unless_the_models_own_are_none() -> None:
+    """Verification says of the model's own that they are, where a user can do something about it."""
     norm = nn.LayerNorm(8)
     nn.init.constant_(norm.weight, float("nan"))
-    with pytest.raises(ExportError, match="head"):
-        xnnpack.rewrite(PieceModule("head", norm.eval(), {"x": torch.randn(2, 8)}, ["y"]))
+    xnnpack.rewrite(PieceModule("head", norm.eval(), {"x": torch.randn(2, 8)}, ["y"]))
+    with pytest.raises(ExportError, match=r"trunk: rewritten for XNNPACK, its output tokens differs by nan"):
+        xnnpack.rewrite(PieceModule("trunk", NoNumber().eval(), {"x": torch.randn(2, 5, 32)}, ["tokens"]))
 
 
 def exported(first: Tensor, second: Tensor, precision: str = "fp32", bias: bool = True) -> torch.export.ExportedProgram:
