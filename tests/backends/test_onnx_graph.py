@@ -179,6 +179,19 @@ BAD: list[tuple[str, list[onnx.NodeProto], Constants, str]] = [
     ("outer product", [node("Reshape", "x s", "c"), node("Reshape", "x t", "r"), *(node("MatMul", f"{a} r", f"m{i}") for i, a in enumerate(["c"]))], {"s": ints(1, 32, 1), "t": ints(1, 1, 33)}, "shapes do not fit"),
     ("ever more products", [node("Expand", "x s", "b"), *(node("MatMul", f"{'b' if not i else f'p{i - 1}'} b", f"p{i}") for i in range(30)), node("Slice", "p29 z n")],
      {"s": ints(1, 4, 8), "z": ints(0), "n": ints(1)}, "shapes do not fit"),
+    ("products without end", [node("ReduceMean", "x a", "m"), node("Expand", "m s", "p0"), *(node("MatMul", f"p{i} p{i}", f"p{i + 1}") for i in range(5)), node("Slice", "p5 z n t")],
+     {"a": ints(1, 2), "s": ints(1, 4096, 4096), "z": ints(0, 0), "n": ints(4, 8), "t": ints(1, 2)}, r"more than 2\^38 multiply-adds"),
+    ("a convolution's buffer", [node("ReduceMean", "x a", "m"), node("Expand", "m s", "b"), node("Conv", "b w", pads=[4096, 4096])],
+     {"a": ints(2), "s": ints(1, 4, 65536), "w": np.ones((4, 4, 4096), np.float32)}, "needs too much memory"),
+    ("a bias that does not fit", [node("Reshape", "x s", "f"), node("Gemm", "f w c")], {"s": ints(4, 8), "w": FLOATS, "c": np.ones((2, 4, 8), np.float32)}, "shapes do not fit"),
+    ("a window larger than the data", [node("MaxPool", "x", kernel_shape=[9])], {}, "pads do not fit the kernel"),
+    ("pads larger than the window", [node("Reshape", "x s", "f"), node("MaxPool", "f", kernel_shape=[1, 3], pads=[3, 0, 3, 0])], {"s": ints(1, 4, 2, 4)}, "pads do not fit the kernel"),
+    ("too many inputs", [node("Relu", "x x")], {}, "has 2 inputs"),
+    ("no inputs", [node("Relu", "")], {}, "has 0 inputs"),
+    ("nothing", [node("Slice", "x s s")], {"s": ints(0)}, r"of shape \[0, 4, 8\]"),
+    ("too many dimensions", [node("Unsqueeze", "x a")], {"a": ints(*range(9))}, "computes 'y' of shape"),
+    ("a norm of other channels", [node("BatchNormalization", "x v v v v")], {"v": np.ones(3, np.float32)}, "shapes do not fit"),
+    ("a norm of other features", [node("LayerNormalization", "x w")], {"w": np.ones(7, np.float32)}, "shapes do not fit"),
     ("pad", [node("Pad", "x p")], {"p": ints(0, 0, 0, 1 << 40, 0, 0)}, "pads that are too large"),
     ("negative pad", [node("Pad", "x p")], {"p": ints(0, 0, -9, 0, 0, 0)}, "pads that are too large"),
     ("slice without step", [node("Slice", "x s e a t")], {"s": ints(0), "e": ints(8), "a": ints(2), "t": ints(0)}, "step of 0"),
@@ -232,6 +245,11 @@ def sparse(proto: onnx.ModelProto) -> None:
     proto.graph.sparse_initializer.add()
 
 
+def constant_declared_otherwise(proto: onnx.ModelProto) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(8, np.float32), "w"))
+    proto.graph.input.append(helper.make_tensor_value_info("w", FLOAT, [9]))
+
+
 def otherwise_declared(proto: onnx.ModelProto) -> None:
     proto.graph.value_info.append(helper.make_tensor_value_info("r", FLOAT, [1, 4, 9]))
 
@@ -248,6 +266,7 @@ EDITS: list[tuple[str, Callable[[onnx.ModelProto], object], str]] = [
     ("another input type", lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.FLOAT16), "declares input x"),
     ("a fixed batch", lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_value", 1), "declares input x"),
     ("another output name", lambda m: setattr(m.graph.output[0], "name", "r"), "has outputs"),
+    ("a constant declared otherwise", constant_declared_otherwise, "constant 'w' is declared otherwise"),
     ("a value declared otherwise", otherwise_declared, "'r' is declared otherwise"),
     ("an optional value", lambda m: m.graph.value_info.add(name="r").type.optional_type.elem_type.tensor_type.SetInParent(), "a value is not a tensor"),
     ("a reference to a function's attribute", lambda m: m.graph.node[0].attribute.add(name="alpha", ref_attr_name="a", type=1), "a field"),
@@ -262,6 +281,14 @@ def test_hostile_files_are_refused(edit: Callable[[onnx.ModelProto], object], me
     edit(proto)
     with pytest.raises(GraphError, match=message):
         check(proto)
+
+
+def test_an_address_in_memory_is_refused_whatever_the_manifest_lists() -> None:
+    address = "*/_ORT_MEM_ADDR_/*"
+    proto = model([node("MatMul", "x w")], {"w": external("w", [8, 8], location=address)})
+    piece = Piece("trunk", "t.onnx", ["t.onnx", address], [X], [Y], 0, 0, 0)
+    with pytest.raises(GraphError, match="does not list"):
+        check_graph(proto.SerializeToString(), piece, {**SIZES, address: 256})
 
 
 def test_nested_functions_are_refused() -> None:
