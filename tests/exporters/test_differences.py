@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.differences import (
+    channel_errors,
     check_comparable,
     check_probabilities,
     logit_errors,
@@ -48,6 +49,16 @@ def test_only_the_last_bits_of_float32_are_no_error() -> None:
         expected = logits + offset
         errors = logit_errors(expected + size * noise, expected, logit_scale(expected))
         assert bool(errors.max() > FP32.tolerance.logits) is seen, (offset, size)
+
+
+def test_a_channel_that_hardly_varies_is_judged_by_the_others() -> None:
+    tokens = np.random.default_rng(0).standard_normal((2, 5, 8))
+    tokens[..., 3] *= 1e-7
+    noise = np.random.default_rng(1).standard_normal((2, 5))
+    for size, seen in ((1e-6, False), (1e-4, True)):
+        found = tokens.copy()
+        found[..., 3] += size * noise
+        assert bool(channel_errors(found, tokens).max() > FP32.tolerance.channels) is seen
 
 
 def test_outputs_of_another_shape_are_refused() -> None:
