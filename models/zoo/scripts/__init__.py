@@ -1,1 +1,1 @@
-"""Characters of the world's scripts, rendered from open fonts: a data set without an end."""
+"""Characters of the world's scripts, rendered from open fonts: an endless data set."""

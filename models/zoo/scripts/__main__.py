@@ -22,7 +22,7 @@ READ = "reads a picture of characters with a bundle, with at most one expert in 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 2, with a line of explanation, where something is missing."""
+    """Runs a command and returns the exit status, which is 2 if something is missing; a line then says what."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -66,10 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     images = command("images", _images, "writes a data folder for mvmoe-train evaluate, compare and analyse")
     cached(images)
-    images.add_argument("--split", choices=tables.SPLITS, default="test", help="whose faces (%(default)s)")
+    images.add_argument(
+        "--split", choices=tables.SPLITS, default="test", help="split whose faces are used (%(default)s)"
+    )
     images.add_argument("--per-class", type=int, default=4, metavar="N", help="images of each class (%(default)s)")
-    images.add_argument("--seed", type=int, default=993, metavar="N", help="of the samples (%(default)s)")
-    images.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets val/ and classes.tsv")
+    images.add_argument("--seed", type=int, default=993, metavar="N", help="seed of the samples (%(default)s)")
+    images.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder that val/ and classes.tsv are written into"
+    )
     sample = command("sample", _sample, "writes the images that are in the zoo: some that images writes for test faces")
     cached(sample)
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.zip", help="such as DIR/val.zip")
@@ -81,28 +85,50 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("picture", type=Path, help="characters of one brightness on a plain ground, spaced apart")
     reader.add_argument("--text", type=Path, metavar="FILE", help="what the picture says, to count what was read right")
     reader.add_argument("--json", action="store_true", help="print what was read as JSON")
-    groups = command("superclasses", _superclasses, "groups classes by what a dense model confuses")
+    groups = command("superclasses", _superclasses, "groups classes by which of them a dense model confuses")
     cached(groups)
-    groups.add_argument("checkpoint", type=Path, metavar="CKPT", help="dense, of these classes")
-    groups.add_argument("--experts", type=int, default=10, metavar="E", help="super-classes (%(default)s)")
-    groups.add_argument("--samples", type=int, default=150_000, metavar="N", help="to ask it about (%(default)s)")
-    groups.add_argument("--out", type=Path, required=True, metavar="FILE.tsv", help="a picture goes beside it")
+    groups.add_argument("checkpoint", type=Path, metavar="CKPT", help="dense model that was trained on these classes")
+    groups.add_argument("--experts", type=int, default=10, metavar="E", help="number of super-classes (%(default)s)")
+    groups.add_argument(
+        "--samples",
+        type=int,
+        default=150_000,
+        metavar="N",
+        help="number of samples that the model classifies (%(default)s)",
+    )
+    groups.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.tsv",
+        help="table to write; a picture of the groups is written beside it",
+    )
     train = command("train", _train, "trains a model on endless samples, with the recipe of the zoo's models")
     cached(train)
-    train.add_argument("--model", default="mvmoe_12x32", metavar="NAME", help="such as vit_12x32 (%(default)s)")
-    train.add_argument("--moe-layers", type=int, default=2, metavar="L", help="of a routed model (%(default)s)")
-    train.add_argument("--superclasses", type=Path, metavar="TSV", help="for its router (default: the zoo's)")
+    train.add_argument(
+        "--model", default="mvmoe_12x32", metavar="NAME", help="name of a shape, such as vit_12x32 (%(default)s)"
+    )
+    train.add_argument(
+        "--moe-layers", type=int, default=2, metavar="L", help="number of MoE layers of a routed model (%(default)s)"
+    )
+    train.add_argument(
+        "--superclasses", type=Path, metavar="TSV", help="super-classes that its router learns (default: the zoo's)"
+    )
     train.add_argument("--gates", action="store_true", help="multiply experts by their gates in training too")
-    train.add_argument("--epochs", type=int, default=22, metavar="N", help="of 102,400 samples (%(default)s)")
-    train.add_argument("--seed", type=int, default=0, metavar="N")
+    train.add_argument(
+        "--epochs", type=int, default=22, metavar="N", help="number of epochs, of 102,400 samples each (%(default)s)"
+    )
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and samples (%(default)s)")
     train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make samples (%(default)s)")
-    train.add_argument("--threads", type=int, default=1, metavar="N", help="of PyTorch (%(default)s)")
+    train.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (%(default)s)")
     train.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
-    train.add_argument("--force", action="store_true", help="overwrite")
-    train.add_argument("--out", type=Path, required=True, metavar="CKPT")
+    train.add_argument("--force", action="store_true", help="start again even if --out exists")
+    train.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint to write")
     survey = command("survey", _survey, "makes the tables of fonts and classes anew from packages (for maintainers)")
     survey.add_argument("packages", nargs="+", metavar="PACKAGE")
-    survey.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets fonts.tsv and classes.tsv")
+    survey.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder that fonts.tsv and classes.tsv are written into"
+    )
     survey.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     return parser
 

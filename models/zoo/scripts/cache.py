@@ -1,4 +1,4 @@
-"""Rendered glyphs, once, in a folder outside the project: what :class:`~.dataset.Characters` draws from."""
+"""Glyphs, rendered once into a folder outside the project: :class:`~.dataset.Characters` makes samples from them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Glyphs:
     Attributes:
         pictures: uint8 ``[n, 48, 48]``, mapped from a file.
         classes: what the labels stand for.
-        label: of each glyph, int32 ``[n]``.
-        face: of each glyph, row of the table of fonts, int32 ``[n]``.
-        start: of each split (in the order of :data:`~.tables.SPLITS`) and class its first glyph, int64 ``[3, C]``.
-        count: likewise its number of glyphs; 0 where no held-out face has it.
-        sha256: of the pictures and labels.
+        label: label of each glyph, int32 ``[n]``.
+        face: row of the table of fonts that each glyph comes from, int32 ``[n]``.
+        start: first glyph of each split (in the order of :data:`~.tables.SPLITS`) and class, int64 ``[3, C]``.
+        count: number of glyphs of each split and class, int64 ``[3, C]``; 0 where no held-out face has the class.
+        sha256: hash of the pictures and labels.
     """
 
     pictures: NDArray[np.uint8]
@@ -61,15 +61,15 @@ def build(
     workers: int = 1,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
 ) -> Glyphs:
-    """Renders every glyph of the tables and opens the result; the folder appears whole or not at all.
+    """Renders every glyph of the tables and opens the result. The folder appears whole or not at all.
 
     Args:
-        folder: where to; replaced.
+        folder: folder to write; one that exists is replaced.
         fonts: the table of fonts.
         classes: the table of classes.
-        root: folder with unpacked packages; None: the installed ones.
-        workers: processes that render.
-        progress: wraps the iterator over faces, given it and its length.
+        root: folder with unpacked packages; None for the installed ones.
+        workers: number of processes that render.
+        progress: takes the iterator over faces and its length, and returns the iterator to use.
 
     Raises:
         DataError: packages or font files are missing; the message names the packages.
@@ -118,7 +118,7 @@ def load(folder: Path, fonts: list[FontRow], classes: list[CharacterClass]) -> G
     """Opens a folder that :func:`build` made.
 
     Raises:
-        DataError: there is none, or it is of other tables.
+        DataError: there is no such folder, or it was rendered from other tables.
     """
     command = "render the glyphs first: python -m mvmoe_deploy.models.zoo.scripts render"
     try:
@@ -143,7 +143,7 @@ def load(folder: Path, fonts: list[FontRow], classes: list[CharacterClass]) -> G
 
 
 def locate(fonts: Iterable[FontRow], root: Path | None = None) -> list[Path]:
-    """Each row's font file.
+    """Finds the font file of each row.
 
     Raises:
         DataError: packages or files are missing; the message names the packages.
@@ -162,7 +162,7 @@ def locate(fonts: Iterable[FontRow], root: Path | None = None) -> list[Path]:
 
 
 def tables_sha256(fonts: list[FontRow], classes: list[CharacterClass]) -> str:
-    """Of everything in the tables that decides what is rendered."""
+    """Hash of everything in the tables that decides what is rendered."""
     text = json.dumps([[repr(row.face), row.split] for row in fonts] + [each.codes for each in classes])
     return hashlib.sha256(text.encode()).hexdigest()
 

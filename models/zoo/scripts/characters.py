@@ -46,7 +46,7 @@ SCRIPTS = (*RANGES, "symbol", "hangul", "han")
 
 
 def candidates() -> dict[int, str]:
-    """Script of every candidate code point; within Han and Hangul the more common come first."""
+    """The script of every candidate code point. Within Han and Hangul, common characters come first."""
     found: dict[int, str] = {}
     for script, ranges in RANGES.items():
         for low, high in ranges:
@@ -58,7 +58,7 @@ def candidates() -> dict[int, str]:
 
 
 def name_of(code: int) -> str:
-    """Unicode name in lower case, or ``han 8a9e`` where Unicode has but a number."""
+    """Unicode name in lower case, or ``han 8a9e`` where Unicode has only a number."""
     name = unicodedata.name(chr(code), f"U+{code:04X}")
     return name.replace("CJK UNIFIED IDEOGRAPH-", "HAN ").lower()
 

@@ -1,7 +1,7 @@
-"""Random numbers without a state: number j of sample i of seed s is a function of (s, i, j) and of nothing else.
+"""Random numbers without a state: number j of sample i depends on the seed, i and j alone.
 
-So any batch can be made at any time, on any device, in any order: what a killed run would have seen next is what a
-resumed run sees. The mixing is splitmix64's (https://prng.di.unimi.it/splitmix64.c).
+So any batch can be made at any time, on any device and in any order, and a run that was killed and resumed sees what it
+would have seen. The mixing is splitmix64's (https://prng.di.unimi.it/splitmix64.c).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def draws(seed: int, samples: Tensor, count: int) -> Tensor:
     """``count`` random int64 numbers of each sample: ``[B]`` → ``[B, count]``.
 
     Args:
-        seed: of the stream, from 0.
+        seed: seed of the stream, from 0.
         samples: sample numbers, int64, from 0.
-        count: numbers a sample.
+        count: number of random numbers per sample.
     """
     stream = int(mixed(torch.tensor(seed + 1) * _GOLDEN))
     key = mixed(samples + stream)

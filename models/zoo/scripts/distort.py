@@ -1,4 +1,4 @@
-"""Glyphs as a camera might see them: turned, sheared, bent, thick or thin, blurred, coarse, faint, noisy.
+"""Glyphs as a camera might see them: turned, sheared, bent, thickened or thinned, blurred, coarse, faint, noisy.
 
 Everything about a sample's distortion follows from its random numbers (:mod:`.counter`). Characters stay bright on
 dark: with both polarities small models learn nothing for their first 100,000 images.
@@ -36,7 +36,7 @@ def distort(glyphs: Tensor, drawn: Tensor) -> Tensor:
 
     Args:
         glyphs: pictures of :mod:`.render`.
-        drawn: random int64 numbers ``[B, NUMBERS]``.
+        drawn: the samples' random int64 numbers, ``[B, NUMBERS]``.
     """
     u, n = uniform(drawn), normal(drawn)
     x = _moved(glyphs, u[:, :8], n[:, 8:10], n[:, 16:48])

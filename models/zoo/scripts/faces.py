@@ -17,9 +17,9 @@ class Face:
     """One face of a font file.
 
     Attributes:
-        package: Debian package.
-        file: the file's name, without folders; no package has two of one name.
-        index: of the face in the file, which is 0 unless it is a collection.
+        package: name of the Debian package.
+        file: the file's name, without folders; no package has two files of the same name.
+        index: index of the face in the file; 0 unless the file is a collection.
         family: typographic family.
         style: such as ``Regular`` or ``Bold Italic``.
     """
@@ -32,11 +32,11 @@ class Face:
 
 
 def package_files(package: str, root: Path | None = None) -> list[Path]:
-    """A package's files, or none where it is not there.
+    """A package's files; none if the package is not installed or unpacked.
 
     Args:
         package: Debian package.
-        root: folder with one folder per package, each unpacked by ``dpkg-deb -x``; None: the installed packages.
+        root: folder with one folder per package, each unpacked by ``dpkg-deb -x``; None for the installed packages.
     """
     if root is not None:
         folder = root / package
@@ -51,7 +51,7 @@ def package_files(package: str, root: Path | None = None) -> list[Path]:
 
 
 def font_files(package: str, root: Path | None = None) -> dict[str, Path]:
-    """A package's font files by name; of two with one name the first."""
+    """A package's font files by name; of two files of the same name, the first."""
     files: dict[str, Path] = {}
     for path in package_files(package, root):
         if path.suffix.lower() in SUFFIXES and not path.is_symlink():
@@ -67,7 +67,7 @@ def copyright_text(package: str, root: Path | None = None) -> str:
 
 
 def faces_in(package: str, path: Path) -> Iterator[tuple[Face, set[int]]]:
-    """The faces of a font file, each with the code points it has; none where the file cannot be read."""
+    """The faces of a font file, each with the code points that it has; none if the file cannot be read."""
     from fontTools.ttLib import TTCollection, TTFont, TTLibError
 
     try:

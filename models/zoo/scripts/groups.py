@@ -1,7 +1,8 @@
 """Super-classes of thousands of classes, from sparse confusions.
 
-:mod:`mvmoe_deploy.models.study.superclasses` assigns all classes to all places at once, which takes time with the cube
-of the classes. Here each class's strongest confusions alone are kept, and full groups send on whom it costs least.
+:mod:`mvmoe_deploy.models.study.superclasses` assigns all classes to all places at once, which takes time that
+grows with the cube of their number. Here only each class's strongest confusions are kept, and a group that is full
+passes on the classes that lose least by it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def confusions(model: Model, samples: Characters, count: int, batch: int = 500) 
     """Soft confusions ``[C, C]``: row c is the mean softmax over samples of class c, its :data:`KEPT` largest entries.
 
     Args:
-        model: dense, trained on these classes.
-        samples: such as training faces with a seed that training did not use.
-        count: samples to ask about; 20 a class do.
-        batch: samples at once.
+        model: a dense model that was trained on these classes.
+        samples: samples to classify, such as those of training faces with a seed that training did not use.
+        count: number of samples; 20 per class are enough.
+        batch: number of samples that are classified at once.
     """
     classes = len(samples.classes)
     total = torch.zeros(classes, classes)
@@ -56,7 +57,7 @@ def group(matrix: csr_matrix, groups: int, slack: float = 1.3, seed: int = 0) ->
         matrix: confusions.
         groups: number of super-classes E.
         slack: no group is larger than ``slack · C / E``, rounded up.
-        seed: of the clustering.
+        seed: seed of the clustering.
     """
     from scipy.sparse.linalg import eigsh
     from sklearn.cluster import KMeans
@@ -107,7 +108,7 @@ def _assigned(distance: NDArray[np.float64], places: int) -> NDArray[np.int64]:
 
 
 def inside(matrix: csr_matrix, groups: NDArray[np.int64]) -> float:
-    """Share of the confusions that stay within their group: what a router can hope for."""
+    """Share of the confusions that stay within their group, which bounds what a router can achieve."""
     kept = sum(matrix[groups == g][:, groups == g].sum() for g in range(groups.max() + 1))
     return float(kept / matrix.sum())
 
@@ -118,7 +119,7 @@ def named(matrix: csr_matrix, groups: NDArray[np.int64], characters: list[str]) 
     Args:
         matrix: confusions.
         groups: group of each class ``[C]``.
-        characters: of the C classes.
+        characters: a character for each of the C classes.
     """
     names = [" ".join(characters[c] for c in members) for members in typical(matrix, groups, 3)]
     return Superclasses(names, groups.tolist())

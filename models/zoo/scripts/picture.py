@@ -16,12 +16,12 @@ GAP = 6
 
 
 def typical(matrix: csr_matrix, groups: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
-    """Of each group the classes that are confused most within it, most first.
+    """The classes that are confused most within each group, most confused first.
 
     Args:
         matrix: confusions ``[C, C]``.
         groups: group of each class ``[C]``.
-        count: classes of each group, at most.
+        count: largest number of classes per group.
     """
     affinity = ((matrix + matrix.T) / 2).tolil()
     affinity.setdiag(0)
@@ -35,13 +35,13 @@ def typical(matrix: csr_matrix, groups: NDArray[np.int64], count: int) -> list[N
 
 
 def draw(glyphs: Glyphs, fonts: list[FontRow], rows: list[NDArray[np.int64]], licence: str = "OFL") -> Image.Image:
-    """Dark on white, a row of characters for each super-class.
+    """Draws a row of characters for each super-class, dark on white.
 
     Args:
         glyphs: rendered glyphs.
         fonts: the table that they were rendered from.
-        rows: classes of each row, as :func:`typical` gives them.
-        licence: of the faces to draw from; a class that has none is left blank.
+        rows: the classes in each row, as :func:`typical` gives them.
+        licence: licence of the faces to draw from; a class without such a face is left blank.
     """
     cell = SIDE + GAP
     columns = max(len(row) for row in rows)

@@ -1,4 +1,4 @@
-"""One face's characters as small pictures: trimmed, scaled to one size and centred, so that only the shape is left."""
+"""One face's characters as small pictures: trimmed, scaled to one size and centred, so that only the shape differs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ _SHARED = 10
 def render(path: Path, index: int, codes: Iterable[int]) -> tuple[NDArray[np.uint8], list[int]]:
     """Renders characters of one face, bright on dark.
 
-    Left out are empty pictures, and pictures that many characters share, which are a font's sign for "no such
-    character".
+    Empty pictures are left out, and so are pictures that many characters share: a font's sign for "no such character".
 
     Args:
         path: font file.
-        index: of the face in it.
-        codes: code points that the face has.
+        index: index of the face in the file.
+        codes: the code points to render, all of which the face has.
 
     Returns:
         Pictures ``[n, 48, 48]`` of 0…252, and their code points.

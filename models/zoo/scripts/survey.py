@@ -1,6 +1,8 @@
-"""Makes the tables ``fonts.tsv`` and ``classes.tsv`` from font packages: what is used, held out, and told apart.
+"""Makes the tables ``fonts.tsv`` and ``classes.tsv`` from font packages.
 
-Only who changes the data set runs this; everybody else reads the tables. All rules are functions of the fonts:
+The tables say which faces are used, which are held out, and which characters are told apart.
+
+Only somebody who changes the data set runs this; everybody else reads the tables. All rules are functions of the fonts:
 
 - a face is used if its licence is one of :data:`~.licences.OPEN`; of a family one regular, one bold, one slanted face;
 - families that draw characters pixel by pixel the same are one design, and held out together or not at all;
@@ -73,10 +75,10 @@ def survey(
     """Applies the rules to packages.
 
     Args:
-        packages: Debian packages to look at.
+        packages: names of the Debian packages to look at.
         root: see :func:`~.faces.package_files`.
-        workers: processes that render.
-        progress: wraps the iterator over faces, given it and its length.
+        workers: number of processes that render.
+        progress: takes the iterator over faces and its length, and returns the iterator to use.
 
     Returns:
         The rows of both tables, and how many faces of each package have which licence.
@@ -123,7 +125,7 @@ def _faces(
 
 
 def _one_of_a_kind(faces: list[tuple[Face, str, Path, list[int]]]) -> list[tuple[Face, str, Path, list[int]]]:
-    """Of each family the first regular, bold and slanted face."""
+    """The first regular, bold and slanted face of each family."""
     kept: dict[tuple[str, str], tuple[Face, str, Path, list[int]]] = {}
     for entry in sorted(faces, key=lambda entry: (entry[0].family, entry[0].style, entry[0].file)):
         kept.setdefault((entry[0].family, _kind(entry[0].style)), entry)
@@ -196,7 +198,10 @@ def hold_out(surveyed: list[Surveyed], design: list[int], scripts: dict[int, str
 
 
 def enough(faces: list[Face], codes: list[list[int]], splits: list[str]) -> list[int]:
-    """Indices of the faces to keep: in a fixed random order, each that adds to what has not :data:`ENOUGH` yet."""
+    """Indices of the faces to keep.
+
+    In a fixed random order, each face is kept that has a character of which fewer than :data:`ENOUGH` were kept so far.
+    """
     have: Counter[tuple[str, int]] = Counter()
     kept = []
     for index in sorted(range(len(faces)), key=lambda i: hashlib.md5(repr(faces[i]).encode()).digest()):

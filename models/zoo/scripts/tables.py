@@ -18,9 +18,9 @@ class FontRow:
     """A face of the data set.
 
     Attributes:
-        face: which.
+        face: the face.
         split: ``train``, ``val`` or ``test``.
-        licence: as read from the package's copyright file.
+        licence: the licence, as read from the package's copyright file.
     """
 
     face: Face
@@ -35,7 +35,7 @@ class CharacterClass:
     Attributes:
         first: code point that stands for it.
         codes: all its code points.
-        script: of the first.
+        script: script of the first code point.
     """
 
     first: int
@@ -44,7 +44,7 @@ class CharacterClass:
 
     @property
     def id(self) -> str:
-        """Such as ``U+0041``."""
+        """The class id, such as ``U+0041``."""
         return f"U+{self.first:04X}"
 
     @property
