@@ -116,6 +116,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what tests ran with, where they take whatever can be had, and names the tools whose tests were skipped."""
+    reports = [report for each in terminalreporter.stats.values() for report in each]
+    properties = [found for report in reports for found in getattr(report, "user_properties", [])]
+    said = {f"ran with: {value}" for name, value in properties if name == "ran with"}
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple):
+            said.add(f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}")
+    for line in sorted(said):
+        terminalreporter.write_line(line)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps a file's tests in one process, and all that share ExecuTorch's bundles: lowering one takes seconds.
 

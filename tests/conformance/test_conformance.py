@@ -16,6 +16,7 @@ import mvmoe_deploy
 from mvmoe_deploy import decoding, images
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.errors import MvmoeError
+from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.selftest import digest, logits_departure
 
 
@@ -68,6 +69,26 @@ def test_damaged_bundles(cases: dict[str, Any], conformance: Path) -> None:
             with mvmoe_deploy.load(folder, check="lazy") as runtime, pytest.raises(MvmoeError) as refused:
                 runtime.predict(Path(cases["images"]) / case["image"])
         assert case["error"] in str(refused.value), case["name"]
+
+
+def test_selftests_fail_at_their_stage_or_are_refused(cases: dict[str, Any], conformance: Path) -> None:
+    assert {case["failed"] for case in cases["selftests"]} == {None, "pixels", "route", "gate", "logits"}
+    for case in cases["selftests"]:
+        with mvmoe_deploy.load(conformance.parent / case["path"], check="lazy") as runtime:
+            if case["error"]:
+                with pytest.raises(MvmoeError) as refused:
+                    runtime.selftest()
+                assert case["error"] in str(refused.value), case["name"]
+            else:
+                verdict = runtime.selftest()
+                assert verdict is not None and verdict.failed == case["failed"], case["name"]
+
+
+def test_every_layout_and_precision_is_there(cases: dict[str, Any]) -> None:
+    found = {(bundle["layout"], bundle["precision"]) for bundle in cases["bundles"]}
+    onnx = exporter_of("onnx")
+    assert {layout for layout, _ in found} == set(onnx.layouts)
+    assert {precision for _, precision in found} == {precision.name for precision in onnx.precisions}
 
 
 def test_a_runtime_that_keeps_to_no_rule_is_noticed(cases: dict[str, Any], conformance: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -12,16 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from conformance import IMAGES, flip
+from conformance import DEPARTURES, IMAGES, REFUSED_SELFTESTS, edit_selftest, flip, swap_experts
 from PIL import Image
 
 import mvmoe_deploy
-from mvmoe_deploy import images, selftest
+from mvmoe_deploy import decoding, selftest
 from mvmoe_deploy.cli import inspect
 from mvmoe_deploy.errors import BundleError
 from mvmoe_deploy.selftest import Answer, Case, Selftest, Tolerance, Verdict, judge, logits_departure
-
-Edit = Callable[[dict[str, Any]], object]
 
 
 def run(bundle: Path) -> Verdict:
@@ -30,41 +27,6 @@ def run(bundle: Path) -> Verdict:
         verdict = runtime.selftest()
     assert verdict is not None
     return verdict
-
-
-def edit_selftest(bundle: Path, edit: Edit) -> None:
-    """Changes a bundle's self-test in place, and the manifest with it."""
-    file = bundle / selftest.FILE
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
-    tiny.rehash(bundle)
-
-
-def of_first(field: str, change: Callable[[Any], Any]) -> Edit:
-    """Changes a field of the first case."""
-
-    def edit(content: dict[str, Any]) -> None:
-        content["cases"][0][field] = change(content["cases"][0][field])
-
-    return edit
-
-
-def logits_off_by(share: float) -> Edit:
-    """Moves the first case's largest logit so that the answer departs by a share of the tolerance."""
-
-    def edit(content: dict[str, Any]) -> None:
-        right = np.frombuffer(base64.b64decode(content["cases"][0]["logits"]), "<f4")
-        wanted = share * content["tolerance"]["logits"]
-        low, high = 0.0, 1.0
-        for _ in range(60):  # the spread changes with the logit, so the step is searched for
-            middle = (low + high) / 2
-            wrong = right.copy()
-            wrong[right.argmax()] += middle
-            low, high = (middle, high) if logits_departure(right, wrong) < wanted else (low, middle)
-        content["cases"][0]["logits"] = base64.b64encode(wrong.tobytes()).decode()
-
-    return edit
 
 
 def test_every_precision_has_its_own_expected_values(conformance: Path) -> None:
@@ -85,21 +47,6 @@ def test_every_precision_has_its_own_expected_values(conformance: Path) -> None:
 def test_a_dense_bundle_has_neither_route_nor_gate(dense_path: Path) -> None:
     verdict = run(dense_path)
     assert verdict.passed and [stage.stage for stage in verdict.stages] == ["pixels", "logits"]
-
-
-def swap_experts(content: dict[str, Any]) -> None:
-    one, other = content["cases"][0], content["cases"][1]
-    one["experts"], other["experts"] = other["experts"], one["experts"]
-
-
-DEPARTURES: dict[str, tuple[Edit, str | None]] = {
-    "other pixels": (of_first("pixels", lambda text: f"{int(text[0], 16) ^ 1:x}{text[1:]}"), "pixels"),
-    "another expert": (swap_experts, "route"),
-    "a gate just beyond the tolerance": (of_first("gates", lambda gates: [gates[0] - 1.01e-4]), "gate"),
-    "a gate just within": (of_first("gates", lambda gates: [gates[0] - 0.99e-4]), None),
-    "a logit just beyond the tolerance": (logits_off_by(1.01), "logits"),
-    "a logit just within": (logits_off_by(0.99), None),
-}
 
 
 @pytest.mark.parametrize("name", DEPARTURES)
@@ -132,15 +79,15 @@ def test_nan_from_the_engine_is_judged_and_raises_nothing(file: str, stage: str,
 def test_other_pixels_are_seen_in_every_case(change: str, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that decodes or resamples in another way fails at the first stage, whichever picture it gets."""
     if change == "resampling":
-        monkeypatch.setitem(images._RESAMPLING, "bicubic", (Image.Resampling.BILINEAR, 1))
+        monkeypatch.setitem(decoding._RESAMPLING, "bicubic", (Image.Resampling.BILINEAR, 1))
     else:
-        right = images.decode
+        right = decoding.decode
 
-        def wrong(source: images.ImageSource, name: str = "image") -> Image.Image:
+        def wrong(source: decoding.ImageSource, name: str = "image") -> Image.Image:
             pixels = np.asarray(right(source, name))
             return Image.fromarray(pixels[..., ::-1].copy() if change == "channels" else pixels ^ 1)
 
-        monkeypatch.setattr(images, "decode", wrong)
+        monkeypatch.setattr(decoding, "decode", wrong)
     verdict = run(bundle_path)
     assert verdict.failed == "pixels" and not any(case.pixels for case in verdict.cases)
 
@@ -173,40 +120,9 @@ def test_an_answer_without_a_route_fails_there() -> None:
     ]
 
 
-def truncated_base64(content: dict[str, Any]) -> None:
-    content["cases"][0]["logits"] = content["cases"][0]["logits"][:-3]
-
-
-def with_value(value: float) -> Edit:
-    return of_first("logits", lambda _: base64.b64encode(np.full(tiny.CLASSES, value, "<f4").tobytes()).decode())
-
-
-REFUSED: dict[str, tuple[Edit, str]] = {
-    "base64 cut short": (truncated_base64, "base64"),
-    "a logit too few": (of_first("logits", lambda text: base64.b64encode(base64.b64decode(text)[:-4]).decode()), "20 bytes of logits for 6 classes"),
-    "a million logits": (of_first("logits", lambda _: "A" * 4_000_000), "bytes of logits for 6 classes"),
-    "logits that are NaN": (with_value(float("nan")), "not a number that a model can answer"),
-    "logits that are infinite": (with_value(float("inf")), "not a number that a model can answer"),
-    "a gate of 2": (of_first("gates", lambda _: [2.0]), "not a number that a model can answer"),
-    "a gate that is text": (of_first("gates", lambda _: ["0.5"]), "Expected `float`"),
-    "two experts for k = 1": (of_first("experts", lambda found: [*found, 0]), "an image has 1 of 4"),
-    "an expert that is not there": (of_first("experts", lambda _: [4]), "an image has 1 of 4"),
-    "a negative expert": (of_first("experts", lambda _: [-1]), "Expected `int` >= 0"),
-    "a hash of another form": (of_first("pixels", lambda text: text[:-1]), "regex"),
-    "a picture that is not listed": (of_first("image", lambda _: "manifest.json"), "'manifest.json' is not among the bundle's files"),
-    "a picture outside": (of_first("image", lambda _: "../picture.png"), "is not among the bundle's files"),
-    "a field too many": (lambda content: content.update(colour=1), "unknown field `colour`"),
-    "a field too few": (lambda content: content["cases"][0].pop("gates"), "required field `gates`"),
-    "no tolerance": (lambda content: content.pop("tolerance"), "required field `tolerance`"),
-    "a tolerance of 0": (lambda content: content["tolerance"].update(logits=0), "> 0.0"),
-    "a tolerance of 11": (lambda content: content["tolerance"].update(gate=11), "<= 10.0"),
-    "no cases": (lambda content: content.update(cases=[]), "length >= 1"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED_SELFTESTS)
 def test_a_selftest_that_cannot_be_one_is_refused(name: str, bundle_copy: Path) -> None:
-    edit, message = REFUSED[name]
+    edit, message = REFUSED_SELFTESTS[name]
     edit_selftest(bundle_copy, edit)
     with pytest.raises(BundleError, match=message) as refused:
         run(bundle_copy)
@@ -298,8 +214,7 @@ def test_the_command_prints_each_case_and_stage(bundle_path: Path, capsys: pytes
 
 
 def test_the_command_fails_with_1_and_says_where_to_look(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swap = DEPARTURES["another expert"][0]
-    edit_selftest(bundle_copy, swap)
+    edit_selftest(bundle_copy, swap_experts)
     assert inspect.main([str(bundle_copy), "--selftest"]) == 1
     said = capsys.readouterr()
     assert "0; expected 1" in said.out and "1; expected 0" in said.out and said.out.count("fails at route") == 2
@@ -324,7 +239,7 @@ def test_the_commands_json(bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_command_refuses_a_damaged_selftest_with_2(bundle_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_selftest(bundle_copy, truncated_base64)
+    edit_selftest(bundle_copy, REFUSED_SELFTESTS["base64-cut-short"][0])
     assert inspect.main([str(bundle_copy), "--selftest"]) == 2
     said = capsys.readouterr()
     assert not said.out and said.err.startswith("error: ") and said.err.count("\n") == 1

@@ -129,7 +129,13 @@ def kotlin() -> Kotlin:
             classes = _place(jar)
             with atomic_directory(classes) as temporary:
                 _compile_all(temporary, compiler, jar)
-    engine = f"Maven Central's {jar.name}" if jar else "onnxruntime's Python wheel, through the tests' ai.onnxruntime"
+    engine = f"Maven Central's {jar.name}"
+    if not jar:
+        engine = (
+            "onnxruntime's Python wheel through the tests' own ai.onnxruntime, since Maven Central was not reached: "
+            "against its Java package nothing was compiled or run"
+        )
+    engine += "; ExecuTorch's Android classes are the tests' own; the sample's activity was not compiled"
     return Kotlin(classes, compiler, engine)
 
 

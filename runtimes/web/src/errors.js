@@ -15,6 +15,22 @@ export class BackendError extends MvmoeError {
   name = 'BackendError';
 }
 
+/** What a piece returned cannot be an answer. */
+export class AnswerError extends BackendError {
+  name = 'AnswerError';
+
+  /**
+   * @param {string} message
+   * @param {number[]} experts the route, as far as there was one
+   * @param {number[]} gates
+   */
+  constructor(message, experts = [], gates = []) {
+    super(message);
+    this.experts = experts;
+    this.gates = gates;
+  }
+}
+
 /** An image, or a batch of preprocessed ones, cannot be used. */
 export class ImageError extends MvmoeError {
   name = 'ImageError';

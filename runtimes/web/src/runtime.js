@@ -1,6 +1,6 @@
 // Trunk → router → the resident tail of the expert that the router picked.
 
-import { BackendError, BudgetError, ImageError } from './errors.js';
+import { AnswerError, BackendError, BudgetError, ImageError } from './errors.js';
 import { pieceName } from './manifest.js';
 import { normalise, toPixels } from './pixels.js';
 import { Residency, parseBytes } from './residency.js';
@@ -201,7 +201,7 @@ export class Runtime {
       logits = await run.call(this, tokens, routed.experts, routed.gates, times);
     }
     for (let i = 0; i < count; i++) {
-      if (!logitsAreFine(logits.subarray(i * names.length, (i + 1) * names.length))) throw this.#noAnswer(routed.experts[i]);
+      if (!logitsAreFine(logits.subarray(i * names.length, (i + 1) * names.length))) throw this.#noAnswer(routed.experts[i], routed.gates[i]);
     }
     return { logits, routed, times };
   }
@@ -219,7 +219,7 @@ export class Runtime {
       const problem = probabilityProblem(row);
       if (problem) {
         const piece = this.#bundle.piece(router === 'fused' ? 'trunk' : 'router');
-        throw new BackendError(`${piece.graph}: ${pieceName(piece)} does not return probabilities: ${problem}; export again`);
+        throw new AnswerError(`${piece.graph}: ${pieceName(piece)} does not return probabilities: ${problem}; export again`);
       }
       experts.push(forced ? forced[i] : topK(row, k));
       gates.push(experts[i].map((expert) => row[expert]));
@@ -321,11 +321,15 @@ export class Runtime {
     return /** @type {LoadedPiece} */ (this.#fixed.get(name));
   }
 
-  /** @param {number[]} experts */
-  #noAnswer(experts) {
+  /**
+   * @param {number[]} experts
+   * @param {number[]} gates
+   */
+  #noAnswer(experts, gates) {
     const { routing } = this.manifest;
     const last = routing?.k === 1 ? pieceName({ role: 'tail', expert: experts[0] }) : routing ? 'head' : 'model';
-    return new BackendError(`${this.#bundle.piece(last).graph}: ${last} returned logits that are NaN or infinite; export again`);
+    const where = this.#bundle.piece(last).graph;
+    return new AnswerError(`${where}: ${last} returned logits that are NaN or infinite; export again`, experts, gates);
   }
 
   /** Runs the bundle's self-test; see the API. */

@@ -1,7 +1,7 @@
 // The cases that a bundle carries, and the verdict on them: decoding and resampling by hash, the route, the gate, and
 // the logits within the bundle's own tolerance.
 
-import { BundleError } from './errors.js';
+import { AnswerError, BundleError } from './errors.js';
 import { normalise } from './pixels.js';
 import { sha256 } from './sha256.js';
 
@@ -13,6 +13,8 @@ import { sha256 } from './sha256.js';
 /** A class whose expected logit lies further below the best one is not compared: its probability is 0 in float32. */
 const FAR_BELOW = 100;
 
+const MAX_BYTES = 32 << 20;
+
 /**
  * @param {Runtime} runtime
  * @param {(path: string) => Promise<Uint8Array>} read
@@ -21,6 +23,8 @@ const FAR_BELOW = 100;
 export async function selftest(runtime, read) {
   const { manifest } = runtime;
   if (!manifest.selftest) throw new BundleError('the bundle has no self-test; export it again');
+  const size = manifest.files.find((file) => file.path === manifest.selftest)?.bytes ?? 0;
+  if (size > MAX_BYTES) throw new BundleError(`${manifest.selftest}: is larger than 32 MiB; not a self-test`);
   const { cases, tolerance } = parse(await read(manifest.selftest), manifest);
   /** @type {Record<Stage, number>} */
   const limits = { pixels: 0, route: 0, ...tolerance };
@@ -53,17 +57,31 @@ export async function selftest(runtime, read) {
  */
 async function judge(runtime, wanted, image) {
   const pixels = await runtime.pixels(new Blob([/** @type {BlobPart} */ (image)]), wanted.image);
-  const found = await runtime.run(normalise(pixels, runtime.manifest.preprocessing));
-  const [experts] = found.experts;
+  const { experts, gates, logits } = await answer(runtime, normalise(pixels, runtime.manifest.preprocessing));
   const departure = {
     pixels: Number((await sha256(pixels)) !== wanted.pixels),
     route: Number(String(experts) !== String(wanted.experts)),
-    gate: Math.max(0, ...found.gates[0].map((gate, i) => Math.abs(gate - wanted.gates[i]))),
-    logits: logitsDeparture(found.logits, wanted.logits),
+    gate: gates.length < wanted.gates.length ? Infinity : Math.max(0, ...gates.map((gate, i) => Math.abs(gate - wanted.gates[i]))),
+    logits: logitsDeparture(logits, wanted.logits),
   };
   /** @type {Omit<CaseResult, 'failed'>} */
   const result = { image: wanted.image, pixels: !departure.pixels, experts, expected: wanted.experts, gate: departure.gate, logits: departure.logits };
   return { result, departure };
+}
+
+/**
+ * What the runtime answers; what cannot be an answer is judged, too.
+ * @param {Runtime} runtime
+ * @param {Float32Array} input
+ */
+async function answer(runtime, input) {
+  try {
+    const { experts: [experts], gates: [gates], logits } = await runtime.run(input);
+    return { experts, gates, logits };
+  } catch (error) {
+    if (!(error instanceof AnswerError)) throw error;
+    return { experts: error.experts, gates: error.gates, logits: new Float32Array(runtime.manifest.class_names.length).fill(NaN) };
+  }
 }
 
 /**
@@ -73,17 +91,32 @@ async function judge(runtime, wanted, image) {
  */
 function parse(bytes, { selftest: path, routing, class_names: names, files }) {
   const known = new Set(files.map((file) => file.path));
+  const experts = routing?.experts ?? 0, k = routing?.k ?? 0;
+  const bound = (/** @type {any} */ value) => typeof value === 'number' && value > 0 && value <= 10;
+  const fits = (/** @type {any} */ each) => has(each, 'image', 'pixels', 'experts', 'gates', 'logits')
+    && known.has(each.image) && typeof each.pixels === 'string' && /^[0-9a-f]{64}$/.test(each.pixels)
+    && each.experts.length === k && each.experts.every((/** @type {any} */ e) => Number.isInteger(e) && e >= 0 && e < experts)
+    && each.gates.length === k && each.gates.every((/** @type {any} */ g) => typeof g === 'number' && g >= 0 && g <= 1.001)
+    && each.logits.length === names.length && Number.isFinite(each.logits.reduce((/** @type {number} */ a, /** @type {number} */ b) => Math.max(a, b), -Infinity));
   try {
-    const { cases, tolerance } = JSON.parse(new TextDecoder().decode(bytes));
-    const read = cases.map((/** @type {any} */ each) => ({ ...each, logits: floats(each.logits) }));
-    const k = routing?.k ?? 0;
-    const fits = read.every((/** @type {Case} */ each) => known.has(each.image) && each.experts.length === k && each.gates.length === k
-      && each.logits.length === names.length && typeof each.pixels === 'string');
-    if (fits && read.length && tolerance.gate > 0 && tolerance.logits > 0) return { cases: read, tolerance };
+    const read = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes));
+    const { cases, tolerance } = read;
+    for (const each of cases) each.logits = floats(each.logits);
+    if (has(read, 'cases', 'tolerance') && has(tolerance, 'gate', 'logits') && bound(tolerance.gate) && bound(tolerance.logits)
+      && cases.length && cases.every(fits)) return { cases, tolerance };
   } catch {
     // said below
   }
   throw new BundleError(`${path}: not a self-test of this bundle; export again`);
+}
+
+/**
+ * Whether an object has just these fields.
+ * @param {any} value
+ * @param {string[]} fields
+ */
+function has(value, ...fields) {
+  return Object.keys(value).length === fields.length && fields.every((field) => Object.hasOwn(value, field));
 }
 
 /**

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,10 @@ def engine() -> Path:
     return next(place.glob("libonnxruntime.so*"))
 
 
-def test_the_shared_cases_on_arm64(arm64: Arm64, conformance: Path) -> None:
+def test_the_shared_cases_on_arm64(
+    arm64: Arm64, conformance: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("ran with", f"ARM64: onnxruntime {onnxruntime.__version__} for aarch64, under qemu as {CPU}")
     cases = json.loads(conformance.read_text(encoding="utf-8"))
     images = Path(cases["images"])
     count = 0

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def routed_to(cases: dict[str, Any], name: str) -> dict[int, str]:
 
 
 def test_every_bundle_answers_as_in_python(
-    kotlin: toolchain.Kotlin, cases: dict[str, Any], conformance: Path, raw: Path, tmp_path: Path
+    kotlin: toolchain.Kotlin,
+    cases: dict[str, Any],
+    conformance: Path,
+    raw: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     tasks = []
     expected = {}
@@ -62,6 +68,7 @@ def test_every_bundle_answers_as_in_python(
             path = str(conformance.parent / bundle["path"])
             tasks.append((path, case["image"], raw / f"{case['image']}.raw"))
             expected[path, case["image"]] = bundle, case
+    record_property("ran with", f"Kotlin: {kotlin.engine}")
     answers = kotlin.run("answers", tasks, tmp_path)
     assert len(answers) == len(expected) >= 8 * 28
     for path, image, pixels, experts, gates, logits in answers:
@@ -91,11 +98,17 @@ def test_self_tests_pass_and_name_the_stage_that_fails(
             content[8::2] = bytes(255 - value for value in content[8::2])
             (wrong / name).write_bytes(content)
     found = kotlin.run("selftests", [(bundle, folder) for folder in (right, wrong) for bundle in bundles], tmp_path)
-    for _, passed, verdict, _ in found[: len(bundles)]:
-        assert passed == "true" and verdict.startswith("self-test passed: pixels"), verdict
-    for _, passed, verdict, stages in found[len(bundles) :]:
-        assert passed == "false" and verdict.startswith("self-test failed at pixels"), verdict
+    for _, failed, verdict, _ in found[: len(bundles)]:
+        assert failed == "null" and verdict.startswith("self-test passed: pixels"), verdict
+    for _, failed, verdict, stages in found[len(bundles) :]:
+        assert failed == "PIXELS" and verdict.startswith("self-test failed at pixels"), verdict
         assert "pixels 0/" in stages
+    tasks = [(conformance.parent / case["path"], right) for case in cases["selftests"]]
+    for case, (_, failed, verdict, _) in zip(cases["selftests"], kotlin.run("selftests", tasks, tmp_path), strict=True):
+        if case["error"]:
+            assert failed == "refused" and case["error"] in verdict, f"{case['name']}: {failed}: {verdict}"
+        else:
+            assert failed == str(case["failed"] or "null").upper().replace("NULL", "null"), f"{case['name']}: {verdict}"
 
 
 def test_damaged_bundles_are_refused_by_name(

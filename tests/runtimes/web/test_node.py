@@ -114,6 +114,17 @@ def test_predictions_are_those_of_python(
         assert found["stats"]["fixedBytes"] == runtime.stats().fixed_bytes
 
 
+def test_selftests_fail_at_their_stage_or_are_refused(node: Node, conformance: Path) -> None:
+    cases = json.loads(conformance.read_text(encoding="utf-8"))["selftests"]
+    paths = [str(conformance.parent / case["path"]) for case in cases]
+    answers = node.ask([{"ask": "selftest", "bundle": path, "options": {}} for path in paths])
+    for case, found in zip(cases, answers, strict=True):
+        if case["error"]:
+            assert case["error"] in found.get("error", ""), f"{case['name']}: {found}"
+        else:
+            assert found.get("failed", "no verdict") == case["failed"], f"{case['name']}: {found}"
+
+
 REPLACEMENTS: list[Any] = [None, -1, 0, 1.5, 1e30, "x", "", [], {}, True, "../x", "a" * 300]
 """What each field of a manifest is replaced by."""
 

@@ -10,7 +10,10 @@ private fun oneLine(message: String): String = message.map { if (it < ' ') ' ' e
 class BundleException(message: String, cause: Throwable? = null) : MvmoeException(message, cause)
 
 /** An engine cannot load or run a piece, or what the piece returned cannot be an answer. */
-class BackendException(message: String, cause: Throwable? = null) : MvmoeException(message, cause)
+open class BackendException(message: String, cause: Throwable? = null) : MvmoeException(message, cause)
+
+/** What a piece returned cannot be an answer; [experts] and [gates] are the route, as far as there was one. */
+class AnswerException internal constructor(message: String, val experts: List<Int>, val gates: List<Float>) : BackendException(message)
 
 /** The memory budget or the number of resident experts cannot work. */
 class BudgetException(message: String) : MvmoeException(message)

@@ -221,21 +221,27 @@ class Runtime private constructor(
     ): Output {
         val logits = (outputs[0] as FloatTensor).values
         // minus infinity is a class that cannot be, as long as another can
-        if (logits.any { it.isNaN() || it == Float.POSITIVE_INFINITY } || logits.none(Float::isFinite)) throw noAnswer(piece)
+        if (logits.any { it.isNaN() || it == Float.POSITIVE_INFINITY } || logits.none(Float::isFinite)) {
+            throw noAnswer(piece, experts, gates)
+        }
         return Output(logits, experts, gates, outputs.drop(1), timings)
     }
 
-    private fun noAnswer(piece: Piece) = BackendException(
+    private fun noAnswer(piece: Piece, experts: List<Int>, gates: List<Float>) = AnswerException(
         "${bundle.file(piece.graph)}: ${piece.name} returned logits or classes that are NaN, infinite or out of range; export again",
+        experts,
+        gates,
     )
 
     private fun checkProbabilities(routing: Routing, probabilities: FloatArray) {
         val sum = probabilities.sumOf { it.toDouble() }
         if (sum > 0.95 && sum < 1.05 && probabilities.all { it >= 0 }) return // NaN fails too
         val piece = bundle.piece(if (routing.fusedRouter) "trunk" else "router")
-        throw BackendException(
+        throw AnswerException(
             "${bundle.file(piece.graph)}: ${piece.name} does not return probabilities: they are " +
                 "${probabilities.min()} to ${probabilities.max()} and sum to $sum; export again",
+            emptyList(),
+            emptyList(),
         )
     }
 
@@ -254,7 +260,7 @@ class Runtime private constructor(
             val indices = (output.ranked[1] as LongTensor).values.take(count)
             val fine = indices.all { it in output.logits.indices } && (listOf(1.001) + probabilities).zipWithNext().all { (before, it) -> it in 0.0..before }
             val last = output.experts.singleOrNull()?.let { bundle.piece("tail", it) }
-            if (!fine) throw noAnswer(last ?: bundle.piece(if (routing == null) "model" else "head"))
+            if (!fine) throw noAnswer(last ?: bundle.piece(if (routing == null) "model" else "head"), output.experts, output.gates)
             return indices.map { it.toInt() }.zip(probabilities)
         }
         val peak = output.logits.max()
