@@ -170,10 +170,10 @@ def page_site() -> FaultySite:
 
 
 @contextmanager
-def served(site: FaultySite, port: int = 0) -> Iterator[Server]:
-    """A server of a site on this machine, with the address ``http://localhost:PORT``."""
+def served(site: FaultySite, port: int = 0, certificate: Path | None = None) -> Iterator[Server]:
+    """A server of a site on this machine, with the address ``http://localhost:PORT``; by HTTPS with a certificate."""
     site.gone = False
-    server = open_server(site, "127.0.0.1", port, handler=FaultyHandler)
+    server = open_server(site, "127.0.0.1", port, certificate, FaultyHandler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -20,7 +20,7 @@ export const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
 /** The engine's module; this page has no import map, which a strict content policy would not allow. */
 export const engine = (provider) => import(provider === 'webgpu' ? './engine/ort.webgpu.min.mjs' : './engine/ort.wasm.min.mjs');
 
-let site, runtime, last, needed = new Set(), busy = Promise.resolve();
+let site, runtime, last, offline = true, needed = new Set(), busy = Promise.resolve();
 
 /** Says what went wrong, and offers to do it again. */
 function complain(error, again) {
@@ -190,10 +190,15 @@ async function showDevice() {
     ['digest', runtime.digest.slice(0, 12) + '…'],
   ].filter(([, value]) => value);
   $('device').replaceChildren(...rows.flatMap(([name, value]) => [make('dt', { text: name }), make('dd', { text: value })]));
-  $('store').textContent = globalThis.isSecureContext
-    ? 'What was fetched is kept on this device and works offline.'
-    : 'Over plain HTTP nothing can be kept between visits. Every file is still compared with its sha256.';
+  showStore();
   $('selftest').disabled = !manifest.selftest;
+}
+
+function showStore() {
+  $('store').textContent = !globalThis.isSecureContext
+    ? 'Over plain HTTP nothing can be kept between visits. Every file is still compared with its sha256.'
+    : offline ? 'What was fetched is kept on this device and works offline.'
+      : 'What was fetched is kept on this device, but this page cannot start offline: the browser does not allow it here.';
 }
 
 /** Keeps a small copy of a picture in the list. */
@@ -318,7 +323,8 @@ async function install() {
     document.documentElement.dataset.kept = String(Boolean(await navigator.serviceWorker.ready));
     await navigator.storage?.persist?.();
   } catch {
-    // a certificate that the browser does not trust, or a full disk: the page works, but not offline
+    offline = false;  // a certificate that the browser does not trust, or a full disk
+    showStore();
   }
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +15,13 @@ import browser
 import pytest
 import web_page
 from PIL import Image
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from web_page import FaultySite
 from web_runtime import npm_packages
 
 import mvmoe_deploy
+from mvmoe_deploy import serve
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.runtimes import WEB
 from mvmoe_deploy.serve import Server, app_site
@@ -60,7 +64,7 @@ class App:
 
     def __init__(self, opened: browser.Browser, server: Server, host: str = "localhost") -> None:
         self.driver = opened.driver
-        self.url = f"http://{host}:{server.port}/"
+        self.url = server.url(host)
         for log in ("browser", "performance"):
             self.driver.get_log(log)
         self.resize(390)
@@ -232,6 +236,26 @@ def test_plain_http_still_verifies(chromium: browser.Browser, site: FaultySite, 
         assert f"{100 * case['gates'][0]:.0f} %" in app.text("#experts .chosen")
         assert "Over plain HTTP nothing can be kept" in app.text("#store")
         assert app.text("#live") == "" and app.text("#actions") != ""
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl on PATH, which makes certificates")
+def test_https_with_a_certificate_made_here(
+    chromium: browser.Browser, site: FaultySite, cases: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two taps lead past the warning. Then there is a camera, and files are kept; but the page cannot start offline."""
+    monkeypatch.setattr(serve, "cache_folder", lambda: tmp_path)
+    with web_page.served(site, certificate=serve.self_signed("127.0.0.1")) as server:
+        app = App(chromium, server, "phone.test")
+        with contextlib.suppress(WebDriverException):  # the warning
+            app.driver.get(app.url)
+        for tap in ("details-button", "proceed-link"):
+            app.driver.find_element(By.ID, tap).click()
+        app.wait("document.querySelector('#device')?.children.length")
+        assert app.driver.execute_script("return [isSecureContext, crossOriginIsolated]") == [True, True]
+        app.wait("document.querySelector('#store').textContent.includes('cannot start offline')")
+        assert app.text("#live") == "Live"
+        app.show(image_for(cases, 2)[0], image_for(cases, 1)[0])
+        assert app.states()[1:3] == ["in memory", "in memory"]
 
 
 def test_another_bundle_than_announced_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from web_page import Page
 
 import mvmoe_deploy
 from mvmoe_deploy.bundle import MANIFEST, MANIFEST_DIGEST, open_bundle
+from mvmoe_deploy.runtimes import WEB
 from mvmoe_deploy.selftest import logits_departure
 from mvmoe_deploy.serve import ISOLATED, Server
 
@@ -312,3 +314,26 @@ def test_eight_predictions_at_once(page: Page, cases: dict[str, Any], kind: str)
         if misses:
             weights = [count for path, count in page.site.requests.items() if path.startswith(url)]
             assert set(weights) == {1}
+
+
+def test_the_page_in_the_documentation(page: Page, cases: dict[str, Any], tmp_path: Path) -> None:
+    """A whole page, as docs/on-device.md shows it, with a bundle's real digest."""
+    text = (conformance_cases.ROOT / "docs" / "on-device.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- tested: browser -->\n```html\n(.*?)```", text, re.DOTALL)
+    assert found and found[1].count("…") == 1
+    _, folder = standalone(cases, page)
+    web_page.add_tree(page.site, "/birds.mvmoe", folder)
+    page.site.add_folder("/mvmoe-deploy/", WEB / "src")
+    page.site.files["/doc.html"] = tmp_path / "doc.html"
+    page.site.files["/doc.html"].write_text(found[1].replace("…", open_bundle(folder).digest), encoding="utf-8")
+    case = next(case for case in cases["bundles"][0]["cases"] if case["image"] == "bmp.bmp")
+    driver = page.driver
+    driver.get(f"{page.url}doc.html")
+    driver.execute_async_script(
+        "const done = arguments[0], wait = () => document.querySelector('input').onchange ? done() : setTimeout(wait, 20); wait()"
+    )
+    driver.find_element("css selector", "input").send_keys(f"{cases['images']}/bmp.bmp")
+    shown = driver.execute_async_script(
+        "const done = arguments[0], wait = () => { const t = document.querySelector('output').textContent; t ? done(t) : setTimeout(wait, 20); }; wait()"
+    )
+    assert shown.startswith("thing ") and f"by group {case['experts'][0]}:" in shown
