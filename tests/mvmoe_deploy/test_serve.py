@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
@@ -116,6 +117,21 @@ def test_a_file_that_did_not_change_is_sent_once(server: Server, site: Site) -> 
     status, _, body = ask(server, "/app.js", If_None_Match=headers["ETag"])
     assert (status, body) == (304, b"")
     assert ask(server, "/app.js", If_None_Match='"another"')[0] == 200
+
+
+def test_text_is_compressed_on_its_way(server: Server, bundle_path: Path) -> None:
+    for path, file in (
+        ("/bundles/a%20bundle/manifest.json", bundle_path / MANIFEST),
+        ("/app.js", serve.WEB / "app" / "app.js"),
+    ):
+        status, headers, body = ask(server, path, Accept_Encoding="gzip, deflate, br")
+        assert (status, headers["Content-Encoding"], headers["Content-Length"]) == (200, "gzip", str(len(body)))
+        assert gzip.decompress(body) == file.read_bytes() and len(body) < file.stat().st_size / 2
+        plain = ask(server, path)
+        assert "Content-Encoding" not in plain[1] and plain[2] == file.read_bytes()
+        assert "Content-Encoding" not in ask(server, path, Accept_Encoding="gzip", Range="bytes=100-")[1]
+    weights = ask(server, "/bundles/a%20bundle/trunk.bin", Accept_Encoding="gzip")
+    assert "Content-Encoding" not in weights[1] and weights[2] == (bundle_path / "trunk.bin").read_bytes()
 
 
 def test_the_version_follows_the_files(site: Site, bundle_path: Path, tmp_path: Path) -> None:
