@@ -180,8 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             size, tag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}"'
             if self.headers.get("If-None-Match") == tag:
                 self.send_response(HTTPStatus.NOT_MODIFIED)
-                self.send_header("ETag", tag)
-                self.end_headers()
+                self.send_headers({"ETag": tag})  # the others too: what a browser keeps takes them over
                 return
             start = self._start(size)
             status = HTTPStatus.PARTIAL_CONTENT if start else HTTPStatus.OK
@@ -204,11 +203,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(length))
-        self.send_header("Cache-Control", self.cache_control())
-        self.send_header("X-Content-Type-Options", "nosniff")
-        for name, value in self.server.site.headers.items():
-            self.send_header(name, value)
-        for name, value in (extra or {}).items():
+        self.send_headers(extra or {})
+
+    def send_headers(self, extra: Mapping[str, str]) -> None:
+        """Sends what every header has, and what one answer's has besides."""
+        common = {"Cache-Control": self.cache_control(), "X-Content-Type-Options": "nosniff"}
+        for name, value in {**common, **self.server.site.headers, **extra}.items():
             self.send_header(name, value)
         self.end_headers()
 

@@ -114,8 +114,9 @@ def test_the_rest_of_a_file(server: Server, bundle_path: Path) -> None:
 def test_a_file_that_did_not_change_is_sent_once(server: Server, site: Site) -> None:
     status, headers, _ = ask(server, "/app.js")
     assert (status, headers["Cache-Control"]) == (200, "no-cache")
-    status, _, body = ask(server, "/app.js", If_None_Match=headers["ETag"])
+    status, again, body = ask(server, "/app.js", If_None_Match=headers["ETag"])
     assert (status, body) == (304, b"")
+    assert again["Cross-Origin-Embedder-Policy"] == headers["Cross-Origin-Embedder-Policy"] == "require-corp"
     assert ask(server, "/app.js", If_None_Match='"another"')[0] == 200
 
 

@@ -132,14 +132,14 @@ def fall_silent(handler: FaultyHandler, file: Path) -> None:
 
 
 class DieInTheMiddle:
-    """Sends half of a file and hangs up, some times; then as it should.
+    """Sends a share of a file and hangs up, some times; then as it should.
 
     Attributes:
         ranges: the Range headers of the requests so far.
     """
 
-    def __init__(self, deaths: int) -> None:
-        self.deaths = deaths
+    def __init__(self, deaths: int, share: float = 0.5) -> None:
+        self.deaths, self.share = deaths, share
         self.ranges: list[str] = []
 
     def __call__(self, handler: FaultyHandler, file: Path) -> None:
@@ -149,7 +149,9 @@ class DieInTheMiddle:
             return
         content = file.read_bytes()
         handler.head(HTTPStatus.OK, "application/octet-stream", len(content))
-        handler.wfile.write(content[: len(content) // 2])
+        handler.wfile.write(content[: int(len(content) * self.share)])
+        handler.wfile.flush()
+        time.sleep(0.5)  # a browser drops what it has not passed on when the connection ends
         handler.close_connection = True
 
 

@@ -210,8 +210,8 @@ async function interleave(candidates, what, clock) {
   for (const key of keys) first.set(key, await once(key));
   const trial = empty();
   for (let i = 0; i < 5; i++) for (const key of shuffled(keys)) trial.get(key).push(await once(key));
-  const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-  const repeats = new Map(keys.map((key) => [key, Math.min(1000, Math.max(1, Math.ceil(STEPS_OF_CLOCK * clock / Math.max(mean(trial.get(key)), clock / 5))))]));
+  const least = (values) => Math.min(...values);  // a sample has to be long enough for the clock on a quiet device too
+  const repeats = new Map(keys.map((key) => [key, Math.min(1000, Math.max(1, Math.ceil(STEPS_OF_CLOCK * clock / Math.max(least(trial.get(key)), clock / 5))))]));
 
   const warmup = empty(), began = performance.now();
   let stable = false, rounds = 0;

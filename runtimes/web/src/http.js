@@ -23,22 +23,22 @@ export function httpSource(address, { timeout = 30 } = {}) {
     async read(path, options) {
       const url = `${base}/${path.split('/').map(encodeURIComponent).join('/')}`;
       /** @type {Transfer} */
-      const transfer = { url, path, chunks: [], got: 0 };
+      const transfer = { url, path, chunks: [], got: 0, answered: false };
       for (let attempt = 1; ; attempt++) {
         try {
           return await receive(transfer, options, timeout);
         } catch (error) {
           if (!(error instanceof Broken)) throw error;
-          if (attempt < ATTEMPTS && !options.signal.aborted && transfer.got) continue;
+          if (attempt < ATTEMPTS && !options.signal.aborted && transfer.answered) continue;
           const reason = `${path}: cannot be fetched (${error.message}); check the connection and try again`;
-          throw Object.assign(new BundleError(reason, { cause: error.cause }), { unreachable: !transfer.got });
+          throw Object.assign(new BundleError(reason, { cause: error.cause }), { unreachable: !transfer.answered });
         }
       }
     },
   };
 }
 
-/** @typedef {{url: string, path: string, chunks: Uint8Array[], got: number}} Transfer */
+/** @typedef {{url: string, path: string, chunks: Uint8Array[], got: number, answered: boolean}} Transfer */
 
 /**
  * Fetches a file, or the rest of one whose transfer broke.
@@ -56,6 +56,7 @@ async function receive(transfer, { most, fresh, signal, onprogress }, timeout) {
     const headers = transfer.got ? { Range: `bytes=${transfer.got}-` } : undefined;
     const response = await attempt(() => fetch(transfer.url, { headers, cache: fresh ? 'no-cache' : 'default', signal: stalled.signal }));
     check(response, transfer);
+    transfer.answered = true;  // when it breaks now, what had arrived may be lost on its way through the browser
     const reader = response.body?.getReader();
     for (;;) {
       const { done, value } = await attempt(async () => (await reader?.read()) ?? { done: true, value: undefined });
