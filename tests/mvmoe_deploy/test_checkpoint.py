@@ -274,6 +274,14 @@ def test_no_flipped_bit_changes_a_value(checkpoint: Checkpoint, suffix: str, tmp
     assert refused == 400 if suffix == ".safetensors" else refused > 250
 
 
+def test_a_safetensors_file_that_has_lost_its_sha256_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Otherwise whoever drops it could change weights unnoticed; version 1 is the only one that has none."""
+    raw = msgspec.to_builtins(checkpoint.header)
+    save_file(checkpoint.weights, tmp_path / "moe.safetensors", metadata={"mvmoe": json.dumps(raw)})
+    with pytest.raises(CheckpointError, match=r"moe\.safetensors: damaged: its header lacks its sha256"):
+        checkpoints.load(tmp_path / "moe.safetensors")
+
+
 def test_a_checkpoint_of_the_first_version_is_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Version 1's .safetensors files, such as the zoo's, have no sha256."""
     raw = {**msgspec.to_builtins(checkpoint.header), "version": 1}
