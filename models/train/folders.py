@@ -119,7 +119,8 @@ def read_images(
             class_ids = list(found.images)
         elif list(found.images) != sorted(class_ids):
             odd = sorted(set(found.images) ^ set(class_ids))
-            said = f"class {odd[0]!r} is in one of the two splits only ({len(odd)} such classes)"
+            more = f" ({len(odd)} such classes)" if len(odd) > 1 else ""
+            said = f"class {odd[0]!r} is in one of the two splits only{more}"
             raise DataError(f"{found.where}: {said}")
         by_class = _held_out(found.images, hold_out, held_out_only) if hold_out else found.images
         files = [file for each in by_class.values() for file in each]
