@@ -348,6 +348,20 @@ def zipped(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP
     return path
 
 
+def test_a_weight_beyond_the_end_of_its_data(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The entry's own checksum is right; what was behind it in memory would be read as the last weight."""
+    with zipfile.ZipFile(pt_with(checkpoint, tmp_path / "whole.pt", {"a": torch.arange(12.0)})) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for missing in (0, 1, 4):
+        short = {name: data[: 48 - missing] if name.endswith("/data/0") else data for name, data in entries.items()}
+        path = zipped(tmp_path / f"{missing}.pt", short)
+        if not missing:
+            assert checkpoints.load(path).weights["a"].tolist() == list(range(12))
+            continue
+        with pytest.raises(CheckpointError, match=r"weights\['a'\] reaches beyond the end of its stored data"):
+            checkpoints.load(path)
+
+
 @pytest.mark.parametrize(
     ("pickled", "message"),
     [
