@@ -414,6 +414,13 @@ def test_compressed_and_overlong_entries(tmp_path: Path) -> None:
         checkpoints.load(path)
 
 
+def test_a_safetensors_header_that_is_too_long_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    path.write_bytes((5 << 20).to_bytes(8, "little") + b"{}".ljust(5 << 20))
+    with pytest.raises(CheckpointError, match=r"long\.safetensors: its header is larger than 4 MB"):
+        checkpoints.load(path)
+
+
 HEADERS: list[tuple[Any, bytes, str]] = [
     ({"a": {"dtype": "F32", "shape": [1 << 31, 1 << 31], "data_offsets": [0, 4]}}, bytes(4), "one after the other"),
     ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"", "has .* bytes, its header says"),
