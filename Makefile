@@ -40,7 +40,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python docs/offline.py site
 
-# docs/manifest.schema.json, from the code. A test fails while it is stale.
+# docs/manifest.schema.json and docs/selftest.schema.json, from the code. A test fails while they are stale.
 schema: .venv/docs
 	$(BIN)/python docs/schema.py
 

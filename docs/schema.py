@@ -1,35 +1,43 @@
-"""Writes docs/manifest.schema.json: the JSON schema of a bundle's manifest, from the types that read it."""
+"""Writes the JSON schemas of manifest.json and selftest.json into docs, from the types that read these files."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
-from mvmoe_deploy import bundle
+from mvmoe_deploy import bundle, selftest
 from mvmoe_deploy.bundle import FORMAT, READABLE, Manifest
+from mvmoe_deploy.selftest import Selftest
 
-FILE = Path(__file__).parent / "manifest.schema.json"
+FOLDER = Path(__file__).parent
 
 
-def manifest_schema() -> dict[str, Any]:
-    """The schema (JSON Schema, draft 2020-12), with a description of every field that has one in its docstring."""
-    schema = msgspec.json.schema(Manifest)
+def schemas() -> dict[Path, dict[str, Any]]:
+    """The schemas (JSON Schema, draft 2020-12) by file, with a description of every field that has one."""
+    manifest, test = _schema(Manifest, bundle, "manifest.json"), _schema(Selftest, selftest, "selftest.json")
+    fields = manifest["$defs"]["Manifest"]["properties"]
+    fields["format"]["const"] = FORMAT
+    fields["version"]["enum"] = list(READABLE)
+    return {FOLDER / "manifest.schema.json": manifest, FOLDER / "selftest.schema.json": test}
+
+
+def _schema(kind: type, module: ModuleType, file: str) -> dict[str, Any]:
+    """The schema of a type, described by the docstrings of the module's classes."""
+    schema = msgspec.json.schema(kind)
     definitions = schema.pop("$defs")
     for name, definition in definitions.items():
-        summary, attributes = _read_docstring(getattr(bundle, name).__doc__ or "")
+        summary, attributes = _read_docstring(getattr(module, name).__doc__ or "")
         definition["description"] = summary
         for field, text in attributes.items():
             definition["properties"][field]["description"] = text
-    fields = definitions["Manifest"]["properties"]
-    fields["format"]["const"] = FORMAT
-    fields["version"]["enum"] = list(READABLE)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "manifest.json of a bundle of mvmoe-deploy",
+        "title": f"{file} of a bundle of mvmoe-deploy",
         **schema,
         "$defs": dict(sorted(definitions.items())),
     }
@@ -48,10 +56,11 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def as_text() -> str:
-    """The file's content."""
-    return json.dumps(manifest_schema(), indent=2, ensure_ascii=False) + "\n"
+def texts() -> dict[Path, str]:
+    """The files' contents."""
+    return {file: json.dumps(schema, indent=2, ensure_ascii=False) + "\n" for file, schema in schemas().items()}
 
 
 if __name__ == "__main__":
-    FILE.write_text(as_text(), encoding="utf-8")
+    for file, text in texts().items():
+        file.write_text(text, encoding="utf-8")

@@ -32,9 +32,28 @@ def schema() -> dict[str, Any]:
     return json.loads((DOCS / "manifest.schema.json").read_text(encoding="utf-8"))
 
 
-def test_the_file_is_current(generator: ModuleType) -> None:
-    stale = "docs/manifest.schema.json is stale: make schema, and say in docs/bundle-format.md what changed"
-    assert generator.as_text() == generator.FILE.read_text(encoding="utf-8"), stale
+def test_the_files_are_current(generator: ModuleType) -> None:
+    texts = generator.texts()
+    assert [file.name for file in texts] == ["manifest.schema.json", "selftest.schema.json"]
+    for file, text in texts.items():
+        stale = f"docs/{file.name} is stale: make schema, and say in docs/bundle-format.md what changed"
+        assert text == file.read_text(encoding="utf-8"), stale
+
+
+def test_selftests_fit_theirs(bundle_path: Path, dense_path: Path) -> None:
+    import jsonschema
+
+    schema = json.loads((DOCS / "selftest.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert all("description" in field for field in schema["$defs"]["Case"]["properties"].values())
+    for path in (bundle_path, dense_path):
+        content = json.loads((path / "selftest.json").read_text())
+        validator.validate(content)
+        for wrong in ({"surprise": 1}, {"cases": []}, {"tolerance": {"gate": 0, "logits": 1}}):
+            assert not validator.is_valid({**content, **wrong}), wrong
+        content["cases"][0].pop("pixels")
+        assert not validator.is_valid(content)
 
 
 def test_every_documented_field_is_described(schema: dict[str, Any]) -> None:
