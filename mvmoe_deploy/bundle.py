@@ -18,10 +18,11 @@ from mvmoe_deploy.errors import BundleError, ConfigError, first_line
 from mvmoe_deploy.images import Preprocessing
 
 FORMAT = "mvmoe-bundle"
-VERSION = 4
-READABLE = (1, 2, 3, 4)
+VERSION = 5
+READABLE = (1, 2, 3, 4, 5)
 """Format versions that this release reads. Version 2 added ``optimised``, ``weights`` and ``shared_bytes`` to pieces,
-and ranked classes to their outputs; version 3 added ``manifest.sha256``; version 4 added ``selftest``."""
+and ranked classes to their outputs; version 3 added ``manifest.sha256``; version 4 added ``selftest``;
+version 5 added ``dtype`` to weights, and a batch of 1 in place of a dynamic one."""
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
@@ -67,17 +68,18 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
 
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A float32 weight that a graph takes as an input, little-endian and in C order in a file of the bundle."""
+    """A weight that a graph takes as an input, little-endian and in C order in a file of the bundle."""
 
     name: str
     shape: Annotated[list[Extent], msgspec.Meta(max_length=8)]
     file: str
     offset: Count
+    dtype: Literal["float32", "int8", "uint8"] = "float32"
 
     @property
     def bytes(self) -> int:
         """The weight's size in bytes."""
-        return 4 * math.prod(self.shape)
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 1)
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

@@ -65,6 +65,11 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
             yield _in_fresh_process(
                 function="routed_against_dense", scale=scale, threads=threads, rounds=rounds, folder=folder
             )
+    eight, _ = _exported("mvmoe_12x192", folder, "int8")
+    small = sum(file.bytes for file in eight.manifest.files)
+    yield Figure("int8 bytes / fp32 bytes, 12x192", small / stored, 0.3, f"{small:,} / {stored:,}")
+    yield _in_fresh_process(function="int8_against_fp32", scale="12x192", threads=1, rounds=rounds, folder=folder)
+    yield _in_fresh_process(function="int8_against_dense", scale="12x192", threads=1, rounds=rounds, folder=folder)
     yield _in_fresh_process(function="routed_against_stock", scale="12x192", threads=1, rounds=rounds, folder=folder)
     whole = _all_experts("12x192", folder)
     a, b, c = ([_memory(each) for _ in range(5)] for each in (of_bundle(routed.path), of_bundle(dense.path), whole))
@@ -124,17 +129,33 @@ def export_time(folder: Path, repeats: int = 3) -> Figure:
 def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
     """Times ``run`` with one preprocessed image: the routed bundle against the dense one, both exported here."""
     routed, dense = _exported(f"mvmoe_{scale}", folder)
-    size = routed.manifest.preprocessing.size
+    what = f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}"
+    return _runs(what, routed, dense, ("routed", "dense"), threads, rounds, bar=1.05)
+
+
+def int8_against_fp32(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Times ``run`` of the same model in 8 bits and in float32, on a processor with VNNI or without."""
+    eight, full = _exported(f"mvmoe_{scale}", folder, "int8")[0], _exported(f"mvmoe_{scale}", folder)[0]
+    what = f"int8 p50 / fp32 p50, {scale}, {counted(threads, 'thread')}"
+    return _runs(what, eight, full, ("int8", "fp32"), threads, rounds, bar=1.0)
+
+
+def int8_against_dense(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Times ``run`` of the routed bundle against the dense one, both in 8 bits."""
+    routed, dense = _exported(f"mvmoe_{scale}", folder, "int8")
+    what = f"routed p50 / dense p50, both int8, {scale}, {counted(threads, 'thread')}"
+    return _runs(what, routed, dense, ("routed", "dense"), threads, rounds, bar=1.05)
+
+
+def _runs(
+    what: str, first: Bundle, second: Bundle, names: tuple[str, str], threads: int, rounds: int, bar: float
+) -> Figure:
+    """Times ``run`` of two bundles with one preprocessed image."""
+    size = first.manifest.preprocessing.size
     batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    with mvmoe_deploy.load(routed.path, threads=threads) as a, mvmoe_deploy.load(dense.path, threads=threads) as b:
-        samples = interleave({"routed": lambda _: a.run(batch), "dense": lambda _: b.run(batch)}, rounds).samples
-    return _latency_figure(
-        what=f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}",
-        samples=samples,
-        a="routed",
-        b="dense",
-        bar=1.05,
-    )
+    with mvmoe_deploy.load(first.path, threads=threads) as a, mvmoe_deploy.load(second.path, threads=threads) as b:
+        samples = interleave({names[0]: lambda _: a.run(batch), names[1]: lambda _: b.run(batch)}, rounds).samples
+    return _latency_figure(what=what, samples=samples, a=names[0], b=names[1], bar=bar)
 
 
 def routed_against_stock(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -210,15 +231,8 @@ def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Fig
 def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
     """Times ``run`` with one preprocessed image in both layouts; the expert is resident."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
-    size = routed.manifest.preprocessing.size
-    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    paths = (_swappable(scale, folder).path, routed.path)
-    a, b = (mvmoe_deploy.load(path, threads=threads) for path in paths)
-    candidates = {"swappable": lambda _: a.run(batch), "standalone": lambda _: b.run(batch)}
-    samples = interleave(candidates, rounds).samples
-    return _latency_figure(
-        what=f"warm total, swappable / standalone, {scale}", samples=samples, a="swappable", b="standalone", bar=1.05
-    )
+    what = f"warm total, swappable / standalone, {scale}"
+    return _runs(what, _swappable(scale, folder), routed, ("swappable", "standalone"), threads, rounds, bar=1.05)
 
 
 class _Tails:
@@ -286,14 +300,16 @@ def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, 
     return Figure(what, p50[a] / p50[b], bar, f"{p50[a]:.2f} ms / {p50[b]:.2f} ms, paired by round {paired:.3f}")
 
 
-def _exported(name: str, folder: Path) -> tuple[Bundle, Bundle]:
+def _exported(name: str, folder: Path, precision: str = "fp32") -> tuple[Bundle, Bundle]:
     """The bundles of a scale and of its dense baseline; they are exported only once."""
     scale = name.removeprefix("mvmoe_")
+    options = Options(precision)
     bundles = []
     for kind, shape in (("moe", config_from_name(name)), ("dense", config_from_name(f"vit_{scale}"))):
-        out = folder / f"{scale}-{kind}.mvmoe"
+        out = folder / (f"{scale}-{kind}.mvmoe" if precision == "fp32" else f"{scale}-{kind}-{precision}.mvmoe")
         if not out.exists():
-            export_checkpoint(random_checkpoint(shape, folder / f"{scale}-{kind}.pt"), "onnx", out)
+            checkpoint = random_checkpoint(shape, folder / f"{scale}-{kind}.pt")
+            export_checkpoint(checkpoint, "onnx", out, options=options)
         bundles.append(open_bundle(out))
     return bundles[0], bundles[1]
 

@@ -207,7 +207,7 @@ def _integers(constant: Constant) -> tuple[int, ...] | None:
 
 
 def _check_inputs(graph: Graph, piece: Piece, values: dict[str, Value]) -> None:
-    specs = [*piece.inputs, *(TensorSpec(weight.name, list(weight.shape), "float32") for weight in piece.weights)]
+    specs = [*piece.inputs, *(TensorSpec(weight.name, list(weight.shape), weight.dtype) for weight in piece.weights)]
     names = [name for name in graph.inputs if name not in values]  # a constant among them may be replaced
     if names != [spec.name for spec in specs]:
         raise GraphError(f"takes inputs {names}, manifest.json says {[spec.name for spec in specs]}")
@@ -771,18 +771,38 @@ def _conv_integer(x: Operation) -> Result:
     return [Value(INT32, shape)], work
 
 
+def _matmul_to_float(x: Operation) -> Result:
+    """onnxruntime's product of integers, which are scaled, and to which a bias is added, in the same step."""
+    a, b, a_scale, b_scale = x.input(0), x.input(1), x.float_input(2), x.float_input(3)
+    a_zero, b_zero, bias = x.optional(4), x.optional(5), x.optional(6)
+    _require(a.dtype in (UINT8, INT8) and b.dtype in (UINT8, INT8), "mixes types")
+    _require(a_scale.dtype == b_scale.dtype == FLOAT and len(b.shape) == 2 and a_scale.shape in ((), (1,)))
+    columns = b.shape[1:]
+    _require(b_scale.shape in ((), (1,), columns), "has not one scale per column")
+    _require(a_zero is None or (a_zero.dtype == a.dtype and a_zero.shape in ((), (1,))))
+    _require(b_zero is None or (b_zero.dtype == b.dtype and b_zero.shape in ((), (1,), columns)))
+    _require(bias is None or (bias.dtype == FLOAT and bias.shape == columns))
+    shape, work = _product(a.shape, b.shape)
+    return [Value(FLOAT, shape)], work
+
+
 def _matmul_nbits(x: Operation) -> Result:
-    """onnxruntime's product with a weight of 4 bits, ``[columns, blocks, bytes of a block]``."""
+    """onnxruntime's product with a weight of 4 or 8 bits, ``[columns, blocks, bytes of a block]``."""
     data, weight, scales, zero = x.float_input(0), x.input(1), x.float_input(2), x.optional(3)
     inner, columns = x.integer("K", 0, 1, 1 << 20), x.integer("N", 0, 1, 1 << 20)
-    bits, block = x.integer("bits", 4, 4, 4), x.integer("block_size", 0, 16, 256)
+    bits, block = x.integer("bits", 4, 4, 8), x.integer("block_size", 0, 16, 256)
     x.integer("accuracy_level", 0, 0, 4)
+    _require(bits in (4, 8), f"has {bits} bits")
     _require(block & (block - 1) == 0, "block_size is no power of two")
+    bias = x.optional(5)
+    _require(x.optional(4) is None, "names an order of its inputs")
+    _require(bias is None or (bias.dtype == FLOAT and bias.shape == (columns,)))
     blocks = -(-inner // block)
     _require(data.shape[-1:] == (inner,) and weight.dtype == UINT8 and data.dtype == scales.dtype == FLOAT)
     _require(weight.shape == (columns, blocks, block * bits // 8))
     _require(math.prod(scales.shape) == columns * blocks)
-    _require(zero is None or (zero.dtype == UINT8 and math.prod(zero.shape) == columns * ((blocks + 1) // 2)))
+    zeros = columns * ((blocks * bits + 7) // 8)
+    _require(zero is None or (zero.dtype == UINT8 and math.prod(zero.shape) == zeros))
     shape = (*data.shape[:-1], columns)
     return [Value(FLOAT, shape)], math.prod(shape) * inner
 
@@ -865,5 +885,6 @@ RULES: dict[str, Rule] = {
     "TopK": _rule(_topk, 2, 2, "axis largest sorted"),
     "Transpose": _rule(_transpose, 1, 1, "perm"),
     "Unsqueeze": _rule(_unsqueeze, 2, 2),
-    "com.microsoft:MatMulNBits": _rule(_matmul_nbits, 3, 4, "K N accuracy_level bits block_size"),
+    "com.microsoft:MatMulIntegerToFloat": _rule(_matmul_to_float, 4, 7),
+    "com.microsoft:MatMulNBits": _rule(_matmul_nbits, 3, 6, "K N accuracy_level bits block_size"),
 }

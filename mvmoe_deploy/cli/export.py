@@ -32,7 +32,7 @@ layouts:
   separate  one file or package per piece, so that an app can ship, download and unload experts one at a time
   packed    one file for all pieces, with shared weights stored once; the smallest bundle if every expert ships
             (executorch, coreml)
-  swappable one graph for all experts, which takes their weights from mapped files; switching experts is 3 to 4 times as
+  swappable one graph for all experts, which takes their weights as inputs; switching experts is 3 to 4 times as
             fast, and a warm image 2 % slower; for little memory and images that often need another expert (onnx)
 """
 

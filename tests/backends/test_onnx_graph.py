@@ -21,6 +21,7 @@ from mvmoe_deploy.bundle import Piece, TensorSpec, open_bundle
 from mvmoe_deploy.errors import BackendError
 
 FLOAT = TensorProto.FLOAT
+MS = "com.microsoft"
 X, Y = TensorSpec("x", ["batch", 4, 8], "float32"), TensorSpec("y", ["batch", 4, 8], "float32")
 PIECE = Piece("trunk", "t.onnx", ["t.onnx", "t.bin"], [X], [Y], 0, 0, 0)
 SIZES = {"t.onnx": 1000, "t.bin": 256, "other.bin": 256}
@@ -28,8 +29,10 @@ SIZES = {"t.onnx": 1000, "t.bin": 256, "other.bin": 256}
 Constants = dict[str, Any]
 
 
-def node(op: str, inputs: str, outputs: str = "y", domain: str = "", **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(op, inputs.split(), outputs.split(), domain=domain, **attributes)
+def node(op: str, inputs: str | list[str], outputs: str = "y", domain: str = "", **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(
+        op, inputs.split() if isinstance(inputs, str) else inputs, outputs.split(), domain=domain, **attributes
+    )
 
 
 def ints(*values: int) -> np.ndarray:
@@ -51,7 +54,8 @@ def model(
         [helper.make_tensor_value_info("y", FLOAT, y)],
         tensors,
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(MS, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
 def external(name: str, shape: list[int], **entries: str) -> TensorProto:
@@ -103,6 +107,11 @@ GOOD: list[tuple[str, list[onnx.NodeProto], Constants]] = [
      {"w": helper.make_tensor("w", TensorProto.INT4, [8, 8], bytes(32), raw=True), "s": np.ones((2, 8), np.float32)}),
     ("dynamic", [node("DynamicQuantizeLinear", "x", "q s z"), node("MatMulInteger", "q w z", "i"), node("Cast", "i", "f", to=1), node("Mul", "f s")],
      {"w": np.ones((8, 8), np.int8)}),
+    ("products of integers", [node("DynamicQuantizeLinear", "x", "q s z"), node("MatMulIntegerToFloat", ["q", "w", "s", "t", "z", "", "b"], "m", domain=MS),
+                              node("DynamicQuantizeLinear", "m", "q2 s2 z2"), node("MatMulIntegerToFloat", "q2 w s2 t z2", domain=MS)],
+     {"w": np.ones((8, 8), np.int8), "t": np.ones(8, np.float32), "b": np.ones(8, np.float32)}),
+    ("blocks of 8 bits", [node("MatMulNBits", ["x", "w", "s", "", "", "b"], domain=MS, K=8, N=8, bits=8, block_size=16, accuracy_level=4)],
+     {"w": np.ones((8, 1, 16), np.uint8), "s": np.ones((8, 1), np.float32), "b": np.ones(8, np.float32)}),
     ("attention", [node("Attention", "x x x", q_num_heads=2, kv_num_heads=2)], {}),
     ("choice", [node("ArgMax", "x", "i", axis=2, keepdims=0), node("Gather", "w i", axis=0)], {"w": FLOATS}),
     ("places", [node("ArgMax", "x", "i", axis=2), node("Equal", "i n", "b"), node("Cast", "b", "q", to=7), node("CumSum", "q a", "s"), node("Mul", "s q", "m"),
@@ -151,6 +160,7 @@ def nested_functions() -> onnx.ModelProto:
     return proto
 
 
+QUANTISED = [node("DynamicQuantizeLinear", "x", "q s z")]
 BIG = 1 << 40
 SMALLEST = -(1 << 63)
 BAD: list[tuple[str, list[onnx.NodeProto], Constants, str]] = [
@@ -216,6 +226,17 @@ BAD: list[tuple[str, list[onnx.NodeProto], Constants, str]] = [
     ("a block of nothing", [node("DequantizeLinear", "w s", "d", axis=0, block_size=-1), node("MatMul", "x d")], {"w": np.ones((8, 8), np.int8), "s": np.ones((8, 8), np.float32)}, "block_size is -1"),
     ("scales that do not fit", [node("DequantizeLinear", "w s", "d", axis=0), node("MatMul", "x d")], {"w": np.ones((8, 8), np.int8), "s": np.ones(7, np.float32)}, "one scale per channel"),
     ("MatMulNBits", [node("MatMulNBits", "x w s", domain="com.microsoft", K=1 << 20, N=8, block_size=16, bits=4)], {"w": np.ones((8, 1, 8), np.uint8), "s": np.ones(8, np.float32)}, "shapes do not fit"),
+    ("MatMulNBits of 5 bits", [node("MatMulNBits", "x w s", domain=MS, K=8, N=8, block_size=16, bits=5)], {"w": np.ones((8, 1, 10), np.uint8), "s": np.ones(8, np.float32)}, "has 5 bits"),
+    ("MatMulNBits, reordered", [node("MatMulNBits", ["x", "w", "s", "", "g"], domain=MS, K=8, N=8, block_size=16, bits=8)],
+     {"w": np.ones((8, 1, 16), np.uint8), "s": np.ones(8, np.float32), "g": np.full(8, 1 << 30, np.int32)}, "an order of its inputs"),
+    ("MatMulNBits, a bias beyond", [node("MatMulNBits", ["x", "w", "s", "", "", "b"], domain=MS, K=8, N=8, block_size=16, bits=8)],
+     {"w": np.ones((8, 1, 16), np.uint8), "s": np.ones(8, np.float32), "b": np.ones(7, np.float32)}, "shapes do not fit"),
+    ("products of integers, scales", [*QUANTISED, node("MatMulIntegerToFloat", "q w s t z", domain=MS)], {"w": np.ones((8, 8), np.int8), "t": np.ones(7, np.float32)}, "one scale per column"),
+    ("products of integers, bias", [*QUANTISED, node("MatMulIntegerToFloat", ["q", "w", "s", "t", "z", "", "b"], domain=MS)],
+     {"w": np.ones((8, 8), np.int8), "t": np.ones(8, np.float32), "b": np.ones(4, np.float32)}, "shapes do not fit"),
+    ("products of integers, zeros", [*QUANTISED, node("MatMulIntegerToFloat", "q w s t zs", domain=MS)], {"w": np.ones((8, 8), np.int8), "t": np.ones(8, np.float32), "zs": np.ones(8, np.uint8)}, "shapes do not fit"),
+    ("products of integers, inputs", [*QUANTISED, node("MatMulIntegerToFloat", "q w s t z", domain=MS)], {"w": np.ones((9, 8), np.int8), "t": np.ones(8, np.float32)}, "shapes do not fit"),
+    ("products of floats as integers", [*QUANTISED, node("MatMulIntegerToFloat", "x w s t", domain=MS)], {"w": np.ones((8, 8), np.int8), "t": np.ones(8, np.float32)}, "mixes types"),
     ("another domain", [node("Relu", "x", domain="evil")], {}, "operator 'evil:Relu'"),
     ("an unknown attribute", [node("Relu", "x", gamma=1)], {}, "has an attribute 'gamma'"),
     ("an attribute of another type", [node("Softmax", "x", axis=1.5)], {}, "axis is 1.5"),

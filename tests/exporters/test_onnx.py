@@ -8,22 +8,27 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny
 import torch
 from exported import Exported, export_tiny, kept_traces
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import mvmoe_deploy
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.backends import open_backend
-from mvmoe_deploy.bundle import Bundle, open_bundle
+from mvmoe_deploy.bundle import VERSION, Bundle, open_bundle
 from mvmoe_deploy.errors import BackendError, BundleError, ExportError
 from mvmoe_deploy.exporters import graph
 from mvmoe_deploy.exporters.exporter import Options
-from mvmoe_deploy.exporters.onnx.convert import INLINE_BYTES
+from mvmoe_deploy.exporters.onnx.convert import INLINE_BYTES, stored_weights
+from mvmoe_deploy.exporters.onnx.quantise import SMALLEST, by_block, from_blocks
 from mvmoe_deploy.exporters.pipeline import export_model
+from mvmoe_deploy.exporters.split import split_model
+from mvmoe_deploy.exporters.weights import StoredWeights, distance, rms, whose
 from mvmoe_deploy.images import Preprocessing
 
 CASES = {
@@ -188,6 +193,98 @@ def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+QUANTISED = [(precision, layout) for precision in ("int8", "int4") for layout in ("separate", "swappable")]
+
+
+@pytest.fixture(scope="module", params=QUANTISED, ids="-".join)
+def quantised(request: pytest.FixtureRequest, folder: Path) -> Exported:
+    """A bundle whose k = 1 tails have products of integers."""
+    precision, layout = request.param
+    config = tiny.moe_config(width=64, experts=3)
+    with kept_traces(config):
+        return export_tiny(config, folder / f"{precision}-{layout}.mvmoe", precision=precision, layout=layout)
+
+
+def test_products_of_integers_take_the_place_of_all_but_the_router(quantised: Exported) -> None:
+    manifest = quantised.bundle.manifest
+    for piece in manifest.pieces:
+        graph = onnx.load(quantised.path / piece.graph, load_external_data=False).graph
+        count = Counter(node.op_type for node in graph.node)
+        assert count["MatMul"] == count["Conv"] == 0
+        assert count["Gemm"] == 1  # the router and the head are too small
+        whole = {"int8": "MatMulIntegerToFloat", "int4": "MatMulNBits"}[manifest.precision]
+        assert count[whole] >= 5 and count["MatMulNBits"] >= 1
+
+
+def test_the_router_is_left_as_it_is(folder: Path) -> None:
+    config = tiny.moe_config(width=64, experts=SMALLEST // 64 + 1)
+    bundle = export_tiny(config, folder / "many-int8.mvmoe", precision="int8").bundle
+    (router,) = [node for node in graph_of(bundle, "trunk").graph.node if node.op_type == "Gemm"]
+    assert router.input[1] == "router.linear.weight"
+
+
+def test_int8_and_int4_take_fewer_bytes_and_count_them(quantised: Exported) -> None:
+    manifest = quantised.bundle.manifest
+    share = {"int8": 0.30, "int4": 0.24}[manifest.precision]  # small weights stay as they are
+    stored = sum(file.bytes for file in manifest.files if file.path.endswith(".bin"))
+    assert stored < share * distinct_bytes(quantised.model)
+    for piece in manifest.pieces:
+        held = piece.weight_bytes + piece.shared_bytes
+        assert held < (share + 0.08) * 4 * piece.parameters
+        assert piece.weight_bytes == sum(weight.bytes for weight in piece.weights) or not piece.weights
+
+
+def test_the_answer_for_an_image_does_not_depend_on_its_batch(quantised: Exported) -> None:
+    batch = tiny.inputs(6).numpy() * np.array([1, 5, 0.2, 1, 1, 1], np.float32)[:, None, None, None]
+    with mvmoe_deploy.load(quantised.path) as runtime:
+        together, routed = runtime.run(batch)
+        alone = [runtime.run(image[None]) for image in batch]
+    np.testing.assert_allclose(together, np.concatenate([logits for logits, _ in alone]), rtol=1e-5, atol=1e-5)
+    assert routed is not None
+    np.testing.assert_array_equal(routed.experts, np.concatenate([one.experts for _, one in alone if one]))
+
+
+def test_weights_of_integers_are_read_back(quantised: Exported) -> None:
+    """As far off as their precision rounds them, and nearer to their own than to another expert's."""
+    bundle, pieces = quantised.bundle, split_model(quantised.model, tiny.SIZE)
+    first, second, _ = (stored_weights(tail, bundle.piece("tail", tail.expert), bundle) for tail in pieces.of("tail"))
+    assert whose(first, second) == "own"
+    assert whose(StoredWeights(second.expected, first.found), first) == "other"
+    most = {"int8": 0.02, "int4": 0.12}[bundle.manifest.precision]
+    large = {name: weight for name, weight in first.expected.items() if weight.size >= SMALLEST and weight.ndim == 2}
+    assert len(large) >= 6
+    for name, weight in large.items():
+        assert 1e-4 < distance(weight, first.found) / rms(weight) < most, name
+
+
+def test_convolutions_are_stored_in_integers(folder: Path) -> None:
+    names = [f"c{index}" for index in range(tiny.CLASSES)]
+    header = checkpoints.new_header({"architecture": "conv"}, names, names, Preprocessing(size=tiny.SIZE))
+    for precision in ("int8", "int4"):
+        model = tiny.ConvRouted(width=64)
+        bundle = export_model(model, header, "onnx", folder / f"c-{precision}.mvmoe", options=Options(precision))
+        graph = onnx.load(bundle.path / "expert_00.onnx", load_external_data=False).graph
+        large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) > SMALLEST]
+        assert [TensorProto.DataType.Name(tensor.data_type) for tensor in large] == ["INT8"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_what_the_engine_reads(bits: int, tmp_path: Path) -> None:
+    """The operator's own answer, for inputs that are no multiple of the block."""
+    matrix = np.random.default_rng(bits).standard_normal((80, 24)).astype(np.float32)
+    numbers, scale = by_block(matrix, bits, 32)
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=80, N=24, bits=bits,
+                            block_size=32, accuracy_level=1)  # fmt: skip
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    constants = [numpy_helper.from_array(numbers, "w"), numpy_helper.from_array(scale, "s")]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], constants)
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=10), tmp_path / "x.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "x.onnx").run(None, {"x": np.eye(80, dtype=np.float32)})
+    np.testing.assert_allclose(found, from_blocks(numbers, scale, bits, 80), atol=1e-6)
+    assert rms(found - matrix) < {4: 0.1, 8: 0.01}[bits]
+
+
 def test_upcycled_experts_that_are_all_equal_keep_their_own_weights(dense_model: models.ViT, tmp_path: Path) -> None:
     """The exporter merges equal constants: in a fresh upcycled model, all experts' weights and half its zero biases."""
     model = models.from_dense(models.build(dense_model.config), tiny.moe_config(experts=2)).eval()
@@ -212,7 +309,7 @@ def test_a_swappable_bundle_equals_pytorch(swappable: Exported) -> None:
 
 def test_swappable_experts_share_one_graph(swappable: Exported) -> None:
     bundle = swappable.bundle
-    assert (bundle.manifest.layout, bundle.manifest.version) == ("swappable", 4)
+    assert (bundle.manifest.layout, bundle.manifest.version) == ("swappable", VERSION)
     tails = [piece for piece in bundle.manifest.pieces if piece.expert is not None]
     graphs = {piece.graph for piece in tails}
     assert graphs == ({"tail.onnx"} if bundle.manifest.routing.k == 1 else {f"experts_layer_{i}.onnx" for i in (0, 1)})
@@ -241,7 +338,7 @@ def test_experts_of_a_swappable_bundle_come_and_go(swappable: Exported) -> None:
     assert stats.fixed_bytes == fixed + sum(shared.values())
 
 
-def test_a_swappable_expert_is_checked_before_it_is_mapped(swappable: Exported, tmp_path: Path) -> None:
+def test_a_swappable_expert_is_checked_before_it_is_read(swappable: Exported, tmp_path: Path) -> None:
     copy = tiny.copy_of(swappable.path, tmp_path)
     name = open_bundle(copy).piece(*(("tail", 1) if (copy / "tail.onnx").exists() else ("expert_layer", 1, 0))).name
     with mvmoe_deploy.load(copy, max_resident=2) as runtime:
@@ -257,14 +354,30 @@ def test_a_swappable_expert_is_checked_before_it_is_mapped(swappable: Exported, 
         assert np.abs(before - after).max() > 1e-3
 
 
+def test_the_memory_of_a_dropped_expert_is_used_again_but_never_that_of_one_in_use(swappable: Exported) -> None:
+    bundle = swappable.bundle
+    family = [piece for piece in bundle.manifest.pieces if piece.weights and piece.layer in (None, 0)]
+    backend = open_backend(bundle)
+    shape = [2, *family[0].inputs[0].shape[1:]]
+    inputs = np.random.default_rng(0).standard_normal(shape).astype(np.float32), np.float32([0.4, 0.6])
+    alone = [backend.load(piece)(*inputs)[0] for piece in family]  # each in the memory of the one before
+    held = [backend.load(piece) for piece in family]
+    for run, expected in zip(held, alone, strict=True):
+        np.testing.assert_array_equal(run(*inputs)[0], expected)
+    del run, held[1]
+    other = backend.load(family[2])
+    for run, expected in zip([held[0], other], [alone[0], alone[2]], strict=True):
+        np.testing.assert_array_equal(run(*inputs)[0], expected)
+
+
 def test_a_file_that_shrinks_after_it_was_checked_is_named(swappable: Exported, tmp_path: Path) -> None:
-    """Reading beyond the end of a mapped file would end the process."""
+    """Its memory would hold what another expert left there."""
     copy = tiny.copy_of(swappable.path, tmp_path)
     backend = open_backend(open_bundle(copy))
     piece = next(piece for piece in open_bundle(copy).manifest.pieces if piece.weights)
     for size in (0, 64):
         (copy / piece.weights[0].file).write_bytes(b"x" * size)
-        with pytest.raises(BackendError, match=rf"{piece.name}\.bin: (cannot be mapped|ends before weight)"):
+        with pytest.raises(BackendError, match=rf"{piece.name}\.bin: ends before its last weight"):
             backend.load(piece)
 
 
@@ -314,7 +427,7 @@ def test_weights_of_a_manifest_that_do_not_fit_the_graph(folder: Path, tmp_path:
 
 def swappable_1(folder: Path) -> Path:
     """A swappable bundle for k = 1, exported once."""
-    path = folder / "swap_conv.mvmoe"
+    path = folder / "swappable_1.mvmoe"
     if not path.exists():
         with kept_traces(tiny.moe_config()):
             export_tiny(tiny.moe_config(), path, layout="swappable")
@@ -323,7 +436,7 @@ def swappable_1(folder: Path) -> Path:
 
 def test_what_cannot_be_swapped_is_refused(dense_model: models.ViT, tmp_path: Path) -> None:
     config = tiny.moe_config()
-    with pytest.raises(ExportError, match="use --precision fp32"):
+    with pytest.raises(ExportError, match="use --precision fp32, int8 or int4"):
         export_tiny(config, tmp_path / "half.mvmoe", layout="swappable", precision="fp16")
     options = Options(layout="swappable")
     with pytest.raises(ExportError, match="a dense model has none"):

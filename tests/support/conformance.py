@@ -79,9 +79,13 @@ BUNDLES = {
     "moe-standalone-fp32": Recipe(MOE),
     "moe-standalone-fp16": Recipe(MOE, options=Options(precision="fp16")),
     "moe-swappable-fp32": Recipe(MOE, options=Options(layout="swappable")),
+    "moe-standalone-int8": Recipe(MOE, options=Options(precision="int8")),
+    "moe-swappable-int8": Recipe(MOE, options=Options(precision="int8", layout="swappable")),
+    "moe-standalone-int4": Recipe(MOE, options=Options(precision="int4")),
     "moe-separate-router-fp32": Recipe(MOE, options=Options(separate_router=True)),
     "moe-bilinear-crop-fp32": Recipe(MOE, preprocessing=BILINEAR),
     "k2-standalone-fp32": Recipe(K2),
+    "k2-swappable-int4": Recipe(K2, options=Options(precision="int4", layout="swappable")),
     "k2-swappable-fp32": Recipe(K2, options=Options(layout="swappable")),
     "dense-fp32": Recipe(tiny.dense_config()),
 }
@@ -125,6 +129,7 @@ def _export(recipe: Recipe, path: Path) -> Bundle:
 
 def _expected(name: str, bundle: Bundle, images: list[Path]) -> dict[str, Any]:
     manifest = bundle.manifest
+    tolerance = exporter_of(manifest.target).precision(manifest.precision).selftest
     with mvmoe_deploy.load(bundle.path) as runtime:
         cases = []
         for image in images:
@@ -133,7 +138,10 @@ def _expected(name: str, bundle: Bundle, images: list[Path]) -> dict[str, Any]:
                 _, routed = runtime.run(preprocess(image, manifest.preprocessing)[None])
                 assert routed is not None
                 ranked = -np.sort(-routed.probabilities[0])[: manifest.routing.k + 1]
-                assert (-np.diff(ranked)).min() >= LEAST_MARGIN, f"{name}: {image.name}: {ranked}; take another seed"
+                margin = (-np.diff(ranked)).min()
+                if margin < tolerance.gate / 2:  # activations may be rounded otherwise: 8 bits tell less apart
+                    continue
+                assert margin >= LEAST_MARGIN, f"{name}: {image.name}: {ranked}; take another seed"
             cases.append(
                 {
                     "image": image.name,
@@ -144,7 +152,7 @@ def _expected(name: str, bundle: Bundle, images: list[Path]) -> dict[str, Any]:
                     "logits": answer.logits.tolist(),
                 }
             )
-    tolerance = exporter_of(manifest.target).precision(manifest.precision).selftest
+    assert len(cases) >= 28, f"{name}: few images have a clear route; take another seed"
     return {
         "name": name,
         "path": f"bundles/{bundle.path.name}",
@@ -248,6 +256,7 @@ SWAPPABLE_EDITS: dict[str, Edit] = {
     "weight-in-an-unlisted-file": put("pieces", 1, "weights", 0, "file", value="trunk.bin"),
     "weight-beyond-its-file": put("pieces", 1, "weights", 0, "offset", value=1 << 30),
     "weight-across-its-alignment": put("pieces", 1, "weights", 0, "offset", value=4),
+    "weight-of-an-unknown-type": put("pieces", 1, "weights", 0, "dtype", value="float64"),
     "weight-named-as-an-input": put("pieces", 1, "weights", 0, "name", value="tokens"),
 }
 """The same, of moe-swappable-fp32."""

@@ -180,15 +180,15 @@ class ConvRouted(nn.Module):
 
     experts, k, moe_layers = 3, 1, 1
 
-    def __init__(self, classes: int = CLASSES) -> None:
+    def __init__(self, classes: int = CLASSES, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.router = nn.Linear(8, self.experts)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, stride=4, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.router = nn.Linear(width, self.experts)
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
             for _ in range(self.experts)
         )
-        self.mix = nn.Conv2d(8, 16, 1)
+        self.mix = nn.Conv2d(width, 16, 1)
         self.head = nn.Linear(16, classes)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():

@@ -1,7 +1,7 @@
 /** The public types. Names and meanings are those of the Python package; docs/bundle-format.md has the rules. */
 
 export interface TensorSpec { name: string; shape: (number | string)[]; dtype: string }
-export interface Weight { name: string; shape: number[]; file: string; offset: number }
+export interface Weight { name: string; shape: number[]; file: string; offset: number; dtype?: 'float32' | 'int8' | 'uint8' }
 export interface Routing { experts: number; k: number; moe_layers: number; router: 'fused' | 'separate'; gate?: 'softmax' }
 export interface Preprocessing {
   size: number;

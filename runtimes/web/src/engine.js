@@ -14,6 +14,8 @@ import { firstLine } from './text.js';
  * @property {() => Promise<void>} release
  */
 
+const ARRAYS = { float32: Float32Array, int8: Int8Array, uint8: Uint8Array };
+
 let last = Promise.resolve();
 
 /**
@@ -122,10 +124,10 @@ export class Engine {
     const tensors = {};
     const files = new Map();
     for (const { file } of weights) if (!files.has(file)) files.set(file, await this.#bundle.read(file));
-    for (const { name, file, offset, shape } of weights) {
+    for (const { name, file, offset, shape, dtype = 'float32' } of weights) {
       const bytes = files.get(file);
       const count = shape.reduce((product, each) => product * each, 1);
-      tensors[name] = this.tensor(new Float32Array(bytes.buffer, bytes.byteOffset + offset, count), shape);
+      tensors[name] = new this.#ort.Tensor(dtype, new ARRAYS[dtype](bytes.buffer, bytes.byteOffset + offset, count), shape);
     }
     return tensors;
   }
@@ -138,6 +140,8 @@ export class Engine {
    * @returns {Promise<Tensor[]>}
    */
   async #run(piece, session, inputs, weights) {
+    const batch = inputs[0].dims[0];
+    if (piece.inputs[0].shape[0] === 1 && batch > 1) return this.#runOneByOne(piece, session, inputs, weights);
     const feeds = { ...weights };
     piece.inputs.forEach((spec, i) => { feeds[spec.name] = inputs[i]; });
     let outputs;
@@ -147,10 +151,35 @@ export class Engine {
       throw new BackendError(`${piece.graph}: ${pieceName(piece)} failed in onnxruntime (${firstLine(error)})`, { cause: error });
     }
     const results = piece.outputs.map((spec) => outputs[spec.name]);
-    const batch = inputs[0].dims[0];
     const bad = piece.outputs.find((spec, i) => !matches(results[i], spec, batch));
     if (bad) throw new BackendError(`${piece.graph}: ${pieceName(piece)} returned another ${bad.name} than manifest.json says; export again`);
     return results;
+  }
+
+  /**
+   * Runs a batch through a graph that takes one image at a time.
+   * @param {Piece} piece
+   * @param {any} session
+   * @param {Tensor[]} inputs
+   * @param {Record<string, Tensor>} weights
+   * @returns {Promise<Tensor[]>}
+   */
+  async #runOneByOne(piece, session, inputs, weights) {
+    const batch = inputs[0].dims[0];
+    /** @type {Tensor[][]} */
+    const parts = [];
+    for (let i = 0; i < batch; i++) {
+      const one = inputs.map(({ data, dims }) => {
+        const values = /** @type {Float32Array} */ (data), size = values.length / batch;
+        return this.tensor(values.subarray(i * size, (i + 1) * size), [1, ...dims.slice(1)]);
+      });
+      parts.push(await this.#run(piece, session, one, weights));
+    }
+    return parts[0].map(({ type, data, dims }, output) => {
+      const size = /** @type {any} */ (data).length, joined = new /** @type {any} */ (data).constructor(batch * size);
+      parts.forEach((part, i) => joined.set(part[output].data, i * size));
+      return new this.#ort.Tensor(type, joined, [batch, ...dims.slice(1)]);
+    });
   }
 
   /** Frees the graphs that experts share. */

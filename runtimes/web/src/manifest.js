@@ -5,7 +5,7 @@ import { BackendError, BundleError } from './errors.js';
 
 /** @import { Manifest, Piece, Routing, TensorSpec } from './api.d.ts' */
 
-export const READABLE = [1, 2, 3, 4];
+export const READABLE = [1, 2, 3, 4, 5];
 export const MAX_MANIFEST_BYTES = 32 << 20;
 const ALIGNMENT = 64;
 
@@ -103,7 +103,8 @@ const manifestFields = record({
     },
     {
       expert: orNull(index), layer: orNull(index), function: orNull(text), optimised: bool,
-      weights: list(record({ name: text, shape: list(extent, 8), file: text, offset: count })), shared_bytes: count,
+      weights: list(record({ name: text, shape: list(extent, 8), file: text, offset: count }, { dtype: oneOf('float32', 'int8', 'uint8') })),
+      shared_bytes: count,
     },
   )),
   verification: map,
@@ -209,9 +210,9 @@ function fileProblem({ role, expert, layer, files, graph }, sizes) {
  * @param {Map<string, number>} sizes
  */
 function weightProblem({ files, inputs, weights = [] }, sizes) {
-  for (const { name, file, offset, shape } of weights) {
+  for (const { name, file, offset, shape, dtype } of weights) {
     if (!files.includes(file)) return `weight ${name} is in ${file}, which the piece does not list`;
-    if (offset % ALIGNMENT || offset + 4 * size(shape) > (sizes.get(file) ?? 0)) {
+    if (offset % ALIGNMENT || offset + (dtype === 'int8' || dtype === 'uint8' ? 1 : 4) * size(shape) > (sizes.get(file) ?? 0)) {
       return `weight ${name} lies outside ${file}, or across its alignment`;
     }
   }

@@ -6,10 +6,20 @@ class TensorSpec internal constructor(val name: String, val shape: List<Any>, va
 /** A file of the bundle; its path is relative to the bundle, with forward slashes. */
 class FileEntry internal constructor(val path: String, val bytes: Long, val sha256: String)
 
-/** A float32 weight that a graph takes as an input, little-endian and in C order in a file of the bundle. */
-class Weight internal constructor(val name: String, val shape: List<Long>, val file: String, val offset: Long) {
+/**
+ * A weight that a graph takes as an input, little-endian and in C order in a file of the bundle.
+ *
+ * @property dtype `float32`, `int8` or `uint8`.
+ */
+class Weight internal constructor(
+    val name: String,
+    val shape: List<Long>,
+    val file: String,
+    val offset: Long,
+    val dtype: String,
+) {
     /** Its size in bytes; more than any file has where the shape's product is out of range. */
-    val bytes: Long get() = shape.fold(4L) { product, extent ->
+    val bytes: Long get() = shape.fold(if (dtype == "float32") 4L else 1L) { product, extent ->
         if (product > Fields.MAX_COUNT / extent) return Long.MAX_VALUE / 2 else product * extent
     }
 }
@@ -72,12 +82,13 @@ class Manifest internal constructor(
 )
 
 internal const val FORMAT = "mvmoe-bundle"
-internal val READABLE = 1..4
+internal val READABLE = 1..5
 private val TARGETS = listOf("onnx", "executorch", "coreml")
 private val ROLES = listOf("model", "trunk", "router", "tail", "attention", "expert_layer", "head")
 private const val MAX_INDEX = 65535L
 private const val MAX_EXTENT = 1L shl 32
 private const val WEIGHT_ALIGNMENT = 64
+private val WEIGHT_TYPES = setOf("float32", "int8", "uint8")
 private const val MAX_NAME_BYTES = 255
 private const val MAX_RANKED = 64
 
@@ -191,7 +202,9 @@ private fun Fields.readWeight(): Weight {
     val shape = list("shape", longest = 8).map { extent ->
         (extent as? Long)?.takeIf { it in 1..MAX_EXTENT } ?: throw JsonException("shape of a weight: expected numbers")
     }
-    return Weight(text("name"), shape, text("file"), integer("offset"))
+    val dtype = if (has("dtype")) text("dtype") else "float32"
+    if (dtype !in WEIGHT_TYPES) throw JsonException("dtype of a weight: expected ${WEIGHT_TYPES.joinToString()}")
+    return Weight(text("name"), shape, text("file"), integer("offset"), dtype)
 }
 
 /** What is inconsistent in a manifest whose fields have the right types; null if nothing is. */

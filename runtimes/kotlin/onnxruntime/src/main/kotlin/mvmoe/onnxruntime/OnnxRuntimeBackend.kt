@@ -1,5 +1,6 @@
 package mvmoe.onnxruntime
 
+import ai.onnxruntime.OnnxJavaType
 import ai.onnxruntime.OnnxTensor
 import ai.onnxruntime.OnnxTensorLike
 import ai.onnxruntime.OnnxValue
@@ -86,8 +87,13 @@ class OnnxRuntimeBackend(private val bundle: Bundle, threads: Int = 1) : Backend
                 val part = map.duplicate()
                 part.position(Math.toIntExact(weight.offset))
                 part.limit(Math.toIntExact(weight.offset + weight.bytes))
-                val values = part.slice().order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer()
-                result[weight.name] = OnnxTensor.createTensor(environment, values, weight.shape.toLongArray())
+                val bytes = part.slice().order(ByteOrder.LITTLE_ENDIAN)
+                val shape = weight.shape.toLongArray()
+                result[weight.name] = when (weight.dtype) {
+                    "int8" -> OnnxTensor.createTensor(environment, bytes, shape, OnnxJavaType.INT8)
+                    "uint8" -> OnnxTensor.createTensor(environment, bytes, shape, OnnxJavaType.UINT8)
+                    else -> OnnxTensor.createTensor(environment, bytes.asFloatBuffer(), shape)
+                }
             }
         } catch (error: Exception) {
             result.values.forEach(OnnxTensor::close)
