@@ -8,7 +8,7 @@ every piece of the family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,8 @@ def check_same(piece: PieceModule, rewritten: nn.Module, how: str = "traced") ->
     Raises:
         ExportError: they differ by more than :data:`TOLERANCE`.
     """
-    found = PieceModule(piece.role, private_copy(rewritten), piece.inputs, piece.outputs, piece.expert, piece.layer)
-    original = PieceModule(piece.role, private_copy(piece.module), *list(vars(piece).values())[2:])
+    found = replace(piece, module=private_copy(rewritten))
+    original = replace(piece, module=private_copy(piece.module))
     inputs = piece.inputs.values()
     for name, expected, value in zip(piece.outputs, original(*inputs), found(*inputs), strict=True):
         finite = expected.isfinite()

@@ -293,7 +293,7 @@ def open_server(
     tried: Sequence[int] = (PORT, 0) if port is None else (port,)
     for number in tried:
         try:
-            return Server(site, host, number, certificate, handler)
+            return Server(site, host, port=number, certificate=certificate, handler=handler)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
     raise BackendError(f"{host}:{tried[0]}: cannot be opened ({reason}); choose another by --port or --host")

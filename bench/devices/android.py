@@ -482,7 +482,7 @@ def measure(
             for number, (bundle, name) in enumerate(zip(bundles, names, strict=True))
         ]
         for each in measured:
-            each.selftest = selftest(place, program, each, Path(local), progress)
+            each.selftest = selftest(place, program, measured=each, local=Path(local), progress=progress)
         before = describe(adb)
         turns = [(each, piece) for each in measured for piece in each.bundle.manifest.pieces]
         order = [turns[number % len(turns) :] + turns[: number % len(turns)] for number in range(PASSES)]

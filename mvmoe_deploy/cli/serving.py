@@ -65,7 +65,7 @@ def open_with_options(site: Site, args: argparse.Namespace, handler: type[Handle
     certificate = args.certificate
     if args.https and certificate is None:
         certificate = self_signed(local_address())
-    return open_server(site, args.host, args.port, certificate, handler or Handler)
+    return open_server(site, args.host, port=args.port, certificate=certificate, handler=handler or Handler)
 
 
 def print_address(server: Server, args: argparse.Namespace) -> None:

@@ -588,6 +588,9 @@ def test_a_batch_is_looked_at_image_by_image(bundle_path: Path) -> None:
     twice = [np.concatenate([TOKENS] * 2), np.concatenate([ROUTES, ROUTES * 2])]
     with pytest.raises(BackendError, match=r"they are 0\.5 to 0\.5 and sum to 2"):
         Runtime(bundle, Fake(trunk=twice)).run(batch)
+    twice[1] = np.concatenate([ROUTES, np.array([[1.5, -0.5, 0, 0]], np.float32)])
+    with pytest.raises(BackendError, match=r"they are -0\.5 to 1\.5 and sum to 1"):
+        Runtime(bundle, Fake(trunk=twice)).run(batch)
     twice[1] = np.concatenate([ROUTES, np.array([[0, 0, 1, 0]], np.float32)])
     with pytest.raises(BackendError, match=r"expert_00 returned logits"):
         Runtime(bundle, Fake(trunk=twice, tail=[nan_at(LOGITS, 0)])).run(batch)

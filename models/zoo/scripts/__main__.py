@@ -19,6 +19,7 @@ from mvmoe_deploy.models.zoo.scripts.faces import copyright_text
 from mvmoe_deploy.models.zoo.scripts.licences import licence_of
 
 READ = "reads a picture of characters with a bundle, with at most one expert in memory"
+DESCRIPTION = "Renders the data set's characters, trains on them, writes images to evaluate on, and reads pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,32 +41,41 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mvmoe_deploy.models.zoo.scripts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mvmoe_deploy.models.zoo.scripts", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_fonts, _add_pictures, _add_superclasses, _add_train, _add_survey):
+        add(commands)
+    return parser
 
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "--fonts",
-            type=Path,
-            metavar="DIR",
-            help="unpacked packages, DIR/PACKAGE/usr/… (default: the installed ones)",
-        )
-        return sub
 
-    def cached(sub: argparse.ArgumentParser) -> None:
+def _command(commands: Any, name: str, run: Any, text: str, *, cached: bool = False) -> argparse.ArgumentParser:
+    """Adds a command that needs the fonts, and with ``cached`` the rendered glyphs."""
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(run=run)
+    sub.add_argument(
+        "--fonts",
+        type=Path,
+        metavar="DIR",
+        help="unpacked packages, DIR/PACKAGE/usr/… (default: the installed ones)",
+    )
+    if cached:
         sub.add_argument(
             "--cache", type=Path, default=cache.default_folder(), metavar="DIR", help="rendered glyphs (%(default)s)"
         )
+    return sub
 
-    command("packages", _packages, "lists the font packages that the data set is made of")
-    command("licences", _licences, "reads each package's licences from its copyright file, as a table")
-    render = command("render", _render, "renders every glyph once")
-    cached(render)
+
+def _add_fonts(commands: Any) -> None:
+    _command(commands, "packages", _packages, "lists the font packages that the data set is made of")
+    _command(commands, "licences", _licences, "reads each package's licences from its copyright file, as a table")
+    render = _command(commands, "render", _render, "renders every glyph once", cached=True)
     render.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
-    images = command("images", _images, "writes a data folder for mvmoe-train evaluate, compare and analyse")
-    cached(images)
+
+
+def _add_pictures(commands: Any) -> None:
+    images = _command(
+        commands, "images", _images, "writes a data folder for mvmoe-train evaluate, compare and analyse", cached=True
+    )
     images.add_argument(
         "--split", choices=tables.SPLITS, default="test", help="split whose faces are used (%(default)s)"
     )
@@ -74,10 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder that val/ and classes.tsv are written into"
     )
-    sample = command("sample", _sample, "writes the images that are in the zoo: some that images writes for test faces")
-    cached(sample)
+    sample = _command(
+        commands,
+        "sample",
+        _sample,
+        "writes the images that are in the zoo: some that images writes for test faces",
+        cached=True,
+    )
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.zip", help="such as DIR/val.zip")
-    sign = command("sign", _sign, "draws a picture to read: a sign in several scripts, from test faces")
+    sign = _command(commands, "sign", _sign, "draws a picture to read: a sign in several scripts, from test faces")
     sign.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     reader = commands.add_parser("read", help=READ, description=READ)
     reader.set_defaults(run=_read)
@@ -85,8 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     reader.add_argument("picture", type=Path, help="characters of one brightness on a plain ground, spaced apart")
     reader.add_argument("--text", type=Path, metavar="FILE", help="what the picture says, to count what was read right")
     reader.add_argument("--json", action="store_true", help="print what was read as JSON")
-    groups = command("superclasses", _superclasses, "groups classes by which of them a dense model confuses")
-    cached(groups)
+
+
+def _add_superclasses(commands: Any) -> None:
+    groups = _command(
+        commands, "superclasses", _superclasses, "groups classes by which of them a dense model confuses", cached=True
+    )
     groups.add_argument("checkpoint", type=Path, metavar="CKPT", help="dense model that was trained on these classes")
     groups.add_argument("--experts", type=int, default=10, metavar="E", help="number of super-classes (%(default)s)")
     groups.add_argument(
@@ -103,8 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.tsv",
         help="table to write; a picture of the groups is written beside it",
     )
-    train = command("train", _train, "trains a model on endless samples, with the recipe of the zoo's models")
-    cached(train)
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(
+        commands, "train", _train, "trains a model on endless samples, with the recipe of the zoo's models", cached=True
+    )
     train.add_argument(
         "--model", default="mvmoe_12x32", metavar="NAME", help="name of a shape, such as vit_12x32 (%(default)s)"
     )
@@ -124,13 +147,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
     train.add_argument("--force", action="store_true", help="start again even if --out exists")
     train.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint to write")
-    survey = command("survey", _survey, "makes the tables of fonts and classes anew from packages (for maintainers)")
+
+
+def _add_survey(commands: Any) -> None:
+    survey = _command(
+        commands, "survey", _survey, "makes the tables of fonts and classes anew from packages (for maintainers)"
+    )
     survey.add_argument("packages", nargs="+", metavar="PACKAGE")
     survey.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder that fonts.tsv and classes.tsv are written into"
     )
     survey.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
-    return parser
 
 
 def _packages(_: argparse.Namespace) -> None:
@@ -185,7 +212,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     fonts = tables.read_fonts()
     samples = Characters(cache.load(options.cache, fonts, tables.read_classes()), "test", 993)
-    written = folder.write_zip(samples, fonts, 4, 500, "OFL", options.out)
+    written = folder.write_zip(samples, fonts, per_class=4, count=500, licence="OFL", path=options.out)
     print(f"{options.out}: {written:,} images, {options.out.stat().st_size / 1e3:.0f} kB")
 
 

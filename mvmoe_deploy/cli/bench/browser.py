@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
     )
     images = choose_images(args.images)
     with tempfile.TemporaryDirectory(prefix="mvmoe-bench-") as folder:
-        site, configurations = measuring_site(args.bundles, images, plan, web_engine.find(args.engine), Path(folder))
+        site, configurations = measuring_site(
+            args.bundles, images, plan=plan, engine=web_engine.find(args.engine), folder=Path(folder)
+        )
         server = open_with_options(site, args, ReportHandler)
         print("scan the code, or open this address on a phone in the same network, and tap Start")
         print_address(server, args)
