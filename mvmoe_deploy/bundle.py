@@ -315,8 +315,7 @@ def open_bundle(path: str | Path, *, digest: str | None = None, trust: bool = Fa
         if not path.exists():
             raise BundleError(f"{path}: no such bundle")
         if not file.is_file():
-            hint = "a zip of one: unpack it" if _is_zip(path) else f"a directory with a {MANIFEST}"
-            raise BundleError(f"{path}: not a bundle ({hint})")
+            raise BundleError(f"{path}: not a bundle ({_what_instead(path)})")
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{file}: is larger than {MAX_MANIFEST_BYTES >> 20} MB; not a manifest")
         data = file.read_bytes()
@@ -378,11 +377,15 @@ def _recorded_digest(path: Path) -> str | None:
     return match[1].decode() if match else ""
 
 
-def _is_zip(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+def _what_instead(path: Path) -> str:
+    """What a path that is no bundle may be, and what to do about it."""
+    if path.is_file() and path.suffix in (".pt", ".safetensors"):
+        return "a checkpoint, perhaps: mvmoe-export makes a bundle of one"
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04":
+                return "a zip of one: unpack it"
+    return f"a directory with a {MANIFEST}"
 
 
 def is_bundle(path: Path) -> bool:

@@ -197,6 +197,11 @@ def test_a_zip_of_a_bundle_is_told_apart(bundle_path: Path, tmp_path: Path) -> N
     path = Path(shutil.make_archive(str(tmp_path / "moe.mvmoe"), "zip", bundle_path))
     with pytest.raises(BundleError, match=r"moe\.mvmoe\.zip: not a bundle \(a zip of one: unpack it\)"):
         open_bundle(path)
+    path.rename(tmp_path / "moe.pt")  # which is a zip as well
+    with pytest.raises(
+        BundleError, match=r"moe\.pt: not a bundle \(a checkpoint, perhaps: mvmoe-export makes a bundle"
+    ):
+        open_bundle(tmp_path / "moe.pt")
     path.write_bytes(b"something else")
     with pytest.raises(BundleError, match=r"not a bundle \(a directory with a manifest\.json\)"):
         open_bundle(path)

@@ -645,6 +645,41 @@ def test_a_trusted_graph_that_fails_while_it_runs(bundle_copy: Path, edit: Any, 
     assert "\n" not in str(caught.value)
 
 
+def images_side_by_side(graph: Any) -> None:
+    """Logits ``[1, B · C]``, which is right for one image."""
+    from onnx import helper, numpy_helper
+
+    logits_of_two_images(graph)
+    graph.initializer.append(numpy_helper.from_array(np.array([1, -1]), "row"))
+    graph.node[-1].CopyFrom(helper.make_node("Reshape", ["one", "row"], ["logits"]))
+
+
+def test_a_graph_that_is_right_for_one_image_alone(bundle_copy: Path) -> None:
+    """The check of graphs follows one image, so batches are compared when they have run."""
+    graph_returning(bundle_copy, images_side_by_side)
+    with mvmoe_deploy.load(bundle_copy) as runtime:
+        runtime.run(tiny.inputs(1).numpy(), np.array([[0]]))
+        with pytest.raises(
+            BackendError, match=r"expert_00 returned \[1, 12\] of float32, .*manifest\.json says \[2, 6\]"
+        ):
+            runtime.run(tiny.inputs(2).numpy(), np.array([[0], [0]]))
+
+
+def inputs_by_other_names(graph: Any) -> None:
+    graph.input[1].name = "weight"
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name == "gate":
+                node.input[place] = "weight"
+
+
+def test_a_trusted_graph_with_other_inputs_is_refused_when_it_is_loaded(bundle_copy: Path) -> None:
+    graph_returning(bundle_copy, inputs_by_other_names)
+    message = r"expert_00\.onnx: takes inputs \['tokens', 'weight'\], manifest\.json says \['tokens', 'gate'\]"
+    with pytest.raises(BackendError, match=message):
+        mvmoe_deploy.load(bundle_copy, trust=True, preload=[0])
+
+
 THREADS = """
 import sys, numpy as np, mvmoe_deploy
 batch = np.load(sys.argv[2])
