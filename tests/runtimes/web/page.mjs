@@ -61,7 +61,7 @@ const HERE = {
     return { answers, stats };
   },
 
-  /** One image in every form that `predict` takes; and a bundle of files that the user picked. */
+  /** One image in every form that `predict` takes; and bundles that the user picked. */
   async kinds({ bundle, image }) {
     const bytes = await fetchBytes(image);
     const blob = new Blob([bytes]);
@@ -81,6 +81,9 @@ const HERE = {
     const picked = await load(await filesOf(bundle), {});
     answers.files = await one(picked, blob);
     await picked.close();
+    const opened = await load(await handleOf(bundle), {});
+    answers.handle = await one(opened, blob);
+    await opened.close();
     return answers;
   },
 
@@ -123,11 +126,25 @@ async function playing(canvas) {
   return video;
 }
 
+async function pathsOf(bundle) {
+  const manifest = await (await fetch(`${bundle}/manifest.json`)).json();
+  return ['manifest.json', 'manifest.sha256', ...manifest.files.map((file) => file.path)];
+}
+
+/** A bundle's folder, as a handle that the user picked. */
+async function handleOf(bundle) {
+  const folder = await (await navigator.storage.getDirectory()).getDirectoryHandle('birds.mvmoe', { create: true });
+  for (const path of await pathsOf(bundle)) {
+    const writable = await (await folder.getFileHandle(path, { create: true })).createWritable();
+    await writable.write(await fetchBytes(`${bundle}/${path}`));
+    await writable.close();
+  }
+  return folder;
+}
+
 /** A bundle's files, as a folder that the user picked would give them. */
 async function filesOf(bundle) {
-  const manifest = await (await fetch(`${bundle}/manifest.json`)).json();
-  const paths = ['manifest.json', 'manifest.sha256', ...manifest.files.map((file) => file.path)];
-  return Promise.all(paths.map(async (path) => {
+  return Promise.all((await pathsOf(bundle)).map(async (path) => {
     const file = new File([await fetchBytes(`${bundle}/${path}`)], path.split('/').at(-1));
     Object.defineProperty(file, 'webkitRelativePath', { value: `birds.mvmoe/${path}` });
     return file;

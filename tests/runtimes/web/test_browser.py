@@ -125,7 +125,7 @@ def test_whatever_a_page_holds_can_be_predicted(page: Page, cases: dict[str, Any
     bundle = cases["bundles"][0]
     names = ("png_profile.png", "bmp.bmp")
     requests = [{"ask": "kinds", "bundle": f"/cases/{bundle['path']}", "image": f"/cases/images/{n}"} for n in names]
-    of_files = {"blob", "bytes", "image", "files"}  # a profile in these is ignored, as in training
+    of_files = {"blob", "bytes", "image", "files", "handle"}  # a profile in these is ignored, as in training
     shown = {"bitmap", "canvas", "pixels", "video"}  # here the browser has converted the colours already
     for name, answers in zip(names, page.ask(requests), strict=True):
         (case,) = [each for each in bundle["cases"] if each["image"] == name]
