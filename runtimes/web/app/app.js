@@ -15,7 +15,7 @@ export function make(tag, { text, ...properties } = {}, ...children) {
 
 export const megabytes = (bytes) => (bytes < 950_000 ? `${Math.round(bytes / 1000)} kB` : `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`);
 export const percent = (share) => (share > 0.999 && share < 1 ? 'over 99.9' : (100 * share).toFixed(share < 0.1 ? 1 : 0)) + ' %';
-export const milliseconds = (time) => `${time.toFixed(time < 10 ? 1 : 0)} ms`;
+export const milliseconds = (time) => (time < 1000 ? `${time.toFixed(time < 10 ? 1 : 0)} ms` : `${(time / 1000).toFixed(1)} s`);
 
 /** The engine's module; this page has no import map, which a strict content policy would not allow. */
 export const engine = (provider) => import(provider === 'webgpu' ? './engine/ort.webgpu.min.mjs' : './engine/ort.wasm.min.mjs');

@@ -339,9 +339,9 @@ function show({ bundles: measured, verdicts }) {
     const rows = [
       ['a picture', milliseconds(median(warm.samples))],
       [`beside ${measured[0].name}`, i ? `× ${ratio(warm.samples)}` : null],
-      ['another expert', switched && milliseconds(median(switched.samples))],
+      ['with another expert', switched && milliseconds(median(switched.samples))],
       ['cold start', milliseconds(median(cold.map((each) => each.frame + each.imports + each.load + each.first_run)))],
-      ['fetched before the first answer', megabytes(cold[0].bytes)],
+      ['fetched at first', megabytes(cold[0].bytes)],
       ['memory', held && megabytes(held[1].bytes)],
     ].filter(([, value]) => value);
     const { verdict } = verdicts[i];
