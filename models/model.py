@@ -104,12 +104,15 @@ class Model(nn.Module):
         moe_layers: number of MoE layers.
         cannot_split: why the model cannot be split into pieces and exported; empty if it can.
         library: the library that builds the model, with its release; empty if this project alone does.
+        keeps_features: whether training can keep what the trunk gives: the model has :meth:`routed_after_trunk`, and
+            ``trunk_module()`` of :class:`mvmoe_deploy.exporters.split.PerImageRouted`.
     """
 
     config: ModelConfig
     moe_layers: int = 0
     cannot_split: ClassVar[str] = ""
     library: str = ""
+    keeps_features: ClassVar[bool] = False
 
     def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> Output:
         """Runs the model, and returns its routes beside the logits.
@@ -121,6 +124,23 @@ class Model(nn.Module):
                 routes images.
         """
         return Output(self(images))
+
+    def routed_after_trunk(self, features: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> Output:
+        """Runs what follows the trunk, for a model with ``keeps_features``.
+
+        Args:
+            features: the trunk's output ``[B, …]``.
+            chosen: as in :meth:`routed`.
+            noisy: as in :meth:`routed`.
+
+        Raises:
+            ConfigError: the model cannot.
+        """
+        raise ConfigError(f"a {self.config.architecture} does not run from its trunk's features on")
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The weights that belong to a single expert, or hold one part per expert."""
+        return self.expert_stacks()
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights that Muon can train: matrices between hidden layers, without input layer, routers and head."""
@@ -217,6 +237,19 @@ def routed_by_tails(
         gates=choice.gates,
         chosen=choice.chosen,
     )
+
+
+def set_training(module: nn.Module, training: bool = True) -> None:
+    """Puts a module into training mode, except for batch norms whose weights do not learn: they keep their statistics.
+
+    Args:
+        module: the module, whose sub-modules change too.
+        training: False puts all of it into evaluation mode.
+    """
+    module.train(training)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+            norm.training = training and any(weight.requires_grad for weight in norm.parameters())
 
 
 def check_state_dict(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:

@@ -36,7 +36,7 @@ from mvmoe_deploy.models.architectures import timm_library
 from mvmoe_deploy.models.architectures.routing import choose
 from mvmoe_deploy.models.architectures.stages import Part, Unit, bytes_of, replaced, stages_of
 from mvmoe_deploy.models.architectures.tails import Dispatch, Gated, Mixed, Route, Selected, Tail
-from mvmoe_deploy.models.model import ImageRouted, Model
+from mvmoe_deploy.models.model import ImageRouted, Model, set_training
 from mvmoe_deploy.models.registry import Architecture, ModelConfig, build, register, shape
 
 STAGES = "stages"
@@ -354,6 +354,7 @@ class RoutedBackbone(TimmModel):
     config: RoutedBackboneConfig
     constant: Tensor | None
     moe_layers = 1
+    keeps_features = True
 
     def __init__(self, config: RoutedBackboneConfig) -> None:
         super().__init__()
@@ -408,6 +409,9 @@ class RoutedBackbone(TimmModel):
         """The first expert's part, which notes how many rows it takes per image."""
         return Watched(self._part(0, name), lambda rows: self._times.update({name: rows // EXAMPLES}))
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        return list(self.experts_of.parameters())
+
     def holds_expert(self, name: str) -> bool:
         return any(_within(own, name) for own in self._own)
 
@@ -443,7 +447,8 @@ class RoutedBackbone(TimmModel):
             head=Part(self.backbone, self._family.after, self._family.head),
             route=route,
         )
-        return made.train(self.training)
+        set_training(made, self.training)
+        return made
 
     def _unit(self, unit: Unit, fill: Fill, route: Route) -> nn.Module:
         if unit.name in self._own:
@@ -464,7 +469,9 @@ class RoutedBackbone(TimmModel):
         return Gated(module, route, self._times[name]) if name in self._gated_modules else module
 
     def routed(self, images: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> ImageRouted:
-        features = self.trunk_module()(images)
+        return self.routed_after_trunk(self.trunk_module()(images), chosen, noisy)
+
+    def routed_after_trunk(self, features: Tensor, chosen: Tensor | None = None, noisy: bool = False) -> ImageRouted:
         router_logits = self.router.logits(features)
         choice = choose(router_logits, 1, chosen, noisy)
 
@@ -526,7 +533,9 @@ class RoutedBackbone(TimmModel):
             unit.wrap(self.backbone.get_submodule(unit.name), self.constant) for unit in self._units[: self._start]
         ]
         stem = Part(self.backbone, self._family.before, self._family.stem)
-        return nn.Sequential(stem, *units).train(self.training)
+        made = nn.Sequential(stem, *units)
+        set_training(made, self.training)
+        return made
 
     def router_module(self) -> nn.Module:
         """Features → probabilities ``[B, E]``."""

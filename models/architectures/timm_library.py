@@ -218,6 +218,13 @@ def preprocessing_of(name: str) -> dict[str, Any]:
     }
 
 
+def imagenet_ids() -> list[str]:
+    """WordNet ids of ImageNet's 1,000 classes, in the order of published classifiers."""
+    library()
+    found: list[str] = importlib.import_module("timm.data").ImageNetInfo().label_names()
+    return found
+
+
 def classifiers_of(name: str) -> tuple[str, ...]:
     """Names of the layers that give a model's logits; a distilled model has two."""
     found = getattr(_having(name).get_pretrained_cfg(name), "classifier", None) or ()

@@ -13,7 +13,7 @@ from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import CheckFailed
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.model import ImageRoutes, Model, TokenRoutes
-from mvmoe_deploy.models.train.data import Bar, ImageSet, normaliser
+from mvmoe_deploy.models.train.data import Bar, ImageSet, images_per_batch, normaliser, quick
 from mvmoe_deploy.runtime import RoutedBatch, Runtime
 
 
@@ -59,9 +59,10 @@ def predict(
     model: Model,
     images: ImageSet,
     preprocessing: Preprocessing,
-    batch: int = 500,
+    batch: int | None = None,
     progress: Bar | None = None,
     experts: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> Predictions:
     """Runs a model on all images and returns its predictions in their order.
 
@@ -71,9 +72,10 @@ def predict(
         model: the model to run.
         images: labelled images.
         preprocessing: the model's preprocessing.
-        batch: number of images per batch.
+        batch: number of images per batch; by default, what suits the images' size.
         progress: wraps the iterator over batches in a progress bar.
         experts: experts ``[n, k]`` to use instead of the router's choice, for a per-image-routed model.
+        features: what the model's trunk gives for the images, where that is known, for a model with ``keeps_features``.
 
     Raises:
         CheckFailed: the model's outputs are not finite.
@@ -90,10 +92,13 @@ def predict(
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     tops: list[Tensor] = []
     routes: list[ImageRoutes | TokenRoutes] = []
-    parts = order.split(batch)
+    parts = order.split(batch or images_per_batch(preprocessing.size))
     for rows in progress(iter(parts), len(parts)) if progress else parts:
-        x = normalise(images.pixels[rows].to(device))
-        output = model.routed(x, None if experts is None else experts[rows].to(device))
+        chosen = None if experts is None else experts[rows].to(device)
+        if features is None:
+            output = model.routed(quick(normalise(images.pixels[rows].to(device))), chosen)
+        else:
+            output = model.routed_after_trunk(features[rows].to(device).float(), chosen)
         if (routed := output.routes()) is not None:
             routes.append(routed)
         tops.append(_best_classes(output.logits))
@@ -189,7 +194,8 @@ def evaluate(
     images: ImageSet,
     preprocessing: Preprocessing,
     superclasses: Superclasses | None = None,
-    batch: int = 500,
+    batch: int | None = None,
+    features: Tensor | None = None,
 ) -> Evaluation:
-    """Accuracy, router accuracy and load per expert on labelled images."""
-    return summarise(predict(model, images, preprocessing, batch), superclasses)
+    """Accuracy, router accuracy and load per expert on labelled images; see :func:`predict`."""
+    return summarise(predict(model, images, preprocessing, batch, features=features), superclasses)

@@ -10,12 +10,12 @@ from torch import nn
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.study.evaluation import check_finite
-from mvmoe_deploy.models.train.data import ImageSet, normaliser
+from mvmoe_deploy.models.train.data import ImageSet, images_per_batch, normaliser
 
 
 @torch.no_grad()
 def confusion(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, batch: int = 500
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, batch: int | None = None
 ) -> NDArray[np.float64]:
     """The soft confusion matrix ``[C, C]``: row c is the mean softmax over the images of class c.
 
@@ -27,6 +27,7 @@ def confusion(
     """
     normalise = normaliser(preprocessing, next(model.parameters()).device)
     total = torch.zeros(len(images.class_ids), len(images.class_ids), dtype=torch.float64)
+    batch = batch or images_per_batch(preprocessing.size)
     for start in range(0, len(images.labels), batch):
         logits = model(normalise(images.pixels[start : start + batch]))
         check_finite(logits)

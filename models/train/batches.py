@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mvmoe_deploy.errors import ConfigError, DataError
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.train.augmentation import View, augment, draw
-from mvmoe_deploy.models.train.data import ImageSet, normaliser
+from mvmoe_deploy.models.train.data import ImageSet, images_per_batch, normaliser, quick
 from mvmoe_deploy.models.train.recipe import Recipe
 from mvmoe_deploy.models.train.teacher import Teacher
 
@@ -93,6 +93,7 @@ def batches_of(
     preprocessing: Preprocessing,
     device: torch.device,
     teacher: Teacher | None = None,
+    trunk: FrozenTrunk | None = None,
 ) -> Batches:
     """Batches of a source's images, augmented as a recipe says.
 
@@ -102,13 +103,39 @@ def batches_of(
         preprocessing: the model's preprocessing.
         device: device of the batches.
         teacher: the model whose answers become part of the target.
+        trunk: a trunk that does not learn. What it gives for each view is kept, and takes the place of the model's
+            input; the recipe limits the number of views.
 
     Raises:
         ConfigError: the recipe limits the number of views, but the source is endless.
     """
     if isinstance(source, Endless):
         return EndlessBatches(source=source, recipe=recipe, preprocessing=preprocessing, device=device, teacher=teacher)
-    return ImageBatches(images=source, recipe=recipe, preprocessing=preprocessing, device=device, teacher=teacher)
+    return ImageBatches(
+        images=source, recipe=recipe, preprocessing=preprocessing, device=device, teacher=teacher, trunk=trunk
+    )
+
+
+class FrozenTrunk:
+    """A trunk that does not learn, so that what it gives for an image need be computed only once.
+
+    Args:
+        trunk: images ``[B, 3, S, S]`` → features ``[B, …]``.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self.trunk = trunk.eval()
+
+    @torch.no_grad()
+    def features(self, batches: Iterable[Tensor]) -> Tensor:
+        """The features of all images, float16 ``[n, …]`` on the CPU."""
+        return torch.cat([self.trunk(quick(x)).half().contiguous().cpu() for x in batches])
+
+    def of_all(self, images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+        """The features of a set of images, without augmentation; see :meth:`features`."""
+        normalise = normaliser(preprocessing, device)
+        parts = torch.arange(len(images.labels)).split(images_per_batch(preprocessing.size))
+        return self.features(normalise(images.pixels[rows].to(device)) for rows in parts)
 
 
 class Shown:
@@ -160,7 +187,9 @@ class ImageBatches:
         preprocessing: Preprocessing,
         device: torch.device,
         teacher: Teacher | None,
+        trunk: FrozenTrunk | None = None,
     ) -> None:
+        self._trunk, self._features = trunk, dict[int, Tensor]()
         self._set, self._recipe, self._preprocessing = images, recipe, preprocessing
         self._device, self._teacher = device, teacher
         self.images = len(images.labels)
@@ -188,8 +217,10 @@ class ImageBatches:
         view = index % recipe.views if recipe.views else index
         shown = self._shown(view)
         answers = None if self._teacher is None else self._answers(view, shown, progress)
+        features = None if self._trunk is None else self._kept(view, shown, progress)
         for rows in order.split(recipe.batch):
-            x, target = shown.inputs(rows), shown.targets(rows)
+            x = shown.inputs(rows) if features is None else features[rows].to(self._device).float()
+            target = shown.targets(rows)
             if answers is not None:
                 target = target.lerp(answers[rows].to(self._device).float(), recipe.teacher_weight)
             yield x, target
@@ -206,16 +237,26 @@ class ImageBatches:
 
     def _answers(self, view: int, shown: Shown, progress: Progress | None) -> Tensor:
         assert self._teacher is not None
-        parts = torch.arange(self.images).split(self._recipe.batch)
 
         def batches() -> Iterator[Tensor]:
-            asked: Iterator[Tensor] = iter(parts)
-            if progress is not None:
-                asked = progress(asked, len(parts), f"teacher, view {view + 1}")
-            return map(shown.inputs, asked)
+            return self._in_order(shown, progress, f"teacher, view {view + 1}")
 
         name = f"{self._views_id}-{view:04d}" if self._recipe.views else None
         return self._teacher.answers(name, (self.images, len(self._set.class_ids)), batches)
+
+    def _kept(self, view: int, shown: Shown, progress: Progress | None) -> Tensor:
+        """What the trunk gives for all images in a view."""
+        assert self._trunk is not None
+        if view not in self._features:
+            self._features[view] = self._trunk.features(self._in_order(shown, progress, f"trunk, view {view + 1}"))
+        return self._features[view]
+
+    def _in_order(self, shown: Shown, progress: Progress | None, title: str) -> Iterator[Tensor]:
+        parts = torch.arange(self.images).split(min(self._recipe.batch, images_per_batch(self._preprocessing.size)))
+        rows: Iterator[Tensor] = iter(parts)
+        if progress is not None:
+            rows = progress(rows, len(parts), title)
+        return map(shown.inputs, rows)
 
 
 class EndlessBatches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,9 @@ class Recipe:
         clip: gradients are clipped to this norm.
         seed: seed of the weights, the order of the images and the augmentation.
         precision: ``fp32`` or ``bf16`` (autocast).
+        learn: a regular expression that is searched for in the weights' names: those learn, all others stay as they
+            are, and so do the statistics of batch norms that do not learn. Empty: all weights learn. Where no weight of
+            a timm model's trunk learns and ``views`` is not 0, what the trunk gives is computed once and kept.
     """
 
     epochs: int = 20
@@ -82,6 +86,7 @@ class Recipe:
     clip: float = 1.0
     seed: int = 0
     precision: str = "fp32"
+    learn: str = ""
 
     def __post_init__(self) -> None:
         at_least = {"epochs": 1, "batch": 1, "warmup_epochs": 0, "weight_decay": 0, "crop_padding": 0, "views": 0,
@@ -101,6 +106,11 @@ class Recipe:
         for name, known in (("optimizer", OPTIMIZERS), ("router", ROUTERS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}, must be one of {', '.join(known)}")
+
+        try:
+            re.compile(self.learn)
+        except re.error as error:
+            raise ConfigError(f"recipe: learn is {self.learn!r}, not a regular expression ({error})") from None
 
     def shown(self) -> dict[str, Any]:
         """The fields that decide what a view shows, by name."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.errors import DataError
 from mvmoe_deploy.files import atomic_file
+from mvmoe_deploy.models.train.data import quick
 
 
 class Teacher:
@@ -69,7 +70,7 @@ class Teacher:
     def ask(self, x: Tensor) -> Tensor:
         """The teacher's probabilities for a batch of inputs ``[B, 3, S, S]``, float16 ``[B, C]``, on the CPU."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits: Tensor = self.model(x)
+            logits: Tensor = self.model(quick(x))
         return logits.float().softmax(-1).half().cpu()
 
     def _asked(self, batches: Iterable[Tensor]) -> Tensor:

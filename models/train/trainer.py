@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,9 +25,9 @@ from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
-from mvmoe_deploy.models.model import ImageRouted, Model, Output
+from mvmoe_deploy.models.model import ImageRouted, Model, Output, set_training
 from mvmoe_deploy.models.study.evaluation import evaluate
-from mvmoe_deploy.models.train.batches import Batch, Endless, Progress, batches_of
+from mvmoe_deploy.models.train.batches import Batch, Endless, FrozenTrunk, Progress, batches_of
 from mvmoe_deploy.models.train.data import ImageSet
 from mvmoe_deploy.models.train.muon import Muon
 from mvmoe_deploy.models.train.recipe import Recipe
@@ -54,6 +55,8 @@ class Trainer:
     ) -> None:
         check_fits(model, header, recipe, teacher)
         self.model = model.to(device)
+        choose_learning(model, recipe)
+        trunk = frozen_trunk(model) if recipe.views else None
         self.header = header
         self.val_set = val
         self.recipe = recipe
@@ -64,8 +67,14 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.batches = batches_of(
-            source=train, recipe=recipe, preprocessing=header.preprocessing, device=self.device, teacher=teacher
+            source=train,
+            recipe=recipe,
+            preprocessing=header.preprocessing,
+            device=self.device,
+            teacher=teacher,
+            trunk=trunk,
         )
+        self.val_features = None if trunk is None else trunk.of_all(val, header.preprocessing, self.device)
         self.steps_per_epoch = max(1, self.batches.images // recipe.batch)
         self.optimizers = optimizers(model, recipe)
         superclasses = header.superclasses
@@ -137,7 +146,13 @@ class Trainer:
                     f"the weights became NaN or infinite in epoch {self.epoch + 1}; {self.out} keeps epoch "
                     f"{self.epoch}; try a lower --lr"
                 )
-            result = evaluate(self.model, self.val_set, self.header.preprocessing, self.header.superclasses)
+            result = evaluate(
+                self.model,
+                self.val_set,
+                self.header.preprocessing,
+                self.header.superclasses,
+                features=self.val_features,
+            )
             self.epoch += 1
             self.history.append(
                 {
@@ -168,7 +183,7 @@ class Trainer:
         batches: Iterator[Batch] = itertools.islice(self.batches.epoch(self.epoch, progress), self.steps_per_epoch)
         if progress is not None:
             batches = progress(batches, self.steps_per_epoch, f"epoch {self.epoch + 1}/{self.recipe.epochs}")
-        self.model.train()
+        set_training(self.model)
         total = torch.zeros((), device=self.device)
         for step, (x, target) in enumerate(batches):
             rate = self._learning_rate(self.epoch * self.steps_per_epoch + step)
@@ -199,13 +214,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["share"]
             optimizer.step()
-        if self.recipe.expert_pull:
+        if self.recipe.expert_pull and all(stack.requires_grad for stack in self.model.expert_stacks()):
             share = self.recipe.expert_pull * rate / self.recipe.learning_rate
             for stack in self.model.expert_stacks():
                 stack.lerp_(stack.mean(0, keepdim=True).expand_as(stack), share)
 
     def _loss(self, x: Tensor, target: Tensor) -> Tensor:
-        output = self.model.routed(x, noisy=self.recipe.router == "end-to-end")
+        run = self.model.routed if self.val_features is None else self.model.routed_after_trunk
+        output = run(x, noisy=self.recipe.router == "end-to-end")
         return training_loss(output, target, self.members, self.recipe)
 
     def _learning_rate(self, step: int) -> float:
@@ -281,27 +297,49 @@ def optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
         ConfigError: the recipe needs hidden matrices or stacked experts, which the model does not offer.
     """
     rate, decay = recipe.learning_rate, recipe.weight_decay
-    hidden = model.hidden_matrices() if recipe.optimizer == "muon" else []
+    hidden = [each for each in model.hidden_matrices() if each.requires_grad] if recipe.optimizer == "muon" else []
     if recipe.optimizer == "muon" and not hidden:
         raise ConfigError(f"optimizer muon: a {model.config.architecture} names no matrices between hidden layers")
-    stacks = model.expert_stacks()
-    if model.config.experts and not stacks and (recipe.expert_rate != 1 or recipe.expert_pull):
-        raise ConfigError(f"expert_rate and expert_pull: the experts of a {model.config.architecture} are not stacked")
-    muons, stacked = {id(parameter) for parameter in hidden}, {id(parameter) for parameter in stacks}
-    plain: list[nn.Parameter] = []
-    grouped: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
+    if model.config.experts and not model.expert_stacks() and recipe.expert_pull:
+        raise ConfigError(f"expert_pull: the experts of a {model.config.architecture} are not stacked")
+    muons = {id(parameter) for parameter in hidden}
+    experts = {id(parameter) for parameter in model.expert_parameters()}
+    grouped: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    grouped[0.0, 1.0] = []
     for name, parameter in model.named_parameters():
-        if not (name.endswith("weight") and parameter.ndim > 1):
-            plain.append(parameter)
-        elif id(parameter) not in muons:
-            grouped[recipe.expert_rate if id(parameter) in stacked else 1.0].append(parameter)
-    groups: list[dict[str, Any]] = [{"params": plain, "weight_decay": 0.0, "share": 1.0}]
-    for share, parameters in grouped.items():
-        groups.append({"params": parameters, "weight_decay": decay, "share": share})
+        matrix = name.endswith("weight") and parameter.ndim > 1
+        if parameter.requires_grad and id(parameter) not in muons:
+            share = recipe.expert_rate if id(parameter) in experts else 1.0
+            grouped[decay if matrix else 0.0, share if matrix or not model.expert_stacks() else 1.0].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay, "share": share} for (decay, share), parameters in grouped.items()
+    ]
     adamw: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     if not hidden:
         return [adamw]
     return [adamw, Muon([{"params": hidden, "share": 1.0}], rate, decay, own=recipe.expert_rate)]
+
+
+def choose_learning(model: Model, recipe: Recipe) -> None:
+    """Lets only those weights learn that the recipe names.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = {name for name in names if re.search(recipe.learn, name)}
+    if not found:
+        raise ConfigError(f"recipe: learn is {recipe.learn!r}, which no weight's name matches, such as {names[-1]!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in found)
+
+
+def frozen_trunk(model: Model) -> FrozenTrunk | None:
+    """The trunk of a model that can keep what it gives, if none of its weights learns."""
+    if not model.keeps_features:
+        return None
+    trunk: nn.Module = model.trunk_module()  # type: ignore[operator]
+    return None if any(weight.requires_grad for weight in trunk.parameters()) else FrozenTrunk(trunk)
 
 
 def state_of(out: Path) -> Path:

@@ -57,6 +57,8 @@ RECIPE_FLAGS = [
      "its update comes from the images of all experts"),
     ("expert_pull", "--expert-pull", "share of the way to their mean that each step moves the experts; 0 is off"),
     ("clip", "--clip", "clip gradients to this norm"),
+    ("learn", "--learn", "regular expression that finds the names of the weights that learn, such as "
+     "'router|experts_of'; the others stay as they are (default: all learn)"),
     ("seed", "--seed", "seed of the weights, the order of the images and the augmentation"),
 ]  # fmt: skip
 

@@ -17,7 +17,9 @@ from mvmoe_deploy.bench.candidates.prepare import of_checkpoint, prepare
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.cli import export, run, train
 from mvmoe_deploy.models.architectures import timm_library
+from mvmoe_deploy.models.architectures.backbone import RoutedBackbone
 from mvmoe_deploy.models.registry import build, config_from_name
+from mvmoe_deploy.models.train import trainer
 from mvmoe_deploy.models.train.recipe import Recipe
 from mvmoe_deploy.models.train.trainer import optimizers
 
@@ -157,6 +159,8 @@ def test_what_cannot_be_exported_is_named(
         ([*ROUTED, "--experts", "2", "--router", "end-to-end", "--expert-pull", "0.1"], "are not stacked"),
         ([*ROUTED[:3], "blocks.9", "--experts", "2", "--router", "end-to-end"], "has no stage 'blocks.9'"),
         (["--model", NAME, "--from", "superclasses.tsv"], "superclasses.tsv"),
+        (["--model", NAME, "--learn", "expert"], "learn is 'expert', which no weight's name matches"),
+        (["--model", NAME, "--learn", "("], "learn is '(', not a regular expression"),
     ],
 )
 def test_what_cannot_be_trained_is_named(
@@ -198,3 +202,42 @@ def test_benchmarks_make_its_baselines(routed: Path, tmp_path: Path) -> None:
     assert of["dense-wide"].parameters == config.wide.parameters()
     assert of["all-experts"].parameters == config.parameters()
     assert isinstance(build(config.dense).stock_module(), type(build(config.dense).backbone))
+
+
+def test_only_what_is_named_learns_and_the_trunk_runs_once_per_view(
+    data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept features change nothing but the time: without ``--views`` and its features, the result is the same."""
+    options = [*ROUTED, "--from", str(dense), "--superclasses", str(data / "superclasses.tsv"), "--hold-out", "2"]
+    options += ["--learn", "router|experts_of", "--crop-padding", "0", "--expert-rate", "0.5"]
+    seen: list[int] = []
+    whole = RoutedBackbone.routed
+
+    def watched(model: RoutedBackbone, images: torch.Tensor, *others: Any, **named: Any) -> Any:
+        seen.append(len(images))
+        return whole(model, images, *others, **named)
+
+    monkeypatch.setattr(RoutedBackbone, "routed", watched)
+    assert train.main([*training(data, tmp_path / "kept.pt", *options, "--views", "1"), "--epochs", "3"]) == 0
+    assert not seen, "images went through the trunk again"
+    start, kept = (checkpoints.load(path).weights for path in (dense, tmp_path / "kept.pt"))
+    changed = {name for name in kept if name in start and not torch.equal(kept[name], start[name])}
+    assert not changed, "weights or statistics of batch norms that were not named"
+    own = [name for name in kept if name.startswith("experts_of.") and name.endswith("weight")]
+    assert any(not torch.equal(kept[name], start["backbone." + name.split(".", 2)[2]]) for name in own)
+
+    monkeypatch.setattr(trainer, "frozen_trunk", lambda model: None)
+    assert train.main([*training(data, tmp_path / "anew.pt", *options, "--views", "1"), "--epochs", "3"]) == 0
+    assert seen
+    anew = checkpoints.load(tmp_path / "anew.pt").weights
+    assert all(torch.allclose(anew[name], kept[name], atol=2e-3) for name in kept)
+
+
+def test_experts_learn_at_their_own_rate() -> None:
+    model = build(config_from_name(NAME, image_size=32, classes=3, experts=2))
+    adamw = optimizers(model, Recipe(expert_rate=0.1))[0]
+    own = {id(parameter) for parameter in model.expert_parameters()}
+    shares = {id(each): group["share"] for group in adamw.param_groups for each in group["params"]}
+    assert len(shares) == len(list(model.parameters()))
+    assert {share for each, share in shares.items() if each in own} == {0.1}
+    assert {share for each, share in shares.items() if each not in own} == {1.0}
