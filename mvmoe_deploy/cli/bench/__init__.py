@@ -15,6 +15,7 @@ from mvmoe_deploy.cli.bench import (
     measure,
     parity,
     report,
+    scaling,
     training,
 )
 from mvmoe_deploy.cli.common import Parser, SubCommand, command_group
@@ -32,6 +33,7 @@ COMMANDS: dict[str, SubCommand] = {
     "parity": parity,
     "executorch": executorch,
     "backbones": backbones,
+    "scaling": scaling,
     "training": training,
     "report": report,
     "compare": compare,

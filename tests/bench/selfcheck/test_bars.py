@@ -42,7 +42,9 @@ def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("expert_switch", 6.0),
         ("swappable_switch", 2.0),
         ("swappable_warm", 1.05),
-        ("predict_overhead", 0.1),
+        ("predict_overhead", 0.05),
+        ("int8_against_fp32", 1.0),
+        ("int8_against_dense", 1.05),
     ],
 )
 def test_a_latency_figure(function: str, bar: float, folder: Path) -> None:
@@ -83,4 +85,7 @@ def test_all_figures_are_measured(folder: Path, monkeypatch: pytest.MonkeyPatch)
         "expert_switch",
         "swappable_switch",
         "predict_overhead",
+        "int8_against_fp32",
+        "int8_against_dense",
+        "int8 bytes / fp32 bytes, 12x192",
     } <= set(found)
