@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +23,13 @@ from mvmoe_deploy.errors import ConfigError, ExportError, ImageError, as_text
 from mvmoe_deploy.exporters.exporter import Options, complete_options, converter_of
 from mvmoe_deploy.exporters.job import Job
 from mvmoe_deploy.exporters.selftest import Pictures, write_selftest
-from mvmoe_deploy.exporters.split import SplitModel, split_model
+from mvmoe_deploy.exporters.split import SplitModel, private_copy, split_model
 from mvmoe_deploy.exporters.verify import verify
 from mvmoe_deploy.files import atomic_directory
 from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import Preprocessing, normalise, preprocess
 from mvmoe_deploy.models import config_from_dict, load_checkpoint
+from mvmoe_deploy.models.counting import count
 
 MAX_IMAGES = 1000
 """Largest number of images that are taken from a folder for verification; more would add nothing."""
@@ -157,7 +159,7 @@ def export_model(
                 options=options,
                 manifest=manifest,
                 images=tensors,
-                piece_flops=_flops_of(header.model),
+                piece_flops=_flops_of(header.model, pieces),
                 progress=progress,
             )
         )
@@ -284,8 +286,19 @@ def _manifest(
     )
 
 
-def _flops_of(model: dict[str, Any]) -> Callable[[str], int | None]:
+def _flops_of(model: dict[str, Any], split: SplitModel) -> Callable[[str], int | None]:
+    """FLOPs of a piece by its role: as the model's config says, or else counted on the piece as it is traced."""
     try:
-        return config_from_dict(model).piece_flops
-    except ConfigError:  # the FLOPs of a foreign model are not known
-        return lambda role: None
+        known = config_from_dict(model).piece_flops
+    except ConfigError:  # a foreign model
+        known = lambda role: None  # noqa: E731
+
+    @functools.cache
+    def flops(role: str) -> int | None:
+        found = known(role)
+        if found is None and (first := next((piece for piece in split.pieces if piece.role == role), None)):
+            work = count(private_copy(first.module), [example[:1] for example in first.inputs.values()])
+            found = None if work is None else work.flops
+        return found
+
+    return flops

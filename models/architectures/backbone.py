@@ -36,6 +36,7 @@ from mvmoe_deploy.models.architectures import timm_library
 from mvmoe_deploy.models.architectures.routing import choose
 from mvmoe_deploy.models.architectures.stages import Part, Unit, bytes_of, replaced, stages_of
 from mvmoe_deploy.models.architectures.tails import Dispatch, Gated, Mixed, Route, Selected, Tail
+from mvmoe_deploy.models.counting import Work, count
 from mvmoe_deploy.models.model import ImageRouted, Model, set_training
 from mvmoe_deploy.models.registry import Architecture, ModelConfig, build, register, shape
 
@@ -103,6 +104,18 @@ class BackboneConfig(ModelConfig):
     def parameters(self) -> int | None:
         found = _parameters(self)
         return None if found is None else found[0]
+
+    def flops(self) -> int | None:
+        work = _work(self)
+        return None if work is None else sum(each.flops for each in work.values())
+
+    def macs(self) -> int | None:
+        work = _work(self)
+        return None if work is None else sum(each.macs for each in work.values())
+
+    def piece_flops(self, role: str) -> int | None:
+        work = _work(self)
+        return work[role].flops if work and role in work else None
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,29 @@ def _parameters(config: BackboneConfig) -> tuple[int, int] | None:
     experts = model.experts_of if isinstance(model, RoutedBackbone) else ()
     own = sum(parameter.numel() for parameter in experts[0].parameters()) if experts else 0
     return sum(parameter.numel() for parameter in model.parameters()), own
+
+
+@functools.lru_cache(maxsize=32)
+def _work(config: BackboneConfig) -> dict[str, Work] | None:
+    """What one image takes in every piece, counted on the pieces as they are exported; None where it is not known."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model: Any = build(config)
+            model = model.merged() if isinstance(model, TimmModel) else model.eval()
+            images = _example(config)[:1]
+            if not isinstance(model, RoutedBackbone):
+                counted = {"model": count(model, [images])}
+            else:
+                trunk, gate = model.trunk_module().eval(), torch.ones(1)
+                features = trunk(images).contiguous()
+                counted = {
+                    "trunk": count(trunk, [images]),
+                    "router": count(model.router_module(), [features]),
+                    "tail": count(model.tail_module(0), [features, gate]),
+                }
+    except (ConfigError, NotImplementedError, RuntimeError):  # timm's own code runs without memory here
+        return None
+    return {role: work for role, work in counted.items() if work} if all(counted.values()) else None
 
 
 class TimmModel(Model):
@@ -321,6 +357,11 @@ class Backbone(TimmModel):
         return self.merged().backbone
 
 
+def pooled(features: Tensor) -> Tensor:
+    """Features ``[B, C, H, W]`` or ``[B, N, D]``, averaged over their places: ``[B, C]``."""
+    return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+
+
 class Router(nn.Module):
     """Features ``[B, C, H, W]`` or ``[B, N, D]``, averaged over their places → probabilities ``[B, E]``."""
 
@@ -330,7 +371,7 @@ class Router(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """The router's logits ``[B, E]``, from which the router loss is computed."""
-        result: Tensor = self.linear(features.mean((2, 3)) if features.ndim == 4 else features.mean(1))
+        result: Tensor = self.linear(pooled(features))
         return result
 
     def forward(self, features: Tensor) -> Tensor:

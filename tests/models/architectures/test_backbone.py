@@ -327,3 +327,22 @@ def test_merged_branches_compute_the_same(name: str, size: int, cut: str, own: s
         torch.testing.assert_close(merged(images), model(images), rtol=1e-8, atol=1e-8)
     if own == "conv_kxk":  # a part of a block that cannot be merged
         assert "conv_1x1" in dict(merged.backbone.stages[3][0].named_children())
+
+
+def test_work_is_counted_on_the_pieces_of_the_graph() -> None:
+    """timm's ViT has the closed form of ours, except that it computes the last block's other tokens too."""
+    shape = {"image_size": 64, "classes": 10, "arguments": "depth=2,embed_dim=64,num_heads=2"}
+    dense = config_from_name("timm:vit_tiny_patch16_224", **shape)
+    ours = config_from_name("vit_2x64", image_size=64, classes=10, patch_size=16, heads=2)
+    assert (dense.flops(), dense.macs()) == (ours.flops(), ours.macs())
+    routed = config_from_name("timm:vit_tiny_patch16_224", **shape, experts=3, cut="blocks.1", own="mlp")
+    gate, router = 17 * 64, 17 * 64 + 2 * 64 * 3 + 3 + 5 * 3
+    assert routed.flops() == dense.flops() + gate + router
+    assert routed.piece_flops("router") == router and routed.piece_flops("head") is None
+    wide = config_from_name("timm:vit_tiny_patch16_224", **shape, experts=3, cut="blocks.1", own="mlp").wide
+    assert wide is not None and wide.macs() > dense.macs()
+
+
+def test_work_of_a_convolutional_network_is_known() -> None:
+    config = config_from_name("timm:mobilenetv3_small_050", image_size=64, classes=10)
+    assert 1e6 < config.macs() < config.flops() / 2
