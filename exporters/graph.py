@@ -173,7 +173,7 @@ def _weights(graph: fx.Graph) -> dict[str, fx.Node]:
     for node in read:
         name = str(node.target)
         if node.op != "get_attr":
-            wanted = node.meta.get(NAME) or _origin(node)
+            wanted = original_name(node)
             name, count = wanted, 1
             while name in names or name in taken:
                 count += 1
@@ -185,12 +185,15 @@ def _weights(graph: fx.Graph) -> dict[str, fx.Node]:
 NAME = "weight_name"
 """Key of a node's ``meta``: how to call the weight that it becomes."""
 
+MADE = "made_by_a_pass"
+"""Key of a node's ``meta``: whether a pass adds it as a weight that is computed from nothing, such as a row of 1/D."""
 
-def _origin(node: fx.Node) -> str:
-    """The name of the first weight that a constant node is computed from."""
-    while node.op != "get_attr":
+
+def original_name(node: fx.Node) -> str:
+    """The name of a constant node: its own, or that of the first weight that it is computed from."""
+    while node.op != "get_attr" and NAME not in node.meta:
         node = node.all_input_nodes[0]
-    return str(node.target)
+    return str(node.meta.get(NAME, node.target))
 
 
 def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -198,7 +201,8 @@ def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         others = node.all_input_nodes
-        if node.op == "get_attr" or (node.op == "call_function" and others and found.issuperset(others)):
+        made = others or node.meta.get(MADE)
+        if node.op == "get_attr" or (node.op == "call_function" and made and found.issuperset(others)):
             found.add(node)
     return found
 
@@ -208,7 +212,8 @@ def is_constant(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
     others = node.all_input_nodes
-    return node.op == "get_attr" or (node.op == "call_function" and bool(others) and all(map(is_constant, others)))
+    made = bool(others or node.meta.get(MADE))
+    return node.op == "get_attr" or (node.op == "call_function" and made and all(map(is_constant, others)))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -234,13 +239,15 @@ def _as_weight(value: Tensor) -> Tensor:
 
 _IDENTITIES = (
     *(aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default),
-    *(aten.slice.Tensor, aten.expand.default, aten.to.dtype, aten.repeat.default),
+    *(aten.slice.Tensor, aten.expand.default, aten.to.dtype, aten.repeat.default, aten.type_as.default),
 )
 
 
 def drop_identities(graph: fx.Graph) -> None:
-    """Drops what returns its input: dropout, copies, slices and expansions that take all."""
+    """Drops what returns its input (dropout, copies, slices and expansions that take all), and checks of types."""
     for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
         if node.target not in _IDENTITIES:
             continue
         before, after = node.args[0].meta.get("val"), node.meta["val"]
@@ -284,7 +291,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _name_folded(weight: fx.Node, bias: fx.Node | None, original: Any) -> None:
-    prefix = _origin(original).rpartition(".")[0]
+    prefix = original_name(original).rpartition(".")[0]
     weight.meta[NAME] = f"{prefix}.weight"
     if bias is not None:
         bias.meta[NAME] = f"{prefix}.bias"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mvmoe_deploy.bundle import Bundle, Piece
-from mvmoe_deploy.errors import ExportError, first_line
+from mvmoe_deploy.errors import ExportError, root_cause
+from mvmoe_deploy.exporters.attention import groups_of
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH, ExecuTorchOptions
+from mvmoe_deploy.exporters.executorch.passes import PASSES, write_relus
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
+from mvmoe_deploy.exporters.graph import aten, flatten
 from mvmoe_deploy.exporters.job import Converted, Job, count_parameters, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.exporters.weights import StoredWeights
@@ -41,6 +46,10 @@ with quiet():
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 PACKED = "model.pte"
+SMALL = 1 << 14
+"""int8 leaves convolutions of fewer weights alone. Each would save less than 50 kB, and their rounding adds up: with
+all of them quantized, mobilenetv3_small_100 of random weights is off by 0.31 spreads of the logits."""
+
 METHOD = "forward"
 """The method in a separate file; Swift's and Kotlin's ``Module`` call this one by default."""
 
@@ -86,16 +95,18 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
         ExportError: a piece cannot be lowered, or the rewritten piece does not compute the same outputs.
     """
     lowered: dict[str, Lowered] = {}
+    left: dict[str, dict[str, int]] = {}
     for family in job.split.families():
         first: Lowered | None = None
-        for piece in family:
+        job.progress(f"{family[0].name}: tracing")
+        for piece, module in zip(family, flat(family, job.options.precision), strict=True):
             job.progress(f"{piece.name}: lowering")
-            module = rewrite(piece, reflect=job.options.precision == "fp32")
+            left[piece.name] = left_in_fp32(module)
             try:
                 exported = export(module, piece, job.options.precision, job.options.max_batch)
                 lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
             except Exception as error:  # for an unknown layer, torch and executorch can raise anything
-                raise ExportError(f"{piece.name}: executorch cannot lower it ({first_line(error)})") from error
+                raise ExportError(f"{piece.name}: executorch cannot lower it ({root_cause(error)})") from error
             first = first or lowered[piece.name]
     if job.options.layout == "packed":
         files = {PACKED: pack({piece.name: lowered[piece.name].data for piece in job.split.pieces})}
@@ -110,6 +121,7 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
         {
             "max_batch": job.options.max_batch,
             "delegation": {name: vars(piece.delegation) for name, piece in lowered.items()},
+            **({"left_in_fp32": left} if job.options.precision == "int8" else {}),
         },
     )
 
@@ -141,8 +153,14 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
             for scale in scales
             if len(array) > len(scale) and len(array) % len(scale) == 0
         ]
-    module = rewrite(piece, reflect=bundle.manifest.precision == "fp32")
+    (module,) = flat([piece], bundle.manifest.precision)
     return StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, floats)
+
+
+def flat(family: list[PieceModule], precision: str = "fp32") -> list[fx.GraphModule]:
+    """The modules of a family as flat graphs whose operators XNNPACK runs, with the weights that are stored."""
+    passes = PASSES if precision == "fp32" else [*PASSES, write_relus]  # behind which no convolution is quantized
+    return flatten(family, [rewrite(piece, reflect=precision == "fp32") for piece in family], passes)
 
 
 def export(
@@ -150,18 +168,24 @@ def export(
 ) -> ExportedProgram:
     """Traces a piece's (rewritten) module for any batch up to ``max_batch``.
 
-    ``int8`` quantizes every nn.Linear except the router: weights per output channel, activations dynamically per
-    tensor, so that nothing needs calibrating. (With static ranges calibrated on 512 images, for which XNNPACK needs
-    int8 outputs as well, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.)
-    Convolutions, norms, attention scores and the router stay fp32. The router takes only a few kB, and rounding it
-    would send images to other experts.
+    ``int8`` quantizes linear layers and convolutions: weights per output channel, activations dynamically per tensor,
+    so that nothing needs calibrating. (With static ranges calibrated on 512 images, for which XNNPACK needs int8
+    outputs as well, the first zoo's model gave 84 to 92 of 1,000 images another class; 30 are allowed.) Convolutions in
+    groups, which XNNPACK quantizes with static ranges alone, stay fp32, as do patch embeddings, norms, attention scores
+    and the router. The router takes only a few kB, and rounding it would send images to other experts.
     """
     inputs, shapes = examples(piece, max_batch)
     with quiet(), torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         if precision == "int8" and piece.role != "router":
             config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-            quantizer = XNNPACKQuantizer().set_module_type(nn.Linear, config).set_filter_function(_outside_router)
+            quantizer = (
+                XNNPACKQuantizer()
+                .set_global(config)
+                .set_filter_function(
+                    lambda node: node.op == "get_attr" or is_quantized(node)  # asked of weights and biases as well
+                )
+            )
             prepared = prepare_pt2e(program.module(), quantizer)
             prepared(*inputs)
             program = torch.export.export(convert_pt2e(prepared), inputs, dynamic_shapes=shapes, strict=False)
@@ -295,10 +319,41 @@ def pack(files: Mapping[str, bytes]) -> bytes:
 _SHA256 = re.compile(rb"[0-9a-f]{64}")
 
 
-def _outside_router(node: torch.fx.Node) -> bool:
-    """Whether a traced operator lies outside a :class:`RoutedTrunk`'s router."""
-    modules = node.meta.get("nn_module_stack", {}).values()
-    return not any(name.split(".")[0] == "router" for name, _ in modules)
+def is_quantized(node: Any) -> bool:
+    """Whether int8 quantizes an operator's weight: that of a linear layer or convolution outside the router.
+
+    A weight that a pass made, such as the row of a mean, has a name that does not end in ``weight``.
+    """
+    return _has_weight(node) and not _why_fp32(node)
+
+
+def left_in_fp32(graph: fx.GraphModule) -> dict[str, int]:
+    """The layers with weights that int8 leaves as they are: how many of each kind."""
+    left = Counter(_why_fp32(node) for node in graph.graph.nodes if _has_weight(node))
+    return {kind: count for kind, count in sorted(left.items()) if kind}
+
+
+def _has_weight(node: Any) -> bool:
+    if node.target not in (aten.linear.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default):
+        return False
+    weight = node.args[1]
+    return weight.op == "get_attr" and str(weight.target).split(".")[-1] == "weight"
+
+
+def _why_fp32(node: Any) -> str:
+    """The kind of layer that int8 does not quantize; empty if it does."""
+    if str(node.args[1].target).split(".")[0] == "router":
+        return "linear of the router"
+    if node.target is aten.linear.default:
+        return ""
+    if node.target is not aten.conv2d.default:
+        return str(node.target.__name__).partition(".")[0]
+    if node.args[0].op == "placeholder":
+        return "first conv2d"
+    if groups_of(node) != 1:
+        return "conv2d in groups"
+    weight: Tensor = operator.attrgetter(str(node.args[1].target))(node.graph.owning_module)
+    return "small conv2d" if weight.numel() < SMALL else ""
 
 
 def _serialize(file: PTEFile) -> bytes:
@@ -311,17 +366,25 @@ def _simplify(program: ExportedProgram) -> None:
     ``x[:, :None]`` leaves a copy that XNNPACK does not accept, and XNNPACK accepts a reshape only if its batch is
     written as -1.
     """
-    graph, aten = program.graph_module.graph, torch.ops.aten
+    graph = program.graph_module.graph
     outputs = set(graph.output_node().all_input_nodes)  # the program's signature has their names
     for node in list(graph.nodes):
         if node.op != "call_function" or node in outputs:
             continue
         if node.target in (aten.slice.Tensor, aten.alias.default) and _shape(node) == _shape(node.args[0]):
             node.replace_all_uses_with(node.args[0])
-        elif node.target in (aten.flatten.using_ints, aten.view.default):
+        elif node.target in (aten.flatten.using_ints, aten.view.default, aten.reshape.default):
             shape = [extent if isinstance(extent, int) else -1 for extent in _shape(node)]
-            if shape.count(-1) == 1 and node.args[0].meta["val"].is_contiguous():
-                node.target, node.args = aten.view.default, (node.args[0], shape)
+            source = node.args[0]
+            if shape.count(-1) != 1:
+                continue
+            if not source.meta["val"].is_contiguous():
+                with graph.inserting_before(node):
+                    kept = {"memory_format": torch.contiguous_format}
+                    copied = graph.call_function(aten.clone.default, (source,), kept)
+                copied.meta["val"] = source.meta["val"].contiguous()
+                source = copied
+            node.target, node.args, node.kwargs = aten.view.default, (source, shape), {}
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 

@@ -10,7 +10,6 @@ tensor, each of which takes as long as copying the tensor, so the rewrite aims f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy.exporters.graph import check_same
-from mvmoe_deploy.exporters.split import PieceModule
+from mvmoe_deploy.exporters.split import PieceModule, computes_as, private_copy
 from mvmoe_deploy.models.architectures.vit import Attention, Stream
 
 
@@ -165,8 +164,7 @@ def rewrite(piece: PieceModule, reflect: bool = True) -> nn.Module:
     Raises:
         ExportError: see :func:`~mvmoe_deploy.exporters.graph.check_same`.
     """
-    shared = {id(tensor): tensor for tensor in [*piece.module.parameters(), *piece.module.buffers()]}
-    module = copy.deepcopy(piece.module, shared)
+    module = private_copy(piece.module)
     if reflect:
         module = _replaced(module, _reflected)
     module = _replaced(module, _supported).eval()
@@ -185,9 +183,9 @@ def _replaced(module: nn.Module, by: Callable[[nn.Module], nn.Module | None]) ->
 
 
 def _supported(layer: nn.Module) -> nn.Module | None:
-    if isinstance(layer, Attention):
+    if computes_as(layer, Attention):
         return FoldedAttention(layer)
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and layer.bias is not None:
+    if computes_as(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1 and layer.bias is not None:
         return LinearNorm(layer)
     return None
 

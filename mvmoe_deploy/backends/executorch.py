@@ -38,6 +38,9 @@ MAX_PROGRAM_BYTES = 64 << 20
 MAX_PLANNED_BYTES = 1 << 30
 """Largest activation memory a method may ask for; a trunk asks for a few MB."""
 
+VIEW_NAME, VIEW = "executorch_prim::et_view", ("Tensor", "List[int]", "Tensor")
+"""executorch's own operator, of which torch has no schema: another shape for a tensor's memory."""
+
 ITEM_BYTES = {"BYTE": 1, "CHAR": 1, "BOOL": 1, "INT": 4, "LONG": 8, "FLOAT": 4, "DOUBLE": 8}
 """Size of an element in bytes, by executorch's name for its type."""
 
@@ -224,20 +227,32 @@ def _plan_problem(plan: Any, constants: list[int], arguments: list[int]) -> str 
     tensors = {index for index, kind in enumerate(kinds) if kind == "Tensor"}
     if not tensors.issuperset([*plan.inputs, *plan.outputs]):
         return "an input or output is not a tensor"
+    instructions = [instruction for chain in plan.chains for instruction in chain.instructions]
+    views = _views(plan, instructions, tensors)
     for index, (value, kind) in enumerate(zip(values, kinds, strict=True)):
         if kind == "Tensor":
-            problem = _tensor_problem(value, index in plan.inputs, constants, plan.non_const_buffer_sizes)
+            elsewhere = index in plan.inputs or index in views
+            problem = _tensor_problem(value, elsewhere, constants, plan.non_const_buffer_sizes)
             if problem:
                 return f"tensor {index} {problem}"
         elif kind == "IntList" and any(i >= len(values) or kinds[i] != "Int" for i in value.items):
             return f"list {index} refers to something that is not a number"
-        elif kind not in ("Int", "Double", "Bool", "Null", "IntList"):
+        elif kind == "TensorList" and not tensors.issuperset(value.items):
+            return f"list {index} refers to something that is not a tensor"
+        elif kind not in ("Int", "Double", "Bool", "Null", "IntList", "TensorList"):
             return f"value {index} is a {kind}, which no export of this project has"
-    for instruction in (instruction for chain in plan.chains for instruction in chain.instructions):
+    waiting = set(views)  # views have no memory until they are made
+    for instruction in instructions:
         call = instruction.instr_args
         if not hasattr(call, "args") or any(index >= len(values) for index in call.args):
             return "an instruction is of another kind or refers to a value that does not exist"
         given = [kinds[index] for index in call.args]
+        made = views.get(call.args[-1]) if call.args else None
+        if made is not None and made is call:
+            waiting.discard(call.args[-1])
+        lists = [index for place in call.args if kinds[place] == "TensorList" for index in values[place].items]
+        if waiting.intersection([*call.args, *lists]):
+            return "a view is used before it is made"
         if hasattr(call, "delegate_index"):
             count = len(given) if set(given) == {"Tensor"} else -1
             if call.delegate_index >= len(arguments) or count != arguments[call.delegate_index]:
@@ -247,7 +262,30 @@ def _plan_problem(plan: Any, constants: list[int], arguments: list[int]) -> str 
     return None
 
 
-def _tensor_problem(tensor: Any, is_input: bool, constants: list[int], planned: list[int]) -> str | None:
+def _views(plan: Any, instructions: list[Any], tensors: set[int]) -> dict[int, Any]:
+    """The calls that make another view of a tensor's memory, by the view: a tensor as large, without memory of its own.
+
+    Only views of tensors that have memory are here; all others are tensors without memory, which are refused.
+    """
+    values = [value.val for value in plan.values]
+    views: dict[int, Any] = {}
+    for instruction in instructions:
+        call = instruction.instr_args
+        if not hasattr(call, "op_index") or call.op_index >= len(plan.operators) or len(call.args) != len(VIEW):
+            continue
+        operator, (source, _, result) = plan.operators[call.op_index], call.args
+        if operator.name != VIEW_NAME or result in views or not tensors.issuperset([source, result]):
+            continue
+        before, after = values[source], values[result]
+        size = [int(np.prod(each.sizes, dtype=object)) for each in (before, after)]
+        has_memory = before.allocation_info or before.data_buffer_idx or source in plan.inputs or source in views
+        fits = size[0] == size[1] and before.scalar_type == after.scalar_type and not after.allocation_info
+        if has_memory and fits and not after.data_buffer_idx and result not in plan.inputs:
+            views[result] = call
+    return views
+
+
+def _tensor_problem(tensor: Any, elsewhere: bool, constants: list[int], planned: list[int]) -> str | None:
     if tensor.scalar_type.name not in ITEM_BYTES or min(tensor.sizes, default=1) < 0 or len(tensor.sizes) > 8:
         return "has an unknown type or shape"
     if sorted(tensor.dim_order) != list(range(len(tensor.sizes))) or tensor.storage_offset or tensor.extra_tensor_info:
@@ -260,7 +298,7 @@ def _tensor_problem(tensor: Any, is_input: bool, constants: list[int], planned: 
     elif place:
         if not 0 < place.memory_id < len(planned) or place.memory_offset + size > planned[place.memory_id]:
             return "reaches beyond the activation memory"
-    elif not is_input or size > MAX_PLANNED_BYTES:
+    elif not elsewhere or size > MAX_PLANNED_BYTES:
         return "has no memory"
     return None
 
@@ -269,8 +307,11 @@ def _fits(operator: Any, given: list[str]) -> bool:
     """Whether an operator accepts values of these kinds, according to its torch schema."""
     import torch
 
-    schema = torch._C._get_schema(operator.name, operator.overload)
-    wanted = [str(argument.type) for argument in [*schema.arguments, *schema.returns]]
+    if operator.name == VIEW_NAME:
+        wanted = list(VIEW)
+    else:
+        schema = torch._C._get_schema(operator.name, operator.overload)
+        wanted = [str(argument.type) for argument in [*schema.arguments, *schema.returns]]
     allowed = {
         "Tensor": {"Tensor"},
         "int": {"Int"},
@@ -278,6 +319,7 @@ def _fits(operator: Any, given: list[str]) -> bool:
         "bool": {"Bool"},
         "float": {"Double"},
         "List[int]": {"IntList"},
+        "List[Tensor]": {"TensorList"},
     }
     if len(wanted) != len(given):
         return False

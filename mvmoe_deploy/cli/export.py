@@ -236,7 +236,13 @@ def describe_verification(bundle: Bundle) -> str:
         rows.append([*row, f"{r['max_abs_error']:.1e}", f"{r['max_error']:.1e}", f"{r['tolerances']:.1%}"])
     headers = ["piece", "kB it loads", "MFLOPs"] + (["delegated", "not delegated"] if delegation else [])
     headers += ["max abs error", "error", "of allowed"]
-    return "\n".join([table(rows, headers), *verification_lines(bundle)])
+    in_fp32: dict[str, dict[str, int]] = bundle.manifest.options.get("left_in_fp32", {})
+    notes = [
+        f"{name}: int8 leaves in fp32: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+        for name, kinds in in_fp32.items()
+        if kinds and name in ("model", "trunk", "expert_00")  # the other experts have the same layers
+    ]
+    return "\n".join([table(rows, headers), *notes, *verification_lines(bundle)])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from mvmoe_deploy.models.architectures.vit import Attention
 
 
 def lowered(piece: PieceModule, precision: str = "fp32") -> target.Lowered:
-    return target.lower(target.export(xnnpack.rewrite(piece), piece, precision))
+    return target.lower(target.export(target.flat([piece], precision)[0], piece, precision))
 
 
 @pytest.mark.parametrize(("name", "piece"), [("separate", "trunk"), ("packed", "trunk"), ("int8", "trunk")])
@@ -88,15 +88,21 @@ def test_rewrite_computes_the_same_and_leaves_the_original_alone(k: int, reflect
         assert all(torch.equal(value, before[name]) for name, value in piece.module.state_dict().items())
 
 
-class CausalAttention(Attention):
-    """An Attention that is not what the rewrite takes it for."""
+class OwnAttention(Attention):
+    """An Attention that computes something else, and so is none."""
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         return super().forward(x.flip(1), n)
 
 
-def test_wrong_rewrite_is_an_error_that_names_the_piece() -> None:
-    piece = PieceModule("trunk", CausalAttention(32, 2).eval(), {"x": torch.randn(2, 5, 32)}, ["tokens"])
+def test_a_sub_class_is_rewritten_only_if_it_computes_the_same() -> None:
+    piece = PieceModule("trunk", OwnAttention(32, 2).eval(), {"x": torch.randn(2, 5, 32)}, ["tokens"])
+    assert type(xnnpack.rewrite(piece)) is OwnAttention
+
+
+def test_wrong_rewrite_is_an_error_that_names_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xnnpack, "computes_as", isinstance)
+    piece = PieceModule("trunk", OwnAttention(32, 2).eval(), {"x": torch.randn(2, 5, 32)}, ["tokens"])
     with pytest.raises(ExportError, match=r"trunk: rewritten for XNNPACK, its output tokens differs by"):
         xnnpack.rewrite(piece)
 
@@ -201,7 +207,7 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
         lambda role: 0,
         lambda what: None,
     )
-    with pytest.raises(ExportError, match="model: executorch cannot lower it"):
+    with pytest.raises(ExportError, match="model: torch cannot trace it"):
         target.convert(job)
 
 
@@ -209,15 +215,15 @@ SAME_AGAIN = """
 import hashlib
 from executorch_bundles import pieces
 from mvmoe_deploy.exporters.executorch import convert as executorch
-from mvmoe_deploy.exporters.executorch import rewrite as xnnpack
 trunk = pieces().of("trunk")[0]
-print(hashlib.sha256(executorch.lower(executorch.export(xnnpack.rewrite(trunk), trunk)).data).hexdigest())
+print(hashlib.sha256(executorch.lower(executorch.export(executorch.flat([trunk])[0], trunk)).data).hexdigest())
 """
 
 
 def test_exporting_twice_gives_the_same_bytes() -> None:
     """The trunk is exported again in another process, whose sets of strings have another order."""
-    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(Path(executorch_bundles.__file__).parent)}
+    paths = [str(Path(executorch_bundles.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     output = subprocess.run(
         [sys.executable, "-c", SAME_AGAIN], env=environment, check=True, capture_output=True, text=True
     ).stdout
