@@ -360,8 +360,17 @@ _RESHAPES = (
 )
 
 
+_RESIZES = (aten.upsample_bilinear2d.vec, aten.upsample_nearest2d.vec)
+
+
 def write_shapes(graph: fx.Graph) -> None:
-    """Writes the shape of every reshape as numbers, with -1 for the batch, where it is computed from the input's."""
+    """Writes the shapes of reshapes and the sizes of resized images as numbers; -1 stands for the batch."""
+    for node in [node for node in graph.nodes if node.target in _RESIZES]:
+        before, after = (other.meta["val"].shape[2:] for other in (node.args[0], node))
+        scales = node.args[-1] if node.args[1] is None else None
+        fits = scales and all(a == b * scale for a, b, scale in zip(after, before, scales, strict=True))
+        if fits and all(isinstance(extent, int) for extent in after):
+            node.args = (node.args[0], list(after), *node.args[2:-1], None)
     for node in [node for node in graph.nodes if node.target in _RESHAPES]:
         shape = [extent if isinstance(extent, int) else -1 for extent in node.meta["val"].shape]
         if shape.count(-1) <= 1:

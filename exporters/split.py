@@ -313,4 +313,5 @@ def _tried(
             raise ExportError(f"{where}: returns {name} as {kind} for 2 images, expected float32 {wanted}")
         if shapes and tuple(shape) != shapes.get(name, tuple(shape)):
             raise ExportError(f"{where}: returns {name} of shape {shape}, the rest of the model {list(shapes[name])}")
-    return tensors
+    # engines give pieces arrays in the usual order, so none is traced for channels that come last in memory
+    return [tensor.contiguous() for tensor in tensors]

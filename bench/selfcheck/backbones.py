@@ -85,6 +85,10 @@ BYTES = {"fp32": 4, "fp16": 2}
 """Bytes of a weight; of int8 a share of the weights is stored otherwise."""
 
 
+SHIFT = 1.0
+"""What every batch norm adds, in standard deviations of its input."""
+
+
 class Result(msgspec.Struct, frozen=True):
     """One export of one model.
 
@@ -203,11 +207,19 @@ def _preprocessing(model: Model) -> Preprocessing:
 
 @torch.no_grad()
 def _settle(model: nn.Module, run: Callable[[], object]) -> None:
-    """Gives batch norms the statistics of a batch, without which the features of random weights vanish or explode."""
+    """Makes a deep network of random weights as tame as a trained one, so that errors are the exporter's own.
+
+    Batch norms take the statistics of a batch, without which features vanish or explode. They scale by 1 and add
+    :data:`SHIFT`: an activation that cuts off half of its input makes any difference a tenth larger in every layer,
+    rounding included, which 40 layers turn into 6e-4 of a channel's scale.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     were = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
+        if norm.affine:
+            nn.init.ones_(norm.weight)
+            nn.init.constant_(norm.bias, SHIFT)
     model.train()
     run()
     for norm, was in zip(norms, were, strict=True):

@@ -453,6 +453,13 @@ def _elementwise(operator: Callable[[Array, Array], Array]) -> Callable[..., Arr
     return run
 
 
+def _unary(operator: Callable[[Array], Array]) -> Callable[..., Array]:
+    def run(x: Array) -> Array:
+        return operator(x)
+
+    return run
+
+
 def _const(val: Array) -> Array:
     return val
 
@@ -512,14 +519,110 @@ def _conv(
     spatial = tuple(range(2, x.ndim))
     windows = np.lib.stride_tricks.sliding_window_view(x, kernel, spatial)  # [B, C, *out, *kernel]
     windows = windows[(slice(None), slice(None), *(slice(None, None, int(stride)) for stride in strides))]
-    _check_room(windows.shape)  # tensordot copies it
-    summed = tuple(range(windows.ndim - len(kernel), windows.ndim))
-    outputs = [
-        np.tensordot(part, filters, ((1, *summed), tuple(range(1, filters.ndim))))  # [B, *out, C']
-        for part, filters in zip(np.split(windows, int(groups), 1), np.split(weight, int(groups)), strict=True)
-    ]
-    y = np.moveaxis(np.concatenate(outputs, -1), -1, 1)
+    if weight.shape[1] == 1 and int(groups) == x.shape[1]:
+        y = _depthwise(windows, weight)
+    else:
+        _check_room(windows.shape)  # tensordot copies it
+        summed = tuple(range(windows.ndim - len(kernel), windows.ndim))
+        outputs = [
+            np.tensordot(part, filters, ((1, *summed), tuple(range(1, filters.ndim))))  # [B, *out, C']
+            for part, filters in zip(np.split(windows, int(groups), 1), np.split(weight, int(groups)), strict=True)
+        ]
+        y = np.moveaxis(np.concatenate(outputs, -1), -1, 1)
     return y if bias is None else y + bias.reshape(-1, *[1] * len(kernel))
+
+
+def _depthwise(windows: Array, weight: Array) -> Array:
+    """A convolution whose every output channel reads one channel: a sum over the kernel's places."""
+    kernel = weight.shape[2:]
+    times, rest = divmod(weight.shape[0], windows.shape[1])
+    if rest:
+        raise ValueError(f"{weight.shape[0]} filters for {windows.shape[1]} channels")
+    shape = (windows.shape[0], weight.shape[0], *windows.shape[2 : 2 + len(kernel)])
+    _check_room(shape)
+    y = np.zeros(shape, np.float32)
+    for place in np.ndindex(*kernel):
+        y += np.repeat(windows[(..., *place)], times, 1) * weight[(slice(None), 0, *place)].reshape(
+            -1, *[1] * len(kernel)
+        )
+    return y
+
+
+def _pooling(combine: Callable[..., Array], outside: float) -> Callable[..., Array]:
+    """A pooling; ``outside`` is the value of the padding."""
+
+    def run(
+        x: Array,
+        kernel_sizes: Array,
+        strides: Array,
+        pad_type: Array,
+        pad: Array,
+        ceil_mode: Any = False,
+        exclude_padding_from_average: Any = False,
+    ) -> Array:
+        if pad_type.item() not in ("valid", "custom") or ceil_mode:
+            raise ValueError(f"pad_type {pad_type.item()!r} with ceil_mode {bool(ceil_mode)} is not supported")
+        spatial = tuple(range(2, x.ndim))
+        kernel = tuple(int(size) for size in kernel_sizes)
+        steps = (slice(None), slice(None), *(slice(None, None, int(stride)) for stride in strides))
+
+        def windows(values: Array) -> Array:
+            if pad_type.item() == "custom":
+                around = pad.reshape(-1, 2).astype(int)
+                _check_room(tuple(values.shape[2:] + around.sum(1)))
+                values = np.pad(values, [(0, 0), (0, 0), *around.tolist()], constant_values=outside)
+            return np.lib.stride_tricks.sliding_window_view(values, kernel, spatial)[steps]
+
+        inner = tuple(range(-len(kernel), 0))
+        y: Array = combine(windows(x), axis=inner)
+        if exclude_padding_from_average:
+            y = y / windows(np.ones_like(x)).mean(inner)
+        return y
+
+    return run
+
+
+def _upsample_bilinear(
+    x: Array, scale_factor_height: Any = 1, scale_factor_width: Any = 1, align_corners: Any = True
+) -> Array:
+    sizes = [
+        math.floor(float(scale) * extent)
+        for scale, extent in zip((scale_factor_height, scale_factor_width), x.shape[-2:], strict=True)
+    ]
+    _check_room((*x.shape[:-2], *sizes))
+    rows, columns = (
+        _interpolation(before, after, bool(align_corners)) for before, after in zip(x.shape[-2:], sizes, strict=True)
+    )
+    result: Array = rows @ x @ columns.T
+    return result
+
+
+def _interpolation(before: int, after: int, align_corners: bool) -> Array:
+    """A matrix ``[after, before]`` that interpolates linearly."""
+    _check_room((before, after))
+    places = np.arange(after, dtype=np.float64)
+    if align_corners:
+        places *= (before - 1) / max(after - 1, 1)
+    else:
+        places = (places + 0.5) * before / after - 0.5
+    places = places.clip(0, before - 1)
+    matrix: Array = np.maximum(1 - np.abs(places[:, None] - np.arange(before)), 0).astype(np.float32)
+    return matrix
+
+
+def _batch_norm(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    epsilon: Any = 1e-5,
+) -> Array:
+    along = (-1, *[1] * (x.ndim - 2))
+    y = (x - mean.reshape(along)) / np.sqrt(variance.reshape(along) + np.float32(epsilon))
+    y = y if gamma is None else y * gamma.reshape(along)
+    result: Array = y if beta is None else y + beta.reshape(along)
+    return result
 
 
 def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -573,9 +676,11 @@ def _attention(
     value: Array,
     attn_mask: Array | None = None,
 ) -> Array:
-    if attn_mask is not None:
-        raise ValueError("a mask is not supported")
     scores = _matmul(query * np.float32(1 / math.sqrt(query.shape[-1])), key, transpose_y=True)
+    if attn_mask is not None:
+        if attn_mask.dtype == np.bool_:
+            raise ValueError("a boolean mask is not supported")
+        scores = scores + attn_mask
     return _matmul(_softmax(scores), value)
 
 
@@ -619,6 +724,47 @@ def _relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
 
+def _clip(x: Array, alpha: Array, beta: Array) -> Array:
+    return np.minimum(np.maximum(x, alpha), beta)
+
+
+def _sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0
+        return 1 / (1 + np.exp(-x))
+
+
+def _silu(x: Array) -> Array:
+    return x * _sigmoid(x)
+
+
+def _sigmoid_hard(x: Array, alpha: Array, beta: Array) -> Array:
+    result: Array = np.minimum(np.maximum(alpha * x + beta, 0), 1)
+    return result
+
+
+def _thresholded_relu(x: Array, alpha: Array) -> Array:
+    return np.where(x < alpha, np.float32(0), x)
+
+
+def _rsqrt(x: Array, epsilon: Any = 1e-12) -> Array:
+    result: Array = 1 / np.sqrt(x + np.float32(epsilon))
+    return result
+
+
+def _stack(values: list[Array], axis: Any) -> Array:
+    if sum(each.size for each in values) > MAX_ELEMENTS:
+        raise ValueError(f"more than {MAX_ELEMENTS} elements")
+    return np.stack(values, int(axis))
+
+
+def _tile(x: Array, reps: Array) -> Array:
+    times = [int(each) for each in reps]
+    if len(times) != x.ndim or min(times, default=1) < 1:
+        raise ValueError(f"repeats {list(x.shape)} {times} times")
+    _check_room(tuple(size * each for size, each in zip(x.shape, times, strict=True)))
+    return np.tile(x, times)
+
+
 def _reshape(x: Array, shape: Array) -> Array:
     return x.reshape([int(size) for size in shape])
 
@@ -635,10 +781,13 @@ def _expand_dims(x: Array, axes: Array) -> Array:
     return np.expand_dims(x, tuple(int(axis) for axis in axes))
 
 
-def _reduce_mean(x: Array, axes: Array | None = None, keep_dims: Any = False) -> Array:
-    over = None if axes is None else tuple(int(axis) for axis in axes)
-    result: Array = x.mean(over, keepdims=bool(keep_dims))
-    return result
+def _reduction(combine: Callable[..., Array]) -> Callable[..., Array]:
+    def run(x: Array, axes: Array | None = None, keep_dims: Any = False) -> Array:
+        over = None if axes is None else tuple(int(axis) for axis in axes)
+        result: Array = combine(x, axis=over, keepdims=bool(keep_dims))
+        return result
+
+    return run
 
 
 def _classify(probabilities: Array, classes: Array) -> tuple[str, dict[str, float]]:
@@ -651,8 +800,11 @@ def _classify(probabilities: Array, classes: Array) -> tuple[str, dict[str, floa
 
 OPS: dict[str, Callable[..., Any]] = {
     "add": _elementwise(np.add),
+    "avg_pool": _pooling(np.mean, 0.0),
+    "batch_norm": _batch_norm,
     "cast": _cast,
     "classify": _classify,
+    "clip": _clip,
     "concat": _concat,
     "const": _const,
     "constexpr_affine_dequantize": _affine_dequantize,
@@ -664,17 +816,33 @@ OPS: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm,
     "linear": _linear,
     "matmul": _matmul,
+    "max_pool": _pooling(np.max, -np.inf),
+    "maximum": _elementwise(np.maximum),
+    "minimum": _elementwise(np.minimum),
     "mul": _elementwise(np.multiply),
     "real_div": _elementwise(np.true_divide),
-    "reduce_mean": _reduce_mean,
+    "reduce_max": _reduction(np.max),
+    "reduce_mean": _reduction(np.mean),
+    "reduce_sum": _reduction(np.sum),
     "relu": _relu,
     "reshape": _reshape,
+    "rsqrt": _rsqrt,
     "scaled_dot_product_attention": _attention,
+    "sigmoid": _sigmoid,
+    "sigmoid_hard": _sigmoid_hard,
+    "silu": _silu,
     "slice_by_index": _slice_by_index,
     "softmax": _softmax,
     "split": _split,
+    "sqrt": _unary(np.sqrt),
+    "square": _unary(np.square),
     "squeeze": _squeeze,
+    "stack": _stack,
     "sub": _elementwise(np.subtract),
+    "tanh": _unary(np.tanh),
+    "thresholded_relu": _thresholded_relu,
+    "tile": _tile,
     "transpose": _transpose,
+    "upsample_bilinear": _upsample_bilinear,
 }
 """Every op that the interpreter knows."""

@@ -48,6 +48,9 @@ MAX_MEMORY = 1 << 30
 MAX_WORK = 1 << 38
 """Most multiply-adds and computed elements for one image; a ViT-Large at 384 pixels needs 2³⁷."""
 
+MAX_SIDE = 4096
+"""Largest height and width that a graph may resize to."""
+
 MAX_KNOWN = 256
 """Most integers of a tensor whose values are followed, such as shapes, axes and indices."""
 
@@ -674,6 +677,22 @@ def _pad(x: Operation) -> Result:
     return [Value(data.dtype, tuple(shape))], 0
 
 
+def _resize(x: Operation) -> Result:
+    """Enlarges or shrinks images to a size that is written down; scales, which are floats, are not followed."""
+    data = x.float_input(0)
+    _require(x.optional(1) is None and x.optional(2) is None, "has a region or scales, expected sizes")
+    sizes = x.known(3)
+    mode = x.word("mode", b"nearest", b"linear")
+    x.word("nearest_mode", b"round_prefer_floor", b"floor")
+    x.word("coordinate_transformation_mode", b"half_pixel", b"align_corners", b"asymmetric", b"pytorch_half_pixel")
+    x.word("keep_aspect_ratio_policy", b"stretch")
+    x.integer("antialias", 0, 0, 0), x.integer("exclude_outside", 0, 0, 0)
+    x.number("cubic_coeff_a", -0.75), x.number("extrapolation_value", 0.0)
+    _require(len(data.shape) == len(sizes) == 4 and sizes[:2] == data.shape[:2])
+    _require(all(1 <= size <= MAX_SIDE for size in sizes[2:]), f"makes an image of {list(sizes[2:])}")
+    return [Value(data.dtype, sizes)], (8 if mode == b"linear" else 1) * math.prod(sizes)
+
+
 def _topk(x: Operation) -> Result:
     data, count = x.float_input(0), x.known(1)
     axis = x.axis(len(data.shape), -1)
@@ -878,6 +897,13 @@ RULES: dict[str, Rule] = {
     "QuantizeLinear": _rule(_quantise, 2, 3, "axis block_size output_dtype saturate"),
     "RMSNormalization": _rule(_layer_norm, 2, 2, "axis epsilon stash_type"),
     "Reshape": _rule(_reshape, 2, 2, "allowzero"),
+    "Resize": _rule(
+        _resize,
+        4,
+        4,
+        "antialias coordinate_transformation_mode cubic_coeff_a exclude_outside extrapolation_value "
+        "keep_aspect_ratio_policy mode nearest_mode",
+    ),
     "Shape": _rule(_shape, 1, 1, "end start"),
     "Slice": _rule(_slice, 3, 5),
     "Split": _rule(_split, 1, 2, "axis num_outputs"),

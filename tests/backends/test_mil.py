@@ -44,7 +44,7 @@ def floats(*shape: int) -> np.ndarray:
 
 W, B = floats(5, 4), floats(5)
 KERNEL, KERNEL_BIAS = floats(6, 2, 3, 2), floats(6)
-KEYS, VALUES = floats(1, 2, 7, 4), floats(1, 2, 7, 4)
+KEYS, VALUES, MASK = floats(1, 2, 7, 4), floats(1, 2, 7, 4), floats(2, 3, 7)
 GAMMA, BETA = floats(4), floats(4)
 INT8 = RNG.integers(-128, 128, (3, 4), dtype=np.int8)
 SCALE = np.abs(floats(3)) + 0.1
@@ -62,6 +62,41 @@ CASES: list[tuple[str, tuple[str, ...], tuple[int, ...], Callable[[Any], Any], A
     ("mul", ALL, (2, 3, 4), lambda x: mb.mul(x=x, y=np.float32(0.3)), None),
     ("real_div", ALL, (2, 3, 4), lambda x: mb.real_div(x=x, y=GAMMA), None),
     ("relu", ALL, (2, 3, 4), lambda x: mb.relu(x=x), None),
+    ("clip", ALL, (2, 30), lambda x: mb.clip(x=x, alpha=-0.5, beta=0.7), None),
+    ("thresholded_relu", ALL, (2, 30), lambda x: mb.thresholded_relu(x=x, alpha=-0.4), lambda x: x * (x >= -0.4)),
+    ("sigmoid", ALL, (2, 30), lambda x: mb.sigmoid(x=mb.mul(x=x, y=np.float32(60))), lambda x: (60 * x).sigmoid()),
+    ("sigmoid_hard", ALL, (2, 30), lambda x: mb.sigmoid_hard(x=x, alpha=0.6, beta=0.3), None),
+    ("silu", ALL, (2, 30), lambda x: mb.silu(x=x), F.silu),
+    ("sqrt", ALL, (2, 30), lambda x: mb.sqrt(x=mb.square(x=x)), None),
+    ("rsqrt", ALL, (2, 30), lambda x: mb.rsqrt(x=mb.square(x=x), epsilon=0.1), None),
+    ("square", ALL, (2, 30), lambda x: mb.square(x=x), None),
+    ("tanh", ALL, (2, 30), lambda x: mb.tanh(x=x), None),
+    ("maximum", ALL, (2, 3, 4), lambda x: mb.maximum(x=x, y=GAMMA), None),
+    ("minimum", ALL, (2, 3, 4), lambda x: mb.minimum(x=x, y=GAMMA), None),
+    ("reduce_sum", ALL, (2, 3, 4), lambda x: mb.reduce_sum(x=x, axes=[1], keep_dims=False), None),
+    ("reduce_max", ALL, (2, 3, 4), lambda x: mb.reduce_max(x=x, axes=[0, -1], keep_dims=True), None),
+    ("tile", ALL, (2, 3, 1), lambda x: mb.tile(x=x, reps=[2, 1, 3]), None),
+    ("stack", ALL, (2, 3), lambda x: mb.stack(values=[x, W[:2, :3]], axis=-2), lambda x: torch.stack(
+        [x, torch.tensor(W[:2, :3])], -2
+    )),
+    ("batch_norm", ALL, (2, 4, 3, 2), lambda x: mb.batch_norm(
+        x=x, mean=GAMMA, variance=BETA**2, gamma=BETA, beta=GAMMA, epsilon=1e-3
+    ), lambda x: F.batch_norm(x, *map(torch.tensor, (GAMMA, BETA**2, BETA, GAMMA)), eps=1e-3)),
+    ("batch_norm", ALL, (2, 4, 3), lambda x: mb.batch_norm(x=x, mean=GAMMA, variance=BETA**2),
+     lambda x: F.batch_norm(x, torch.tensor(GAMMA), torch.tensor(BETA**2))),
+    ("avg_pool", ALL, (1, 2, 7, 6), lambda x: mb.avg_pool(x=x, kernel_sizes=[3, 2], strides=[2, 1], pad_type="valid"),
+     lambda x: F.avg_pool2d(x, (3, 2), (2, 1))),
+    *(("avg_pool", ALL, (1, 2, 7, 6), lambda x, without=without: mb.avg_pool(
+        x=x, kernel_sizes=[3, 3], strides=[2, 2], pad_type="custom", pad=[1, 1, 1, 1],
+        exclude_padding_from_average=without,
+    ), lambda x, without=without: F.avg_pool2d(x, 3, 2, 1, count_include_pad=not without)) for without in (False, True)),
+    ("max_pool", ALL, (1, 2, 7, 6), lambda x: mb.max_pool(
+        x=x, kernel_sizes=[3, 3], strides=[2, 1], pad_type="custom", pad=[1, 1, 1, 1]
+    ), lambda x: F.max_pool2d(x, 3, (2, 1), 1)),
+    *(("upsample_bilinear", ALL, (1, 2, 4, 3), lambda x, corners=corners: mb.upsample_bilinear(
+        x=x, scale_factor_height=2.0, scale_factor_width=7 / 3 + 1e-6, align_corners=corners
+    ), lambda x, corners=corners: F.interpolate(x, (8, 7), mode="bilinear", align_corners=corners))
+      for corners in (False, True)),
     ("cast", ALL, (2, 3), lambda x: mb.cast(x=x, dtype="int32"), None),
     ("cast", ALL, (2, 3), lambda x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), None),
     ("cast", ALL, (2, 3), lambda x: mb.cast(x=mb.cast(x=x, dtype="bool"), dtype="fp32"), None),
@@ -95,6 +130,11 @@ CASES: list[tuple[str, tuple[str, ...], tuple[int, ...], Callable[[Any], Any], A
      lambda x: F.conv2d(x, torch.tensor(KERNEL), None, (3, 2), groups=2)),
     ("conv", ALL, (2, 2, 9), lambda x: mb.conv(x=x, weight=KERNEL[..., 0], strides=[2]),
      lambda x: F.conv1d(x, torch.tensor(KERNEL[..., 0]), None, 2)),
+    ("conv", ALL, (1, 3, 7, 6), lambda x: mb.conv(
+        x=x, weight=KERNEL[:, :1], bias=KERNEL_BIAS, strides=[2, 1], groups=3, pad_type="custom", pad=[1, 0, 2, 1]
+    ), lambda x: F.conv2d(
+        F.pad(x, (2, 1, 1, 0)), torch.tensor(KERNEL[:, :1]), torch.tensor(KERNEL_BIAS), (2, 1), groups=3
+    )),
     ("expand_dims", ALL, (2, 3), lambda x: mb.expand_dims(x=x, axes=[0, -1]), None),
     ("gelu", ALL, (50, 9), lambda x: mb.gelu(x=mb.mul(x=x, y=np.float32(3)), mode="EXACT"), None),
     ("gelu", ALL, (5, 9), lambda x: mb.gelu(x=x, mode="TANH_APPROXIMATION"), None),
@@ -110,6 +150,9 @@ CASES: list[tuple[str, tuple[str, ...], tuple[int, ...], Callable[[Any], Any], A
     ("scaled_dot_product_attention", ("iOS18",), (1, 2, 3, 4), lambda x: mb.scaled_dot_product_attention(
         query=x, key=KEYS, value=VALUES
     ), lambda x: F.scaled_dot_product_attention(x, torch.tensor(KEYS), torch.tensor(VALUES))),
+    ("scaled_dot_product_attention", ("iOS18",), (1, 2, 3, 4), lambda x: mb.scaled_dot_product_attention(
+        query=x, key=KEYS, value=VALUES, attn_mask=MASK
+    ), lambda x: F.scaled_dot_product_attention(x, *map(torch.tensor, (KEYS, VALUES, MASK)))),
     ("slice_by_index", ALL, (4, 5, 6), lambda x: mb.slice_by_index(
         x=x, begin=[1, 0, -2], end=[3, 0, 6], stride=[1, 2, 1], begin_mask=[False, True, False],
         end_mask=[False, True, True],
@@ -386,7 +429,17 @@ def test_a_hostile_program_is_refused(copied: Path, edit: Callable[[Any], None],
 
 def test_small_inputs_are_not_broadcast_into_a_large_result(copied: Path) -> None:
     wide = np.zeros((1 << 15, 1), np.float32)
-    for op, inputs in (("add", {"x": wide, "y": wide.T}), ("matmul", {"x": wide, "y": wide.T})):
+    long = np.zeros((1, 1, 1, 9), np.float32)
+    for op, inputs in (
+        ("add", {"x": wide, "y": wide.T}),
+        ("matmul", {"x": wide, "y": wide.T}),
+        ("tile", {"x": wide, "reps": np.int32([1, 1 << 15])}),
+        ("upsample_bilinear", {"x": long, "scale_factor_height": 1 << 14, "scale_factor_width": 1 << 14}),
+        ("avg_pool", {
+            "x": long, "kernel_sizes": np.int32([1, 1]), "strides": np.int32([1, 1]),
+            "pad_type": np.array("custom"), "pad": np.int32([1 << 14] * 4),
+        }),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="more than"):
             OPS[op](**inputs)
 

@@ -30,9 +30,9 @@ Constants = dict[str, Any]
 
 
 def node(op: str, inputs: str | list[str], outputs: str = "y", domain: str = "", **attributes: Any) -> onnx.NodeProto:
-    return helper.make_node(
-        op, inputs.split() if isinstance(inputs, str) else inputs, outputs.split(), domain=domain, **attributes
-    )
+    """A node; ``-`` stands for an input that is left out."""
+    names = [name.replace("-", "") for name in inputs.split()] if isinstance(inputs, str) else inputs
+    return helper.make_node(op, names, outputs.split(), domain=domain, **attributes)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -117,6 +117,12 @@ GOOD: list[tuple[str, list[onnx.NodeProto], Constants]] = [
     ("places", [node("ArgMax", "x", "i", axis=2), node("Equal", "i n", "b"), node("Cast", "b", "q", to=7), node("CumSum", "q a", "s"), node("Mul", "s q", "m"),
                 node("ReduceSum", "m l", "p", keepdims=0), node("Sub", "p one", "j"), node("Unsqueeze", "j l", "k"), node("Equal", "k n", "c"), node("Cast", "c", to=1)],
      {"n": np.arange(8), "a": np.int64(1), "l": ints(-1), "one": np.int64(1)}),
+    *((f"resize {mode}", [
+        node("Reshape", "x f", "i"), node("Shape", "i", "b", start=0, end=2), node("Concat", "b t", "s", axis=0),
+        node("Resize", "i - - s", "r", mode=mode, nearest_mode="floor", antialias=0, extrapolation_value=0.0, coordinate_transformation_mode=how),
+        node("AveragePool", "r", "a", kernel_shape=[3, 3], strides=[3, 3]), node("Reshape", "a g"),
+     ], {"f": ints(-1, 2, 4, 4), "t": ints(12, 12), "g": ints(-1, 4, 8)})
+     for mode, how in (("linear", "half_pixel"), ("linear", "align_corners"), ("nearest", "asymmetric"))),
     ("norms", [node("LayerNormalization", "x w", "n"), node("GroupNormalization", "n v v", num_groups=2)], {"w": np.ones(8, np.float32), "v": np.ones(4, np.float32)}),
 ]  # fmt: skip
 
@@ -202,6 +208,15 @@ BAD: list[tuple[str, list[onnx.NodeProto], Constants, str]] = [
     ("too many dimensions", [node("Unsqueeze", "x a")], {"a": ints(*range(9))}, "computes 'y' of shape"),
     ("a norm of other channels", [node("BatchNormalization", "x v v v v")], {"v": np.ones(3, np.float32)}, "shapes do not fit"),
     ("a norm of other features", [node("LayerNormalization", "x w")], {"w": np.ones(7, np.float32)}, "shapes do not fit"),
+    ("an image of gigapixels", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="linear"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 2, 1 << 20, 1 << 20), "g": ints(1, 4, 8)}, "makes an image of"),
+    ("an image without rows", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="nearest"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 2, 0, 4), "g": ints(1, 4, 8)}, "makes an image of"),
+    ("a negative image", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="nearest"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 2, -4, 4), "g": ints(1, 4, 8)}, "makes an image of"),
+    ("more channels by resizing", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="nearest"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 9, 4, 4), "g": ints(1, 4, 8)}, "shapes do not fit"),
+    ("sizes of another rank", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="nearest"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(4, 4), "g": ints(1, 4, 8)}, "shapes do not fit"),
+    ("scales that are not followed", [node("Reshape", "x f", "i"), node("Resize", "i - s", "r", mode="nearest"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": np.float32([1, 1, 1e9, 1e9]), "g": ints(1, 4, 8)}, "has 3 inputs|region or scales"),
+    ("a region of an image", [node("Reshape", "x f", "i"), node("Resize", "i w - s", "r", mode="nearest", coordinate_transformation_mode="tf_crop_and_resize"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 2, 4, 4), "w": np.float32([0, 0, 0, 0, 1, 1, 1, 1]), "g": ints(1, 4, 8)}, "region or scales"),
+    ("cubic resizing", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="cubic"), node("Reshape", "r g")], {"f": ints(1, 2, 4, 4), "s": ints(1, 2, 4, 4), "g": ints(1, 4, 8)}, "mode is b'cubic'"),
+    ("an enlarged image of gigabytes", [node("Reshape", "x f", "i"), node("Resize", "i - - s", "r", mode="nearest"), node("ReduceMean", "r")], {"f": ints(1, 32, 1, 1), "s": ints(1, 32, 4096, 4096)}, "takes more than 1024 MB"),
     ("pad", [node("Pad", "x p")], {"p": ints(0, 0, 0, 1 << 40, 0, 0)}, "pads that are too large"),
     ("negative pad", [node("Pad", "x p")], {"p": ints(0, 0, -9, 0, 0, 0)}, "pads that are too large"),
     ("slice without step", [node("Slice", "x s e a t")], {"s": ints(0), "e": ints(8), "a": ints(2), "t": ints(0)}, "step of 0"),

@@ -149,6 +149,16 @@ def test_pools_shapes_and_what_does_nothing() -> None:
     assert operators(flat(module, torch.randn(2, 3, 4, 4))) == {"mean.dim": 1, "reshape.default": 1}
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_the_size_of_a_resized_image_is_written_down(mode: str) -> None:
+    graph = flat(nn.Upsample(scale_factor=2, mode=mode), torch.randn(2, 3, 4, 5))
+    (node,) = [node for node in graph.graph.nodes if node.op == "call_function"]
+    assert list(node.args[1]) == [8, 10] and node.args[-1] is None
+    odd = flat(nn.Upsample(scale_factor=1.3, mode=mode), torch.randn(2, 3, 4, 5))  # 5.2 rows: another grid than 5
+    (node,) = [node for node in odd.graph.nodes if node.op == "call_function"]
+    assert node.args[1] is None
+
+
 def test_what_pieces_share_their_graphs_share() -> None:
     """The folded head too, which is computed once."""
     head = lively(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))

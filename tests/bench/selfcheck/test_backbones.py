@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mvmoe_deploy.bench.selfcheck import backbones
 from mvmoe_deploy.bench.selfcheck.backbones import Result, Subject
 from mvmoe_deploy.cli import bench
 from mvmoe_deploy.errors import ConfigError, ExportError
+from mvmoe_deploy.exporters.differences import channel_errors
 
 SMALL = Subject("resnet10t", "layer4", "stages", 32)
 
@@ -83,3 +87,13 @@ def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ConfigError, match="not results"):
         backbones.read(tmp_path / "x.json")
+
+
+def test_random_weights_do_not_amplify_rounding() -> None:
+    deep = Subject("mobileone_s0", "stages.3", "stages", 64)  # 2e-4 without SHIFT
+    routed, _ = backbones._models(deep, 2)
+    trunk = routed.merged().trunk_module().eval()
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 64, 64), np.float32))
+    with torch.no_grad():
+        single, double = trunk(images), copy.deepcopy(trunk).double()(images.double())
+    assert channel_errors(single.numpy(), double.float().numpy()).max() < 3e-5
