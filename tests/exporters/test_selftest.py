@@ -14,7 +14,7 @@ from exported import kept_traces
 from PIL import Image
 
 import mvmoe_deploy
-from mvmoe_deploy.bundle import Bundle, open_bundle
+from mvmoe_deploy.bundle import VERSION, Bundle, open_bundle
 from mvmoe_deploy.cli import export, inspect
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters import selftest
@@ -125,7 +125,7 @@ def test_a_router_that_does_not_decide_gives_one_case() -> None:
 def test_without_a_selftest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = exported(tmp_path / "moe.mvmoe", selftest="none")
     assert bundle.manifest.selftest is None and not list(bundle.path.glob("selftest*"))
-    assert bundle.manifest.version == 4
+    assert bundle.manifest.version == VERSION
     with mvmoe_deploy.load(bundle.path, check="all") as runtime:
         assert runtime.selftest() is None
     assert inspect.main([str(bundle.path), "--selftest"]) == 2

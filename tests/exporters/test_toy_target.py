@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -172,7 +172,7 @@ def test_an_entry_point_that_is_no_target(
 def test_two_targets_of_one_name_or_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "_registered", dict(targets.known()))
     with pytest.raises(ConfigError, match="target 'onnx' is registered twice"):
-        targets.register(dataclasses.replace(toy_target.TARGET, name="onnx"))
-    clash = dataclasses.replace(toy_target.TARGET, backends=(targets.Engine("coreml", "toy_target:NumpyBackend"),))
+        targets.register(msgspec.structs.replace(toy_target.TARGET, name="onnx"))
+    clash = msgspec.structs.replace(toy_target.TARGET, backends=(targets.Engine("coreml", "toy_target:NumpyBackend"),))
     with pytest.raises(ConfigError, match="another target already has a backend called 'coreml'"):
         targets.register(clash)

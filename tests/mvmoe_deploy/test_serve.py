@@ -244,7 +244,13 @@ def test_the_command_serves_until_it_is_ended(bundle_path: Path, tmp_path: Path)
     """It prints an address at which the app is, and ends without a complaint."""
     engine = npm_packages() / "onnxruntime-web"
     command = [sys.executable, "-m", "mvmoe_deploy.cli.inspect", str(bundle_path), "--serve", "--host", "127.0.0.1", "--engine", str(engine)]  # fmt: skip
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def as_in_a_terminal() -> None:  # what a script runs in the background ignores this signal, and so do its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    )
     assert started.stdout is not None
     port = 0
     said = []

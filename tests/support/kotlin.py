@@ -129,8 +129,9 @@ def kotlin() -> Kotlin:
             classes = _place(jar)
             with atomic_directory(classes) as temporary:
                 _compile_all(temporary, compiler, jar)
-    engine = f"Maven Central's {jar.name}"
-    if not jar:
+    if jar:
+        engine = f"Maven Central's {jar.name}"
+    else:
         engine = (
             "onnxruntime's Python wheel through the tests' own ai.onnxruntime, since Maven Central was not reached: "
             "against its Java package nothing was compiled or run"

@@ -15,6 +15,8 @@ from mvmoe_deploy.bench.selfcheck import parity
 from mvmoe_deploy.errors import MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell
 
+PRECISIONS = ["fp32", "fp16", "int8", "int4"]
+
 
 @pytest.fixture
 def measure(tmp_path: Path, moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[Cell]]]:
@@ -31,8 +33,8 @@ def measure(tmp_path: Path, moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_every_precision_is_compared_with_pytorch(measure: Callable[[], list[list[Cell]]]) -> None:
     reference, *rows = (dict(zip(parity.HEADERS, row, strict=True)) for row in measure())
-    assert [(row["target"], row["precision"]) for row in rows] == [("onnx", "fp32"), ("onnx", "fp16")]
-    exact, half = rows
+    assert [(row["target"], row["precision"]) for row in rows] == [("onnx", name) for name in PRECISIONS]
+    exact, half, *_ = rows
     assert (reference["target"], reference["top-1 agreement"]) == ("PyTorch", None)
     assert exact["accuracy"] == reference["accuracy"]  # of the same images
     assert exact["top-1 agreement"] == exact["routing agreement"] == "100.0%"
@@ -51,7 +53,7 @@ def test_a_precision_that_fails_says_why_and_the_others_go_on(
         return real(*args, **options)
 
     monkeypatch.setattr(parity, "export_model", export_model)
-    _, failed, half = measure()
+    _, failed, half, *_ = measure()
     assert failed[:3] == ["onnx", "fp32", "expert_02: differs from PyTorch"] and set(failed[3:]) == {None}
     assert half[1] == "fp16" and half[3] is not None
 

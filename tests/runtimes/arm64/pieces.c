@@ -6,7 +6,7 @@
 //   request 'L': text path, level of optimisation      answer: text error (empty if none), number of the graph
 //   request 'R': graph, count and inputs (text name, tensor), count and names of outputs
 //                                                      answer: text error, and if it is empty the outputs
-// A tensor is its type (1 float32, 7 int64), its rank, its extents (64 bits each) and its values.
+// A tensor is its type (1 float32, 2 uint8, 3 int8, 7 int64), its rank, its extents (64 bits each) and its values.
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -17,7 +17,7 @@ enum {
     ERROR_MESSAGE = 2, CREATE_ENV = 3, CREATE_SESSION = 7, RUN = 9, CREATE_OPTIONS = 10, SET_LOG_LEVEL = 22,
     SET_OPTIMISATION = 23, SET_INTRA_THREADS = 24, CREATE_TENSOR = 49, TENSOR_DATA = 51, ELEMENT_TYPE = 60,
     DIMENSION_COUNT = 61, DIMENSIONS = 62, TYPE_AND_SHAPE = 65, CPU_MEMORY = 69, RELEASE_STATUS = 93, RELEASE_VALUE = 96,
-    RELEASE_TYPE_AND_SHAPE = 99, MOST = 64
+    RELEASE_TYPE_AND_SHAPE = 99, MOST = 256
 };
 typedef struct { const void *const *(*get_api)(uint32_t); } Base;
 typedef struct { char *name; void *value; void *data; } Input;
@@ -78,7 +78,7 @@ static void load(void) {
 }
 
 static size_t size_of(uint32_t type, const int64_t *extents, uint32_t rank) {
-    size_t size = type == 7 ? 8 : 4;
+    size_t size = type == 7 ? 8 : type == 1 ? 4 : 1;
     for (uint32_t i = 0; i < rank; i++) size *= extents[i];
     return size;
 }

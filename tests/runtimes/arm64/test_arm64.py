@@ -27,6 +27,8 @@ from mvmoe_deploy.selftest import logits_departure
 from mvmoe_deploy.web_engine import cache_folder
 
 SOURCE = Path(__file__).parent / "pieces.c"
+TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}
+"""ONNX's numbers of types."""
 COMPILER, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64-static"
 CROSS = Path("/usr/aarch64-linux-gnu")
 """Where Debian's cross compiler has the libraries of ARM64."""
@@ -68,7 +70,7 @@ class Arm64:
             self._graphs[path] = self._number()
         graph = self._graphs[path]
         weights = {
-            weight.name: np.memmap(folder / weight.file, "<f4", "r", weight.offset, tuple(weight.shape))
+            weight.name: np.memmap(folder / weight.file, weight.dtype, "r", weight.offset, tuple(weight.shape))
             for weight in piece.weights
         }
         outputs = [spec.name for spec in piece.outputs]
@@ -78,7 +80,9 @@ class Arm64:
             self._send(b"R", struct.pack("<2I", graph, len(given)))
             for name, values in given.items():
                 self._send(
-                    text(name), struct.pack(f"<2I{values.ndim}q", 1, values.ndim, *values.shape), values.tobytes()
+                    text(name),
+                    struct.pack(f"<2I{values.ndim}q", TYPES[values.dtype.name], values.ndim, *values.shape),
+                    values.tobytes(),
                 )
             self._send(struct.pack("<I", len(outputs)), *map(text, outputs))
             self._check()

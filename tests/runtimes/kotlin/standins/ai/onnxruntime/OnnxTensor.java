@@ -12,7 +12,7 @@ import java.nio.FloatBuffer;
 import java.nio.LongBuffer;
 
 public class OnnxTensor extends OnnxTensorLike {
-    private static final int FLOAT = 1, INT64 = 7;
+    private static final int FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7;
     private final TensorInfo info;
     private final int type;
     private final Buffer buffer; // stays reachable while the tensor does
@@ -46,12 +46,23 @@ public class OnnxTensor extends OnnxTensorLike {
             direct.put(data.duplicate()).rewind();
         }
         if (direct.order() != ByteOrder.nativeOrder()) throw new OrtException("the buffer is not in native order");
+        return create(direct, shape, FLOAT);
+    }
+
+    /** Of the real API's types, those that the runtime uses. */
+    public static OnnxTensor createTensor(OrtEnvironment env, ByteBuffer data, long[] shape, OnnxJavaType type) throws OrtException {
+        ByteBuffer direct = data;
+        if (!data.isDirect()) direct = ByteBuffer.allocateDirect(data.remaining()).put(data.duplicate()).rewind();
+        return create(direct, shape, switch (type) { case INT8 -> INT8; case UINT8 -> UINT8; });
+    }
+
+    private static OnnxTensor create(Buffer direct, long[] shape, int type) throws OrtException {
         try (Arena arena = Arena.ofConfined()) {
             MemorySegment memory = MemorySegment.ofBuffer(direct);
             MemorySegment extents = arena.allocateFrom(JAVA_LONG, shape);
             MemorySegment bare = MemorySegment.ofAddress(memory.address());
             long bytes = memory.byteSize(), rank = shape.length;
-            return new OnnxTensor(OrtApi.outChecked(arena, OrtApi.CREATE_TENSOR, OrtApi.MEMORY, bare, bytes, extents, rank, FLOAT), direct);
+            return new OnnxTensor(OrtApi.outChecked(arena, OrtApi.CREATE_TENSOR, OrtApi.MEMORY, bare, bytes, extents, rank, type), direct);
         }
     }
 

@@ -1,0 +1,3 @@
+package ai.onnxruntime;
+
+public enum OnnxJavaType { INT8, UINT8 }
