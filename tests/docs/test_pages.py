@@ -92,7 +92,7 @@ def fenced(text: str) -> Iterator[tuple[list[str], bool]]:
             if match := re.fullmatch(r'(\w+)="(.*)"', line.strip()):
                 variables[match[1]] = string.Template(match[2]).substitute(variables)
                 continue
-            for command in re.split(r"&&|\|", string.Template(line).safe_substitute(variables)):
+            for command in re.split(r"&&|\s\|\s", string.Template(line).safe_substitute(variables)):
                 words = shlex.split(command, comments=True)
                 if words and Path(words[0]).name.startswith("mvmoe-"):
                     known = [word for word in words[1:] if not word.startswith("$")]
