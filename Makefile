@@ -53,7 +53,7 @@ clean:
 
 # The package is installed, not linked: tests, type checks and the API pages see what users get. The folder build is
 # removed first, because setuptools would find modules there that are no more.
-.venv/run: EXTRA := bench
+.venv/run: EXTRA := bench,backbones
 .venv/dev: EXTRA := dev
 .venv/docs: EXTRA := docs
 .venv/run .venv/dev .venv/docs: .venv/bin/pip constraints.txt $(SOURCES)

@@ -56,10 +56,10 @@ def run(program: list[str], text: str, folder: Path) -> str:
 def test_five_minutes(clone: Path) -> None:
     """Export, run and inspect in a shell, then the same bundle from Python."""
     output = run(["bash", "-e"], block("five minutes"), clone)
-    assert "espresso 85.6%" in " ".join(output.split())
+    assert "espresso 99.4%" in " ".join(output.split())
     assert "1 evictions" in output
     assert "match their sha256" in output
-    assert run([sys.executable, "-"], block("python"), clone).startswith("espresso 0.85")
+    assert run([sys.executable, "-"], block("python"), clone).startswith("espresso 0.99")
 
 
 def test_the_demo(

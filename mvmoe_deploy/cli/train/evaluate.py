@@ -14,7 +14,7 @@ HELP = "evaluate a checkpoint on the validation images: top-1, top-5, router acc
 
 EXAMPLES = """\
 example:
-  mvmoe-train evaluate models/zoo/moe.safetensors --data tiny-imagenet-32
+  mvmoe-train evaluate models/zoo/moe.safetensors --data tiny-imagenet
 """
 
 

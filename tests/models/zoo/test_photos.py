@@ -1,4 +1,4 @@
-"""The zoo's dense model for photos: how it is made of published weights."""
+"""The zoo's models for photos: how the dense one is made, and that both know what is on a photo."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.errors import ConfigError
-from mvmoe_deploy.models import load_checkpoint
+from mvmoe_deploy.images import to_pixels
+from mvmoe_deploy.models import ZOO, load_checkpoint
 from mvmoe_deploy.models.architectures import timm_library
+from mvmoe_deploy.models.train.data import normaliser
 from mvmoe_deploy.models.zoo import photos
 
+PHOTOS = Path(__file__).parents[3] / "docs" / "photos"
 IDS = ["n01443537", "n02124075", "n07920052"]
 
 
@@ -94,3 +98,17 @@ def test_other_weights_are_refused(
 def test_a_class_that_is_none_of_imagenets_is_named(whole: torch.nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'n00000000' is none of ImageNet's 1,000 classes"):
         photos.dense(weights(tmp_path, whole), ["n00000000"], ["nothing"])
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_the_zoo_knows_what_is_on_a_photo(name: str) -> None:
+    path = ZOO / f"{name}.safetensors"
+    assert path.stat().st_size <= 8_000_000
+    model, header = load_checkpoint(path)
+    images = [PHOTOS / "chelsea.jpg", PHOTOS / "coffee.jpg"]
+    pixels = torch.stack([torch.from_numpy(to_pixels(image, header.preprocessing)) for image in images])
+    x = normaliser(header.preprocessing, torch.device("cpu"))(pixels.permute(0, 3, 1, 2))
+    with torch.no_grad():
+        best = model.eval()(x).argmax(-1)
+    assert [header.class_names[index] for index in best] == ["Egyptian cat", "espresso"]
+    assert checkpoints.load(path).header.training["library"].startswith("timm ")
