@@ -728,6 +728,17 @@ def _clip(x: Array, alpha: Array, beta: Array) -> Array:
     return np.minimum(np.maximum(x, alpha), beta)
 
 
+def _pad(x: Array, pad: Array, mode: Any = "constant", constant_val: Any = 0.0) -> Array:
+    if str(mode) != "constant":
+        raise ValueError(f"mode {mode} is not supported")
+    widths = np.asarray(pad).reshape(-1, 2).tolist()  # before and after, of the last dimensions
+    if len(widths) > x.ndim or min(map(min, widths)) < 0:
+        raise ValueError(f"widths {widths} do not fit {list(x.shape)}")
+    widths = [[0, 0]] * (x.ndim - len(widths)) + widths
+    _check_room(tuple(size + before + after for size, (before, after) in zip(x.shape, widths, strict=True)))
+    return np.pad(x, widths, constant_values=float(constant_val))
+
+
 def _sigmoid(x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp of a large number is infinite, and its inverse 0
         return 1 / (1 + np.exp(-x))
@@ -820,6 +831,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "maximum": _elementwise(np.maximum),
     "minimum": _elementwise(np.minimum),
     "mul": _elementwise(np.multiply),
+    "pad": _pad,
     "real_div": _elementwise(np.true_divide),
     "reduce_max": _reduction(np.max),
     "reduce_mean": _reduction(np.mean),

@@ -63,6 +63,7 @@ CASES: list[tuple[str, tuple[str, ...], tuple[int, ...], Callable[[Any], Any], A
     ("real_div", ALL, (2, 3, 4), lambda x: mb.real_div(x=x, y=GAMMA), None),
     ("relu", ALL, (2, 3, 4), lambda x: mb.relu(x=x), None),
     ("clip", ALL, (2, 30), lambda x: mb.clip(x=x, alpha=-0.5, beta=0.7), None),
+    ("pad", ALL, (2, 3, 4), lambda x: mb.pad(x=x, pad=[0, 1, 2, 3], mode="constant", constant_val=0.5), lambda x: F.pad(x, (2, 3, 0, 1), value=0.5)),
     ("thresholded_relu", ALL, (2, 30), lambda x: mb.thresholded_relu(x=x, alpha=-0.4), lambda x: x * (x >= -0.4)),
     ("sigmoid", ALL, (2, 30), lambda x: mb.sigmoid(x=mb.mul(x=x, y=np.float32(60))), lambda x: (60 * x).sigmoid()),
     ("sigmoid_hard", ALL, (2, 30), lambda x: mb.sigmoid_hard(x=x, alpha=0.6, beta=0.3), None),
