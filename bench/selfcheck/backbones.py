@@ -193,12 +193,24 @@ def _models(subject: Subject, experts: int) -> tuple[RoutedBackbone, Model]:
     routed = build(config_from_name(f"timm:{subject.name}", **shape, experts=experts, cut=subject.cut, own=subject.own))
     assert isinstance(routed, RoutedBackbone)
     dense = build(routed.config.dense)
-    images = verification_images(_preprocessing(routed), None)[0]
+    images = _images(routed)
     images = images.repeat(-(-2 * experts // len(images)), 1, 1, 1)
     _settle(routed, lambda: routed.routed(images, torch.arange(len(images))[:, None] % experts))
     _settle(dense, lambda: dense(images))
     _teach(routed, images)
     return routed.eval(), dense.eval()
+
+
+def _images(model: Model) -> Tensor:
+    """Synthetic images ``[n, 3, S, S]`` of different colours and contrasts.
+
+    Random weights hardly tell images of the same colours apart, once features are averaged over their places. Images
+    would then differ by little more than rounding does.
+    """
+    images = verification_images(_preprocessing(model), None)[0]
+    generator = torch.Generator().manual_seed(0)
+    contrast = torch.rand(len(images), 1, 1, 1, generator=generator) + 0.3
+    return images * contrast + torch.randn(len(images), 3, 1, 1, generator=generator)
 
 
 def _preprocessing(model: Model) -> Preprocessing:
@@ -228,19 +240,21 @@ def _settle(model: nn.Module, run: Callable[[], object]) -> None:
 
 @torch.no_grad()
 def _teach(routed: RoutedBackbone, images: Tensor) -> None:
-    """Lets the router look at what differs most between images, as a trained one does.
+    """Lets the router divide images by what differs most between them, as a trained one does.
 
     A random direction sees mostly what all images have in common, of which half precision's rounding is a large share.
     """
     routed.eval()
     trunk, linear = routed.trunk_module(), routed.router.linear
     features = torch.cat([pooled(trunk(part)) for part in images.split(8)]).double()
-    _, _, directions = torch.linalg.svd(features - features.mean(0), full_matrices=False)
-    several = directions[: min(linear.out_features, 4)]
-    mixed = torch.randn(linear.out_features, len(several), dtype=torch.float64) @ several
-    scale = 0.5 / (features @ mixed.T).std(0)  # twice as far apart, gates would be twice as sensitive to rounding
-    linear.weight.copy_(mixed * scale[:, None])
-    linear.bias.copy_(-(features @ mixed.T).mean(0) * scale)
+    mean = features.mean(0)
+    plane = torch.linalg.svd(features - mean, full_matrices=False)[2][:2]
+    plane /= (features @ plane[0]).std()
+    # the experts lie on a circle in the plane of the two directions in which images differ most
+    angles = torch.arange(linear.out_features, dtype=torch.float64) * (2 * torch.pi / linear.out_features)
+    weight = 2 * torch.stack([angles.cos(), angles.sin()], 1)[:, : len(plane)] @ plane
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ mean)
 
 
 def _exported(
@@ -288,7 +302,15 @@ def _export(model: Model, export: str, out: Path, progress: Callable[[str], None
     target, options = EXPORTS[export]
     names = [f"class {index}" for index in range(CLASSES)]
     header = new_header(model.config.to_dict(), names, names, _preprocessing(model))
-    return export_model(model, header, target, out, options=exporter_of(target).options(**options), progress=progress)
+    return export_model(
+        model,
+        header,
+        target,
+        out,
+        options=exporter_of(target).options(**options),
+        images=_images(model),
+        progress=progress,
+    )
 
 
 def _ratios(dense: Model, routed: Bundle, folder: Path, rounds: int) -> tuple[float, float]:
