@@ -467,7 +467,10 @@ def test_a_foreign_model_exports(foreign: Exported) -> None:
     assert manifest.routing is not None
     assert [piece.name for piece in manifest.pieces] == ["trunk", "expert_00", "expert_01", "expert_02"]
     assert manifest.model == {"architecture": "conv", "stride": 4}
-    assert [piece.flops for piece in manifest.pieces] == [None] * 4  # not known
+    # convolution, bias and ReLU at 64 places; then pooling and the router, or the gate, the mix, pooling and the head
+    trunk = 64 * 8 * (2 * 27 + 1 + 1) + 64 * 8 + (2 * 8 + 1 + 5) * 3
+    tail = 64 * 8 * (2 * 72 + 1 + 1) + 64 * 8 + 64 * 16 * (2 * 8 + 1) + 64 * 16 + (2 * 16 + 1) * tiny.CLASSES
+    assert [piece.flops for piece in manifest.pieces] == [trunk] + 3 * [tail]
     same_as_pytorch(foreign.path, foreign.model)
     assert foreign.traces == 2  # trunk and one tail
     assert not {"BatchNormalization"} & {node.op_type for node in onnx.load(foreign.path / "expert_00.onnx").graph.node}

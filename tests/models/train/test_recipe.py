@@ -40,6 +40,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "auxiliary_weight": ({"auxiliary_weight": 0.5}, {"router": "end-to-end"}),
     "expert_rate": ({"expert_rate": 0.5}, {}),
     "expert_pull": ({"expert_pull": 0.2}, {}),
+    "learn": ({"learn": "mlp"}, {}),
     "clip": ({"clip": 0.01}, {}),
     "seed": ({"seed": 1}, {}),
     "precision": ({"precision": "bf16"}, {}),
