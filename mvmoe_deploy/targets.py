@@ -168,8 +168,8 @@ def of_backend(name: str) -> Target:
     Raises:
         BackendError: no target has a backend of that name.
     """
-    for targets in (_registered, installed()):
-        for target in targets.values():
+    for targets in (lambda: _registered, installed):  # looking for installed ones takes 15 ms
+        for target in targets().values():
             if any(engine.name == name for engine in target.backends):
                 return target
     names = ", ".join(engine.name for target in known().values() for engine in target.backends)
