@@ -88,6 +88,17 @@ class ImageRouted(Output):
     gates: Tensor
     chosen: Tensor
 
+    @classmethod
+    def by(cls, choice: routing.Choice, logits: Tensor, router_logits: Tensor) -> ImageRouted:
+        """The output for images that were routed by a choice, which was made from ``router_logits``."""
+        return cls(
+            logits,
+            router_logits=router_logits,
+            noisy_logits=choice.noisy_logits,
+            gates=choice.gates,
+            chosen=choice.chosen,
+        )
+
     def auxiliary_loss(self) -> Tensor:
         """Importance and load loss (arXiv 2106.05974, appendix A), with the images of the batch in place of tokens."""
         return routing.auxiliary_loss(self.router_logits.float(), self.noisy_logits.float(), self.chosen.shape[1])
@@ -230,13 +241,7 @@ def routed_by_tails(
         tail(expert)(features[images], choice.gates[images, 0]) for expert, images in enumerate(rows) if len(images)
     ]
     logits = torch.cat(parts)[torch.cat(rows).argsort()]
-    return ImageRouted(
-        logits,
-        router_logits=router_logits,
-        noisy_logits=choice.noisy_logits,
-        gates=choice.gates,
-        chosen=choice.chosen,
-    )
+    return ImageRouted.by(choice, logits, router_logits)
 
 
 def set_training(module: nn.Module, training: bool = True) -> None:

@@ -520,13 +520,7 @@ class RoutedBackbone(TimmModel):
             return self._gate(name, Dispatch(self._parts(name), route, self._times[name]), route)
 
         logits = self._tail(dispatched)(features, choice.gates[:, 0], choice.chosen[:, 0])
-        return ImageRouted(
-            logits,
-            router_logits=router_logits,
-            noisy_logits=choice.noisy_logits,
-            gates=choice.gates,
-            chosen=choice.chosen,
-        )
+        return ImageRouted.by(choice, logits, router_logits)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits

@@ -228,13 +228,7 @@ class MobileVMoE(ViT):
             x = block(x, choice.gates, choice.chosen)
         x = self.blocks[-1](x, choice.gates, choice.chosen, n=1)  # the classifier reads only the class token
         logits = classify(x, self.norm, self.head)
-        return ImageRouted(
-            logits,
-            router_logits=router_logits,
-            noisy_logits=choice.noisy_logits,
-            gates=choice.gates,
-            chosen=choice.chosen,
-        )
+        return ImageRouted.by(choice, logits, router_logits)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.routed(images).logits
