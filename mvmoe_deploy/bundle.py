@@ -279,7 +279,9 @@ class Bundle(msgspec.Struct, frozen=True, eq=False):
 
         def compare() -> None:
             try:
-                self.check(paths)
+                for file in files:
+                    compare_file(self.path, file)
+                    self._checked.add(file.path)
             except BundleError as error:
                 found.append(error)
 
@@ -431,7 +433,17 @@ def check_file(directory: Path, file: File) -> None:
     Raises:
         BundleError: the file is missing, outside the bundle, of another size, altered, or not readable.
     """
-    path = locate_file(directory, file)
+    locate_file(directory, file)
+    compare_file(directory, file)
+
+
+def compare_file(directory: Path, file: File) -> None:
+    """Compares one file's content with its manifest entry; :func:`locate_file` compares the rest.
+
+    Raises:
+        BundleError: the file is altered, or not readable.
+    """
+    path = directory / file.path
     try:
         found = sha256(path)
     except OSError as error:
@@ -440,7 +452,7 @@ def check_file(directory: Path, file: File) -> None:
         raise BundleError(f"{path}: sha256 differs from {MANIFEST}; the file is damaged, export again")
 
 
-def locate_file(directory: Path, file: File) -> Path:
+def locate_file(directory: Path, file: File) -> None:
     """Compares everything but one file's content with its manifest entry.
 
     Raises:
@@ -460,7 +472,6 @@ def locate_file(directory: Path, file: File) -> Path:
             )
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise BundleError(f"{path}: cannot be read ({first_line(error)})") from None
-    return path
 
 
 _UNSAFE = re.compile(r"[\\:\x00-\x1f]")
