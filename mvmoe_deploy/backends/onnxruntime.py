@@ -68,12 +68,7 @@ class OnnxRuntimeBackend:
             check = self._checks[piece.name] = OutputCheck(piece, path)
         followed = not self._bundle.trusted  # then the graph check has computed every shape for one image
 
-        one_at_a_time = piece.inputs[0].shape[0] == 1
-
         def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
-            if one_at_a_time and len(inputs[0]) > 1:
-                parts = [run(*(array[i : i + 1] for array in inputs)) for i in range(len(inputs[0]))]
-                return [np.concatenate(each) for each in zip(*parts, strict=True)]
             given = dict(zip(names, inputs, strict=True))
             if weights is not None:
                 given.update(weights.arrays)
@@ -86,7 +81,7 @@ class OnnxRuntimeBackend:
                 check(results, batch)
             return results
 
-        return run
+        return one_at_a_time(run) if piece.inputs[0].shape[0] == 1 else run
 
     def _path(self, piece: Piece) -> Path:
         return self._bundle.path / piece.graph
@@ -236,6 +231,19 @@ class _Weights:
 def open_backend(bundle: Bundle, threads: int | None = 1) -> OnnxRuntimeBackend:
     """See :func:`mvmoe_deploy.backends.open_backend`."""
     return OnnxRuntimeBackend(bundle, threads)
+
+
+def one_at_a_time(run: LoadedPiece) -> LoadedPiece:
+    """Gives a piece whose graph takes one image the images of a batch in turn."""
+
+    # A function that called itself would be a cycle: an evicted expert would stay until the garbage collector came.
+    def run_each(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
+        if len(inputs[0]) == 1:
+            return run(*inputs)
+        parts = [run(*(array[i : i + 1] for array in inputs)) for i in range(len(inputs[0]))]
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    return run_each
 
 
 def bare_run(session: ort.InferenceSession) -> Callable[..., list[NDArray[Any]]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import conformance as conformance_cases
 import msgspec
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 import mvmoe_deploy
 from mvmoe_deploy import decoding, images
-from mvmoe_deploy.bundle import open_bundle
+from mvmoe_deploy.backends import LoadedPiece
+from mvmoe_deploy.bundle import Piece, open_bundle
 from mvmoe_deploy.errors import MvmoeError
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.selftest import digest, logits_departure
@@ -40,6 +44,35 @@ def test_every_bundle_answers_as_expected(name: str, cases: dict[str, Any], conf
             assert answer.gates == pytest.approx(case["gates"], abs=bundle["tolerance"]["gate"])
             departure = logits_departure(answer.logits, np.array(case["logits"], np.float32))
             assert departure <= bundle["tolerance"]["logits"], case["image"]
+
+
+@pytest.mark.parametrize("name", [name for name in conformance_cases.BUNDLES if not name.startswith("dense")])
+def test_an_evicted_expert_is_gone_before_the_next_one_comes(
+    name: str, cases: dict[str, Any], conformance: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the garbage collector, which comes when many experts have piled up: a cycle in a piece would wait for it."""
+    path = conformance.parent / next(each["path"] for each in cases["bundles"] if each["name"] == name)
+    with mvmoe_deploy.load(path, max_resident=1) as runtime:
+        batch = images.preprocess(tiny.images(1)[0], runtime.bundle.manifest.preprocessing)[None]
+        load, loaded = runtime.backend.load, list[tuple[int | None, weakref.ref[LoadedPiece]]]()
+
+        def watched(piece: Piece) -> LoadedPiece:
+            assert not [other for other, alive in loaded if other != piece.expert and alive() is not None]
+            result = load(piece)
+            loaded.append((piece.expert, weakref.ref(result)))
+            return result
+
+        monkeypatch.setattr(runtime.backend, "load", watched)
+        routing = runtime.bundle.manifest.routing
+        assert routing is not None
+        k, experts = routing.k, routing.experts
+        gc.disable()
+        try:
+            for first in range(experts):
+                runtime.run(batch, np.array([[(first + i) % experts for i in range(k)]]))
+        finally:
+            gc.enable()
+        assert {expert for expert, _ in loaded} == set(range(experts))
 
 
 def test_the_cases_reach_every_expert_and_tell_images_apart(cases: dict[str, Any]) -> None:
