@@ -99,7 +99,8 @@ class Stats(msgspec.Struct, frozen=True):
         resident: indices of the resident experts, least recently used first.
         resident_bytes: weights of the resident experts (what the memory budget bounds).
         fixed_bytes: weights that are always loaded: trunk, router, shared segments.
-        unfreed_bytes: weights of evicted experts that the backend cannot give back to the system.
+        unfreed_bytes: weights of evicted experts that the backend cannot give back to the system, and memory of one
+            that it keeps for the next. A load takes that memory or frees it, so that it stays within the budget.
     """
 
     hits: int
@@ -225,6 +226,8 @@ class Runtime:
         """
         self._pieces = {}
         self._residency.clear()
+        if hasattr(self.backend, "drop_spare"):
+            self.backend.drop_spare()
 
     def _load_piece(self, piece: Piece) -> LoadedPiece:
         if not getattr(self.backend, "plain_weights", False):
@@ -334,6 +337,7 @@ class Runtime:
         with self._lock:
             gone = self._loaded_once - set(ledger.resident)
         unfreed = sum(piece.weight_bytes for expert in gone for piece in self._expert_pieces[expert])
+        unfreed += getattr(self.backend, "spare_bytes", 0)
         # in the swappable layout, what all experts share is loaded with the first expert and then kept
         swapping = {piece.graph: piece.shared_bytes for pieces in self._expert_pieces for piece in pieces}
         fixed = sum(piece.weight_bytes for piece in self._fixed) + sum(swapping.values())
@@ -516,6 +520,7 @@ class Runtime:
             ready = perf_counter()
             outputs = loaded[layer](*inputs)
         finally:
+            del loaded  # so that it is freed where it is evicted, never here after its memory was to be used again
             self._residency.release(expert)
         return outputs, 1e3 * (ready - started), 1e3 * (perf_counter() - ready)
 

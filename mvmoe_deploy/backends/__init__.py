@@ -24,6 +24,9 @@ class Backend(Protocol):
     nothing but numbers, so the engine may read them before their sha256 is known. The runtime then compares them while
     the piece is loaded, and drops the piece if they differ.
 
+    A backend that keeps memory of a dropped piece for the next one says how much in an attribute ``spare_bytes``, and
+    frees it in a method ``drop_spare()``.
+
     Attributes:
         name: the backend's name in the target's record, see :class:`mvmoe_deploy.targets.Engine`.
         unloads: whether dropping a loaded piece gives its memory back.

@@ -45,6 +45,13 @@ class OnnxRuntimeBackend:
         self._spare = _Spare()
         self._checks: dict[str, OutputCheck] = {}
 
+    @property
+    def spare_bytes(self) -> int:
+        return self._spare.bytes
+
+    def drop_spare(self) -> None:
+        self._spare.drop()
+
     def load(self, piece: Piece) -> LoadedPiece:
         if piece.weights:
             with self._swapping_lock:
@@ -215,6 +222,17 @@ class _Spare:
         """Keeps memory in place of what is kept already."""
         with self._lock:
             self._kept = plan, memory, arrays
+
+    @property
+    def bytes(self) -> int:
+        """Size of the memory that is kept now."""
+        kept = self._kept
+        return kept[0].size if kept is not None else 0
+
+    def drop(self) -> None:
+        """Frees what is kept."""
+        with self._lock:
+            self._kept = None
 
 
 class _Weights:

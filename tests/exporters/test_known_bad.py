@@ -7,6 +7,8 @@ the same difference the other way round; a fault of a graph is put behind the ba
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -523,3 +525,19 @@ def test_a_bundle_passes_and_says_how_far_apart_its_experts_are(written: Written
     assert eyesight is not None
     assert eyesight.told_apart_by == ("outputs" if eyesight.tolerances >= 2 else "weights")
     assert eyesight.copies == 0
+
+
+# what every bundle's backend does
+
+
+def test_a_dropped_piece_is_freed_at_once(written: Written) -> None:
+    """Not only when Python's garbage collector comes: until then, evicted experts would be above the memory budget."""
+    backend = open_backend(written.bundle, "reference" if written.bundle.manifest.target == "coreml" else None)
+    piece = backend.load(written.bundle.piece("tail", 0))
+    dropped = weakref.ref(piece)
+    gc.disable()
+    try:
+        del piece
+        assert dropped() is None
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,30 @@ def test_the_memory_of_a_dropped_expert_is_used_again_but_never_that_of_one_in_u
     other = backend.load(family[2])
     for run, expected in zip([held[0], other], [alone[0], alone[2]], strict=True):
         np.testing.assert_array_equal(run(*inputs)[0], expected)
+
+
+def test_memory_that_is_kept_for_the_next_expert_is_reported(swappable: Exported, tmp_path: Path) -> None:
+    """Loading an expert takes the memory of the one that was evicted for it, so that nothing is above the budget."""
+    copy, one = tiny.copy_of(swappable.path, tmp_path), tiny.inputs(1).numpy()
+    manifest = swappable.bundle.manifest
+    k = manifest.routing.k
+    piece = next(piece for piece in manifest.pieces if piece.expert == k)
+    gc.disable()  # what is freed only by the garbage collector would be kept by chance
+    try:
+        with mvmoe_deploy.load(copy, max_resident=k) as runtime:
+            for first in (0, 1, 2):
+                runtime.run(one, np.arange(first, first + k)[None] % 4)
+                assert runtime.stats().unfreed_bytes == 0
+            runtime.run(one, np.arange(k)[None])
+            (copy / f"{piece.name}.bin").write_bytes(b"")
+            with pytest.raises(BackendError, match="ends before its last weight"):
+                runtime.run(one, np.arange(1, k + 1)[None])
+            assert piece.weight_bytes <= runtime.stats().unfreed_bytes < piece.weight_bytes + 1000
+            runtime.run(one, np.arange(k)[None])
+            assert runtime.stats().unfreed_bytes == 0
+        assert runtime.stats().unfreed_bytes == 0
+    finally:
+        gc.enable()
 
 
 def test_a_file_that_shrinks_after_it_was_checked_is_named(swappable: Exported, tmp_path: Path) -> None:
