@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from mvmoe_deploy import targets
 from mvmoe_deploy.errors import BundleError, ConfigError, first_line
@@ -80,6 +82,11 @@ class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     def bytes(self) -> int:
         """The weight's size in bytes."""
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 1)
+
+    def read(self, directory: Path) -> NDArray[Any]:
+        """The weight's values, from its file in the bundle's directory."""
+        kind = np.dtype(self.dtype).newbyteorder("<")
+        return np.fromfile(directory / self.file, kind, math.prod(self.shape), offset=self.offset).reshape(self.shape)
 
 
 class Piece(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

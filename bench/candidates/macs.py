@@ -38,6 +38,7 @@ def count_graph(path: Path) -> int:
         if shape and not shape[0].dim_value:
             shape[0].dim_value = 1
     del model.graph.value_info[:]  # they have a symbolic batch
+    _as_plain_products(model.graph)
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -56,6 +57,21 @@ def count_graph(path: Path) -> int:
             raise ConfigError(f"{path}: the shapes of {node.op_type} {node.name!r} are not known; it cannot be counted")
         total += _products(node, ins, out)
     return total
+
+
+def _as_plain_products(graph: onnx.GraphProto) -> None:
+    """Writes onnxruntime's products of quantised matrices as MatMul, whose shapes can be inferred."""
+    for node in graph.node:
+        if node.op_type not in ("MatMulIntegerToFloat", "MatMulNBits"):
+            continue
+        weight = node.input[1]
+        if node.op_type == "MatMulNBits":  # its weights lie in blocks, so their extents are attributes
+            extents = {a.name: a.i for a in node.attribute}
+            weight = f"{node.name or node.output[0]}.matrix"
+            graph.initializer.add(name=weight, dims=[extents["K"], extents["N"]], data_type=onnx.TensorProto.FLOAT)
+        data = node.input[0]
+        node.ClearField("attribute")
+        node.op_type, node.domain, node.input[:] = "MatMul", "", [data, weight]
 
 
 def _products(node: onnx.NodeProto, ins: list[list[int]], out: list[int]) -> int:

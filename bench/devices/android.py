@@ -565,10 +565,6 @@ def _check(bundles: Sequence[Bundle], runner: Path) -> Runner:
         raise ConfigError(f"--device android: takes bundles of one target; these are {', '.join(found)}")
     for bundle in bundles:
         bundle.check()
-        if bundle.manifest.layout not in ("separate", "packed"):
-            raise ConfigError(
-                f"{bundle.path}: layout {bundle.manifest.layout} cannot be run piece by piece by a runner"
-            )
         batch = bundle.manifest.options.get("max_batch", 1)
         if batch != 1:  # extension/runner_util/inputs.cpp fills inputs of the largest shape
             raise ConfigError(
@@ -615,8 +611,8 @@ def _push(
     generator = np.random.default_rng(0)
     inputs: dict[str, list[str]] = {}
     for piece in bundle.manifest.pieces:
-        inputs[piece.name] = []
-        for number, spec in enumerate(piece.inputs):
+        values: dict[str, np.ndarray[Any, Any]] = {}
+        for spec in piece.inputs:
             shape = [extent if isinstance(extent, int) else 1 for extent in spec.shape]
             shape[0] = 1
             value = generator.standard_normal(shape).astype(np.float32)
@@ -624,8 +620,12 @@ def _push(
                 value = preprocess(images[0], bundle.manifest.preprocessing).reshape(shape).astype(np.float32)
             if spec.name == "gate":
                 value = np.full(shape, 0.5, np.float32)
+            values[spec.name] = value
+        values |= {weight.name: weight.read(bundle.path) for weight in piece.weights}
+        inputs[piece.name] = []
+        for number, (tensor, value) in enumerate(values.items()):
             file_name = f"input_{piece.name}_{number}"
-            (local / file_name).write_bytes(_runner_of(bundle).encode(spec.name, value))
+            (local / file_name).write_bytes(_runner_of(bundle).encode(tensor, value))
             adb.run("push", str(local / file_name), str(folder / file_name), timeout=timeout)
             inputs[piece.name].append(file_name)
     return _Measured(bundle, name, folder, inputs)

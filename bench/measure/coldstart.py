@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def measure_cold_start(
     """Starts ``repeats`` processes per configuration, in an order shuffled every round.
 
     Files are in the page cache, so the disk's speed is not part of the time: each configuration is started once before
-    the measured starts, which also compiles Python's files.
+    the measured starts. That start also compiles Python's files, as an installer does, even where the environment asks
+    Python not to keep them: compiling this project's files at every start would take 20 ms.
 
     Args:
         configurations: the configurations to start.
@@ -72,8 +74,9 @@ def _start(c: Configuration, image: Path, threads: int) -> list[float]:
     scale = [",".join(map(str, values)) for values in (c.preprocessing.mean, c.preprocessing.std)]
     arguments = [c.opened_as, c.backend, c.path, str(image), str(threads)]
     command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as == "graph" else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = time.monotonic()  # all processes of a machine share this clock
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BackendError(f"{c.name}: measuring the cold start failed: {lines[-1] if lines else done.returncode}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -207,10 +206,7 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
     """Reads a piece's weights back from its graph and, for weights that the graph takes as inputs, from their files."""
     graph = onnx.load(bundle.path / written.graph).graph
     constants = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer}
-    for weight in written.weights:
-        kind = np.dtype(weight.dtype).newbyteorder("<")
-        values = np.fromfile(bundle.path / weight.file, kind, math.prod(weight.shape), offset=weight.offset)
-        constants[weight.name] = values.reshape(weight.shape)
+    constants |= {weight.name: weight.read(bundle.path) for weight in written.weights}
     found = [*constants.values(), *stored_matrices(graph, constants)]
     expected = {name: weight.numpy() for name, weight in flat([piece])[0].state_dict().items()}
     return StoredWeights(expected, [array.astype(np.float32) for array in found if array.dtype.kind == "f"])

@@ -73,7 +73,7 @@ def onnxruntime_perf_test() -> int:
     p.add_argument("result")
     args = p.parse_args()
     assert Path(args.model).is_file()
-    files = sorted(Path("test_data_set_0").glob("input_*.pb"))
+    files = sorted(Path("test_data_set_0").glob("input_*.pb"), key=lambda file: int(file.stem.split("_")[1]))
     expected = SCENARIO["names"][args.model]
     # a TensorProto holds its name as it is, behind its tag (field 8) and length
     marks = [f"\x42{chr(len(name))}{name}".encode() for name in expected]

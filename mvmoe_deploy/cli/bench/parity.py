@@ -15,6 +15,7 @@ EXAMPLES = """\
 examples:
   mvmoe-bench parity                              the zoo's routed model that reads characters
   mvmoe-bench parity --checkpoint moe.pt --data DIR --markdown
+  mvmoe-bench parity --only onnx coreml:fp16
 """
 
 
@@ -28,6 +29,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR",
         help="folder with val/ or val.zip, as mvmoe-train takes it (default: 500 images of the zoo)",
     )  # fmt: skip
+    p.add_argument(
+        "--only", nargs="+", default=[], metavar="TARGET", help="targets, or one precision of one as in onnx:int8"
+    )
     p.add_argument("--count", type=positive_int, default=1000, help="validation images used, evenly spaced")
     p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 
@@ -41,5 +45,5 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--checkpoint needs --data: labelled images of its classes")
     checkpoint = args.checkpoint or ZOO / "scripts" / "moe.safetensors"
     data = args.data or ZOO / "scripts" / "sample"
-    rows = measure(checkpoint, data, args.count, progress=lambda what: print(what, file=sys.stderr))
+    rows = measure(checkpoint, data, args.count, progress=lambda what: print(what, file=sys.stderr), only=args.only)
     print((markdown_table if args.markdown else table)(rows, HEADERS))

@@ -17,6 +17,7 @@ import adbd
 import msgspec
 import pytest
 import tiny
+from exported import export_tiny, kept_traces
 
 from mvmoe_deploy.bench.devices import android
 from mvmoe_deploy.bench.report.tables import terminal_text
@@ -137,7 +138,7 @@ class Phone:
     def measure(self, *bundles: Path, runner: str = "onnxruntime_perf_test", **options: Any) -> Results:
         adb = android.find_device(serial=self.serial)
         pieces = [piece for bundle in bundles for piece in open_bundle(bundle).manifest.pieces]
-        self.behave(names={piece.graph: [spec.name for spec in piece.inputs] for piece in pieces})
+        self.behave(names={piece.graph: [each.name for each in (*piece.inputs, *piece.weights)] for piece in pieces})
         return android.measure(adb, self.runners[runner], bundles, runs=10, **options)
 
 
@@ -232,6 +233,16 @@ def test_onnx_bundles_with_perf_test(phone: Phone, bundle_path: Path, dense_path
     assert [row.selftest for row in results.rows] == [[]] * len(results.rows)
     assert results.method["self-test"] == "not run: onnxruntime_perf_test does not give away what a graph computed"
     assert phone.left_over == [] == phone.running
+
+
+def test_swappable_tails_get_their_weights_as_inputs(phone: Phone, folder: Path) -> None:
+    path = folder / "phone_swappable.mvmoe"
+    with kept_traces(tiny.moe_config()):
+        bundle = export_tiny(tiny.moe_config(), path, layout="swappable").bundle
+    (row, *pieces) = phone.measure(path).rows
+    assert row.layout == "swappable" and len(pieces) == 1 + tiny.EXPERTS
+    assert len(bundle.piece("tail", 0).weights) == 4  # the runner would have missed one
+    assert len(phone.runs) == android.PASSES * (1 + tiny.EXPERTS)
 
 
 def test_executorch_bundles_with_executor_runner(

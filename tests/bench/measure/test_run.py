@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -94,6 +95,21 @@ def test_cold_starts_have_parts_that_add_up(moe: Configuration, pixels: Path) ->
     assert all(len(part) == 2 and min(part) > 0 for part in parts)
     assert found.total.value == pytest.approx(np.median(np.sum(parts, axis=0)))
     assert found.imports[0] > found.first_run[0]  # a tiny model, a large engine
+
+
+def test_cold_starts_keep_compiled_files(moe: Configuration, pixels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installers compile a package's files. Where the environment forbids to keep them, compiling would be measured."""
+    environments = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 0, "1.0 2.0 3.0 4.0\n", "")
+
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr("mvmoe_deploy.bench.measure.coldstart.subprocess.run", run)
+    measure_cold_start([moe], pixels, repeats=1)
+    assert len(environments) == 2 and not any("PYTHONDONTWRITEBYTECODE" in each for each in environments)
+    assert environments[0].keys() == os.environ.keys() - {"PYTHONDONTWRITEBYTECODE"}
 
 
 def test_mixes_are_what_they_say() -> None:

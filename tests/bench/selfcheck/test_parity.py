@@ -12,7 +12,7 @@ from exported import kept_traces
 
 from mvmoe_deploy import targets
 from mvmoe_deploy.bench.selfcheck import parity
-from mvmoe_deploy.errors import MvmoeError, VerificationError
+from mvmoe_deploy.errors import ConfigError, MvmoeError, VerificationError
 from mvmoe_deploy.terminal import Cell
 
 PRECISIONS = ["fp32", "fp16", "int8", "int4"]
@@ -66,3 +66,12 @@ def test_a_target_whose_toolchain_is_missing_is_left_out_and_named(
 
     monkeypatch.setattr(parity, "converter_of", converter_of)
     assert [row[0] for row in measure()] == ["PyTorch"]
+
+
+def test_single_targets_and_precisions_can_be_asked_for() -> None:
+    every = parity._wanted([])
+    assert list(every) == list(targets.known()) and every["onnx"] == PRECISIONS
+    assert parity._wanted(["onnx:int8", "coreml"]) == {"onnx": ["int8"], "coreml": every["coreml"]}
+    for unknown in ("onyx", "onnx:int9"):
+        with pytest.raises(ConfigError, match=f"--only {unknown}: expected a target"):
+            parity._wanted([unknown])
