@@ -88,6 +88,9 @@ BYTES = {"fp32": 4, "fp16": 2}
 SHIFT = 1.0
 """What every batch norm adds, in standard deviations of its input."""
 
+SHARE = 0.5
+"""Deviation of what a block of branches adds to its skip connection, in deviations of the latter."""
+
 
 class Result(msgspec.Struct, frozen=True):
     """One export of one model.
@@ -223,19 +226,46 @@ def _settle(model: nn.Module, run: Callable[[], object]) -> None:
 
     Batch norms take the statistics of a batch, without which features vanish or explode. They scale by 1 and add
     :data:`SHIFT`: an activation that cuts off half of its input makes any difference a tenth larger in every layer,
-    rounding included, which 40 layers turn into 6e-4 of a channel's scale.
+    rounding included, which 40 layers turn into 6e-4 of a channel's scale. For branches that are added up see
+    :func:`_settle_branches`.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = _norms(model)
     were = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
         if norm.affine:
             nn.init.ones_(norm.weight)
             nn.init.constant_(norm.bias, SHIFT)
+    for block in model.modules():
+        if hasattr(block, "reparameterize"):  # timm's name for the merging of branches
+            _settle_branches(block)
     model.train()
     run()
     for norm, was in zip(norms, were, strict=True):
         norm.momentum = was
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _settle_branches(block: nn.Module) -> None:
+    """Lets convolutions that are added up count as one, for half of what their block's skip connection gives.
+
+    If each counted as much as the skip connection, mobileone_s0 of random weights would make images alike: after 41
+    blocks, features averaged over their places vary between images by 0.06 of a channel's deviation, and fp16 weights
+    move the router's scores by 2 % of their deviation. Of EfficientNet-Lite0's published weights, with photos, these
+    are 0.28 to 0.54 and 0.1 to 0.3 %, of these random ones 0.21 and 0.4 %. What fp16 weights change in a channel is
+    0.0045 of its deviation (root mean square) in these, and 0.0047 in the published ones.
+    """
+    identity = getattr(block, "identity", None)
+    branches = [norm for norm in _norms(block) if norm.affine and norm is not identity]
+    share = 1.0 if identity is None else SHARE
+    total = share**2 + (identity is not None)
+    for norm in branches:
+        nn.init.constant_(norm.weight, share / len(branches) ** 0.5)
+    for norm in (*branches, *([] if identity is None else [identity])):
+        nn.init.constant_(norm.bias, SHIFT * total**0.5 / (len(branches) + (identity is not None)))
 
 
 @torch.no_grad()

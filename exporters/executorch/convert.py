@@ -20,9 +20,9 @@ from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import ExportError, root_cause
 from mvmoe_deploy.exporters.attention import groups_of
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH, ExecuTorchOptions
-from mvmoe_deploy.exporters.executorch.passes import PASSES, write_relus
+from mvmoe_deploy.exporters.executorch.passes import PASSES, split_diagonals, write_relus
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
-from mvmoe_deploy.exporters.graph import aten, flatten
+from mvmoe_deploy.exporters.graph import aten, check_same, flatten
 from mvmoe_deploy.exporters.job import Converted, Job, count_parameters, describe_piece
 from mvmoe_deploy.exporters.split import PieceModule
 from mvmoe_deploy.exporters.weights import StoredWeights
@@ -160,7 +160,12 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
 def flat(family: list[PieceModule], precision: str = "fp32") -> list[fx.GraphModule]:
     """The modules of a family as flat graphs whose operators XNNPACK runs, with the weights that are stored."""
     passes = PASSES if precision == "fp32" else [*PASSES, write_relus]  # behind which no convolution is quantized
-    return flatten(family, [rewrite(piece, reflect=precision == "fp32") for piece in family], passes)
+    modules = flatten(family, [rewrite(piece, reflect=precision == "fp32") for piece in family], passes)
+    if precision == "int8":
+        split_diagonals(modules, is_quantized)
+        for piece, module in zip(family, modules, strict=True):
+            check_same(piece, module, "with diagonals apart")
+    return modules
 
 
 def export(
@@ -186,11 +191,37 @@ def export(
                     lambda node: node.op == "get_attr" or is_quantized(node)  # asked of weights and biases as well
                 )
             )
-            prepared = prepare_pt2e(program.module(), quantizer)
+            traced = program.module()
+            _order_channels(traced)
+            prepared = prepare_pt2e(traced, quantizer)
             prepared(*inputs)
             program = torch.export.export(convert_pt2e(prepared), inputs, dynamic_shapes=shapes, strict=False)
     _simplify(program)
     return program
+
+
+def _order_channels(traced: fx.GraphModule) -> None:
+    """Puts a copy with the channels last before every quantized convolution, and one with them first before outputs.
+
+    XNNPACK's convolutions take channels last. Where the input of a dynamically quantized one is not, ExecuTorch 1.4.1
+    puts the copy at the beginning of the graph, and the convolution reads width as channels
+    (https://github.com/pytorch/executorch/pull/21637). It drops copies that change nothing.
+    """
+    graph = traced.graph
+    convolutions = [node for node in graph.nodes if node.target is aten.conv2d.default and is_quantized(node)]
+    for node in convolutions:
+        _copy_before(node, node.args[0], torch.channels_last)
+    for value in graph.output_node().all_input_nodes if convolutions else ():
+        if value.meta["val"].ndim == 4:
+            _copy_before(graph.output_node(), value, torch.contiguous_format)
+    traced.recompile()
+
+
+def _copy_before(reader: fx.Node, value: fx.Node, order: torch.memory_format) -> None:
+    with reader.graph.inserting_before(reader):
+        copied = reader.graph.call_function(aten._to_copy.default, (value,), {"memory_format": order})
+    copied.meta["val"] = value.meta["val"].contiguous(memory_format=order)
+    reader.replace_input_with(value, copied)
 
 
 def examples(piece: PieceModule, max_batch: int) -> tuple[tuple[Tensor, ...], tuple[dict[int, Dim], ...] | None]:

@@ -210,3 +210,33 @@ def test_int8_says_what_it_quantizes_and_what_it_leaves() -> None:
     program = target.export(graph, piece, "int8")
     names = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
     assert names["quantized_decomposed.dequantize_per_channel.default"] == 2  # the 1 x 1 convolution and the sub-class
+
+
+def quantized(module: nn.Module, x: Tensor, path: Path) -> Tensor:
+    """What an int8 program of a module gives, in units of the right output's deviation from it."""
+    piece = PieceModule("head", module, {"x": x}, ["y"])
+    lowered = target.lower(target.export(target.flat([piece], "int8")[0], piece, "int8"))
+    assert (lowered.delegation.delegates, lowered.delegation.undelegated) == (1, {})
+    found = run(module, x, lowered, path)
+    assert found.is_contiguous()  # a runtime reads its memory as channels, rows, columns
+    with torch.no_grad():
+        expected = module(x)
+    return (found - expected).abs() / expected.std()
+
+
+def test_a_quantized_convolution_reads_channels_wherever_its_input_comes_from(tmp_path: Path) -> None:
+    """ExecuTorch 1.4.1 by itself lets the last convolution read width as channels: 128 of both, so that it fits."""
+    torch.manual_seed(0)
+    norm = ChannelsFirstNorm(128)
+    module = nn.Sequential(nn.Conv2d(8, 128, 1), norm, nn.Conv2d(128, 128, 1), nn.Hardswish(), nn.Conv2d(128, 128, 1))
+    assert quantized(lively(module), torch.randn(2, 8, 3, 128), tmp_path / "model.pte").max() < 0.1
+
+
+def test_a_skip_connection_in_a_convolution_does_not_coarsen_its_other_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Conv2d(3, 48, 1), nn.Conv2d(48, 48, 3, padding=1)).eval(), torch.randn(2, 3, 6, 7)
+    with torch.no_grad():
+        others = module(x)
+        module[1].weight += 20 * nn.init.dirac_(torch.empty(48, 48, 3, 3))
+        found = quantized(module, x, tmp_path / "model.pte") * module(x).std()
+    assert found.max() < 0.1 * others.std()
