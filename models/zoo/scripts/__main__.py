@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mvmoe_deploy.models.zoo.scripts", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_fonts, _add_pictures, _add_superclasses, _add_train, _add_survey):
+    for add in (_add_fonts, _add_pictures, _add_superclasses, _add_train, _add_map, _add_survey):
         add(commands)
     return parser
 
@@ -142,11 +142,34 @@ def _add_train(commands: Any) -> None:
         "--epochs", type=int, default=22, metavar="N", help="number of epochs, of 102,400 samples each (%(default)s)"
     )
     train.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and samples (%(default)s)")
+    train.add_argument(
+        "--kept", type=Path, metavar="FILE", help="samples that keep made; --seed is then that of the weights alone"
+    )
+    train.add_argument("--kept-seed", type=int, default=0, metavar="N", help="seed of the kept samples (%(default)s)")
+    train.add_argument("--dense", type=Path, metavar="CKPT", help="dense model that a routed one starts from")
+    train.add_argument(
+        "--snapshots", type=int, default=0, metavar="N", help="keep the checkpoint of every N epochs in OUT.epochs/"
+    )
     train.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make samples (%(default)s)")
     train.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (%(default)s)")
     train.add_argument("--resume", action="store_true", help="go on after the last whole epoch")
     train.add_argument("--force", action="store_true", help="start again even if --out exists")
     train.add_argument("--out", type=Path, required=True, metavar="CKPT", help="checkpoint to write")
+
+
+def _add_map(commands: Any) -> None:
+    keep = _command(commands, "keep", _keep, "makes training samples once, for runs that share them", cached=True)
+    keep.add_argument("--epochs", type=int, default=50, metavar="N", help="how many, in epochs (%(default)s)")
+    keep.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples (%(default)s)")
+    keep.add_argument("--out", type=Path, required=True, metavar="FILE", help="a kilobyte for every sample")
+    rows = _command(commands, "map", _map, "compares routed models with a dense one, as a table", cached=True)
+    rows.add_argument("dense", type=Path, metavar="DENSE")
+    rows.add_argument("routed", type=Path, nargs="+", metavar="ROUTED")
+    rows.add_argument(
+        "--images", type=int, default=40_000, metavar="N", help="images, fresh and unseen each (%(default)s)"
+    )
+    rows.add_argument("--snapshots", action="store_true", help="compare what --snapshots kept, epoch by epoch")
+    rows.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (%(default)s)")
 
 
 def _add_survey(commands: Any) -> None:
@@ -265,6 +288,7 @@ def _train(options: argparse.Namespace) -> None:
     from mvmoe_deploy.models.registry import config_from_name
     from mvmoe_deploy.models.train.folders import read_superclasses
     from mvmoe_deploy.models.zoo.scripts import train
+    from mvmoe_deploy.models.zoo.scripts.dataset import Characters, Kept
     from mvmoe_deploy.models.zoo.scripts.distort import SIZE
 
     torch.set_num_threads(options.threads)
@@ -277,6 +301,9 @@ def _train(options: argparse.Namespace) -> None:
         shape |= {"experts": len(superclasses.names), "moe_layers": options.moe_layers, "router_input": "mean"}
     config = config_from_name(options.model, **shape)
     how = train.recipe(options.epochs, options.seed)
+    samples = None
+    if options.kept is not None:
+        samples = Kept(Characters(glyphs, "train", options.kept_seed), options.kept)
     train.train(
         glyphs,
         config,
@@ -287,9 +314,36 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         force=options.force,
         workers=options.workers,
+        samples=samples,
+        dense=options.dense,
+        snapshots=options.snapshots,
         progress=lambda items, length, title: _progress(title)(items, length),
         report=lambda line: print(_line(line), flush=True),
     )
+
+
+def _keep(options: argparse.Namespace) -> None:
+    from mvmoe_deploy.models.zoo.scripts.dataset import Characters, Kept
+    from mvmoe_deploy.models.zoo.scripts.train import SAMPLES_PER_EPOCH
+
+    glyphs = cache.load(options.cache, tables.read_fonts(), tables.read_classes())
+    samples = Characters(glyphs, "train", options.seed)
+    Kept.keep(samples, options.epochs * SAMPLES_PER_EPOCH, options.out, _progress("batches"))
+    print(f"{options.out}: {options.epochs * SAMPLES_PER_EPOCH:,} samples, {samples.identity}")
+
+
+def _map(options: argparse.Namespace) -> None:
+    import torch
+
+    from mvmoe_deploy.models.zoo.scripts import points
+
+    torch.set_num_threads(options.threads)
+    shown = points.images(cache.load(options.cache, tables.read_fonts(), tables.read_classes()), options.images)
+    pairs = points.snapshots(options.dense, options.routed) if options.snapshots else [(options.dense, options.routed)]
+    print(points.HEADER)
+    for dense, routed in pairs:
+        for point in points.compared(dense, routed, shown, forced=not options.snapshots):
+            print(point.line(), flush=True)
 
 
 def _line(line: dict[str, Any]) -> str:

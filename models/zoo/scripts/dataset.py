@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mvmoe_deploy.errors import DataError
+from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.models.zoo.scripts.cache import Glyphs
 from mvmoe_deploy.models.zoo.scripts.counter import draws, uniform
-from mvmoe_deploy.models.zoo.scripts.distort import NUMBERS, distort
+from mvmoe_deploy.models.zoo.scripts.distort import NUMBERS, SIZE, distort
 from mvmoe_deploy.models.zoo.scripts.tables import SPLITS
 
 RULES = 1
@@ -119,3 +124,50 @@ class Characters(Dataset[tuple[Tensor, int]]):
         u = uniform(drawn[:, :2])
         labels = self.present[(u[:, 0] * len(self.present)).long()]
         return labels, self.start[labels] + (u[:, 1] * self.count[labels]).long()
+
+
+class Kept(Characters):
+    """The same samples, of which the first are read from a file in which they were kept, for runs that share them.
+
+    Args:
+        samples: the samples.
+        path: what :meth:`keep` wrote.
+
+    Raises:
+        DataError: there is no such file, or it holds other samples.
+    """
+
+    def __init__(self, samples: Characters, path: Path) -> None:
+        self.__dict__.update(samples.__dict__)
+        try:
+            about = json.loads(_about(path).read_text())
+        except (OSError, ValueError):
+            command = "python -m mvmoe_deploy.models.zoo.scripts keep"
+            raise DataError(f"{path}: no kept samples; make them with {command}") from None
+        if about["identity"] != samples.identity:
+            raise DataError(f"{path}: holds {about['identity']}, not {samples.identity}")
+        self._kept = np.memmap(path, np.uint8, "c", shape=(about["count"], SIZE, SIZE))
+
+    @staticmethod
+    def keep(
+        samples: Characters,
+        count: int,
+        path: Path,
+        progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
+    ) -> None:
+        """Writes the first ``count`` samples: their grey pixels, a kilobyte each, and beside them what they are."""
+        parts = torch.arange(count).split(1024)
+        batches: Iterator[Any] = iter(parts)
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
+            for numbers in progress(batches, len(parts)) if progress else batches:
+                file.write(samples.grey(numbers)[0].numpy().tobytes())
+        _about(path).write_text(json.dumps({"identity": samples.identity, "count": count}))
+
+    def grey(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if int(indices.max()) >= len(self._kept):
+            return super().grey(indices)
+        return torch.from_numpy(self._kept[indices.numpy()]), self.labels(indices)
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

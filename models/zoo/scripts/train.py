@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mvmoe_deploy import checkpoint as checkpoints
+from mvmoe_deploy.bundle import sha256
 from mvmoe_deploy.checkpoint import Checkpoint, Superclasses
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models import Model, ModelConfig, build
+from mvmoe_deploy.models import Model, ModelConfig, build, from_dense, load_checkpoint
 from mvmoe_deploy.models.architectures.mobile_vmoe import Experts, MobileVMoE
 from mvmoe_deploy.models.train.batches import Endless, Progress
 from mvmoe_deploy.models.train.data import ImageSet
@@ -58,12 +60,11 @@ def recipe(epochs: int, seed: int = 0) -> Recipe:
     )
 
 
-def source(glyphs: Glyphs, seed: int, workers: int = 0) -> Endless:
+def source(samples: Characters, workers: int = 0) -> Endless:
     """Training samples for :class:`mvmoe_deploy.models.train.trainer.Trainer`."""
-    samples = Characters(glyphs, "train", seed)
     return Endless(
         samples=samples,
-        class_ids=[each.id for each in glyphs.classes],
+        class_ids=[each.id for each in samples.classes],
         identity=samples.identity,
         samples_per_epoch=SAMPLES_PER_EPOCH,
         workers=workers,
@@ -86,6 +87,9 @@ def train(
     resume: bool = False,
     force: bool = False,
     workers: int = 0,
+    samples: Characters | None = None,
+    dense: Path | None = None,
+    snapshots: int = 0,
     progress: Progress | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
@@ -102,6 +106,9 @@ def train(
         resume: go on after the last whole epoch, if there was one.
         force: start again although ``out`` exists.
         workers: processes that make samples.
+        samples: training samples; by default those of the recipe's seed.
+        dense: checkpoint of a trained dense model that a routed one starts from (upcycling).
+        snapshots: keep the checkpoint of every so many epochs, in the folder ``OUT.epochs``; 0 keeps none.
         progress: wraps the iterator over an epoch's steps.
         report: called with each epoch's line of the log.
 
@@ -112,12 +119,19 @@ def train(
     if finished is not None:
         return _sharpened_once(finished, out)
     torch.manual_seed(how.seed)
-    model = build(config)
+    notes: dict[str, Any] = {}
+    if dense is None:
+        model = build(config)
+    else:
+        start, about = load_checkpoint(dense)
+        model = from_dense(start, config)
+        notes["started_from"] = {"file": dense.name, "sha256": sha256(dense), "training": about.training}
     sharpen = not gates and isinstance(model, MobileVMoE)
     if sharpen:
         _without_gates(model)
-    images = source(glyphs, how.seed, workers)
-    notes = {"data": images.identity, "endless": True, "gates": WITHOUT_GATES if sharpen else "in training too"}
+    samples = samples or Characters(glyphs, "train", how.seed)
+    images = source(samples, workers)
+    notes |= {"data": images.identity, "endless": True, "gates": WITHOUT_GATES if sharpen else "in training too"}
     names = [each.name for each in glyphs.classes]
     header = checkpoints.new_header(
         model=config.to_dict(),
@@ -134,7 +148,22 @@ def train(
         trainer.state_path.unlink(missing_ok=True)
     if resume:
         trainer.resume()
-    return _sharpened_once(trainer.run(progress, report), out)
+
+    def reported(line: dict[str, Any]) -> None:
+        if snapshots and line["epoch"] % snapshots == 0:
+            kept = epochs_of(out) / f"{line['epoch']:03d}{out.suffix}"
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(out, kept)
+            _sharpened_once(checkpoints.load(kept), kept)
+        if report is not None:
+            report(line)
+
+    return _sharpened_once(trainer.run(progress, reported), out)
+
+
+def epochs_of(out: Path) -> Path:
+    """The folder in which a run that writes ``out`` keeps the checkpoints of some epochs."""
+    return out.with_name(out.name + ".epochs")
 
 
 def _sharpened_once(checkpoint: Checkpoint, out: Path) -> Checkpoint:

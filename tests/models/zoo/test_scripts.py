@@ -15,12 +15,12 @@ from scipy.sparse import csr_matrix
 
 from mvmoe_deploy.checkpoint import Superclasses
 from mvmoe_deploy.errors import DataError
-from mvmoe_deploy.models import build
+from mvmoe_deploy.models import build, load_checkpoint
 from mvmoe_deploy.models.registry import config_from_name
-from mvmoe_deploy.models.zoo.scripts import cache, characters, folder, groups, picture, tables, train
+from mvmoe_deploy.models.zoo.scripts import cache, characters, folder, groups, picture, points, tables, train
 from mvmoe_deploy.models.zoo.scripts.__main__ import main
 from mvmoe_deploy.models.zoo.scripts.counter import draws, normal, uniform
-from mvmoe_deploy.models.zoo.scripts.dataset import Characters
+from mvmoe_deploy.models.zoo.scripts.dataset import Characters, Kept
 from mvmoe_deploy.models.zoo.scripts.distort import NUMBERS, distort
 from mvmoe_deploy.models.zoo.scripts.faces import Face, faces_in, font_files
 from mvmoe_deploy.models.zoo.scripts.licences import OPEN, licence_of
@@ -326,6 +326,26 @@ class TestSamples:
             Characters(glyphs, "dev")
 
 
+class TestKept:
+    def test_the_same_samples_from_a_file_and_beyond_its_end(self, glyphs, tmp_path):
+        samples = Characters(glyphs, "train", 5)
+        Kept.keep(samples, 40, tmp_path / "kept")
+        kept = Kept(samples, tmp_path / "kept")
+        assert (tmp_path / "kept").stat().st_size == 40 * 32 * 32 and kept.identity == samples.identity
+        for numbers in (torch.tensor([39, 0, 7]), torch.arange(38, 44)):
+            assert all(torch.equal(a, b) for a, b in zip(kept.batch(numbers), samples.batch(numbers), strict=True))
+        file = np.memmap(tmp_path / "kept", np.uint8, "r+")
+        file[:1024] = 7  # it does read the file
+        assert (Kept(samples, tmp_path / "kept").grey(torch.arange(1))[0] == 7).all()
+
+    def test_others_are_refused(self, glyphs, tmp_path):
+        Kept.keep(Characters(glyphs, "train", 5), 3, tmp_path / "kept")
+        with pytest.raises(DataError, match=r"seed 5.*, not .*seed 6"):
+            Kept(Characters(glyphs, "train", 6), tmp_path / "kept")
+        with pytest.raises(DataError, match="none: no kept samples"):
+            Kept(Characters(glyphs, "train", 5), tmp_path / "none")
+
+
 class TestFolder:
     def test_a_data_folder_holds_the_samples(self, glyphs, tmp_path):
         samples = Characters(glyphs, "val", 1)
@@ -483,3 +503,50 @@ class TestTrain:
         assert (
             checkpoint.header.superclasses is None and "characters of train faces" in checkpoint.header.training["data"]
         )
+
+    def test_from_a_dense_model(self, glyphs, short, tmp_path):
+        """Upcycled: every expert starts as the dense model's MLP."""
+        dense = train.train(glyphs, self.config("vit_2x16"), short, tmp_path / "d.pt")
+        short = replace(short, learning_rate=1e-30)
+        upcycled = self.routed(glyphs, short, tmp_path / "m.pt", dense=tmp_path / "d.pt")
+        stack = upcycled.weights["blocks.1.mlp.fc1.weight"]
+        assert torch.allclose(stack, dense.weights["blocks.1.mlp.fc1.weight"].expand_as(stack))
+        assert upcycled.header.training["started_from"]["file"] == "d.pt"
+
+    def test_some_epochs_are_kept(self, glyphs, short, tmp_path):
+        last = self.routed(glyphs, short, tmp_path / "m.pt", snapshots=1)
+        kept = sorted(train.epochs_of(tmp_path / "m.pt").iterdir())
+        assert [path.name for path in kept] == ["001.pt", "002.pt"]
+        assert load_checkpoint(kept[0])[1].training["router_sharpened"] == train.SHARPENED
+        again = load_checkpoint(kept[1])[0].state_dict()
+        assert all(torch.equal(again[name], weights) for name, weights in last.weights.items())
+
+
+class TestPoints:
+    def test_a_line_for_each_model_and_kind_of_image(self, glyphs, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "SAMPLES_PER_EPOCH", 512)
+        shape = {"image_size": 32, "patch_size": 16, "heads": 1, "classes": len(LETTERS)}
+        superclasses = Superclasses(["a", "b", "c"], [n % 3 for n in range(len(LETTERS))])
+        dense, routed = tmp_path / "dense.pt", tmp_path / "routed.pt"
+        how = train.recipe(2)
+        train.train(glyphs, config_from_name("vit_2x16", **shape), how, dense, snapshots=1)
+        config = config_from_name("mvmoe_2x16", experts=3, moe_layers=1, router_input="mean", **shape)
+        train.train(glyphs, config, how, routed, superclasses, snapshots=1)
+        shown = points.images(glyphs, 60)
+        found = list(points.compared(dense, [routed], shown))
+        assert [(p.dense, p.routed, p.shown, p.samples) for p in found] == [
+            ("dense", "routed", "fresh", 1024),
+            ("dense", "routed", "unseen", 1024),
+        ]
+        for p in found:
+            assert p.points == pytest.approx(p.accuracy - p.dense_accuracy) and p.low <= p.points <= p.high
+            assert len(p.line().split("\t")) == len(points.HEADER.split("\t"))
+        pairs = list(points.snapshots(dense, [routed]))
+        assert [(a.name, [b.name for b in others]) for a, others in pairs] == [
+            ("001.pt", ["001.pt"]),
+            ("002.pt", ["002.pt"]),
+        ]
+        (first, *_) = points.compared(*pairs[0], shown, forced=False)
+        assert (first.dense, first.routed, first.samples, first.points_forced) == ("dense", "routed", 512, None)
+        with pytest.raises(DataError, match="super-classes"):
+            list(points.compared(dense, [dense], shown))
