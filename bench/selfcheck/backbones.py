@@ -27,7 +27,7 @@ from mvmoe_deploy.exporters.pipeline import export_model, verification_images
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import Model, build, config_from_name
 from mvmoe_deploy.models.architectures.backbone import RoutedBackbone, pooled
-from mvmoe_deploy.terminal import Cell
+from mvmoe_deploy.terminal import Cell, markdown_text
 
 CLASSES = 100
 SMALL = "depth=4,embed_dim=192,num_heads=3"
@@ -343,15 +343,34 @@ def _export(model: Model, export: str, out: Path, progress: Callable[[str], None
     )
 
 
+def latencies(result: Result, rounds: int, progress: Callable[[str], None] = lambda what: None) -> Result:
+    """A verified result of "onnx fp32" with its latencies, for which the models are exported once more.
+
+    Raises:
+        MvmoeError: a model cannot be exported.
+    """
+    (subject,) = choose(result.model)
+    progress(f"{subject.name}: building")
+    routed, dense = _models(subject, result.experts)
+    with tempfile.TemporaryDirectory(prefix="mvmoe-backbones-") as folder:
+        progress(f"{subject.name}: exporting")
+        bundle = _export(routed, result.export, Path(folder) / "routed.mvmoe", lambda what: None)
+        ratios = _ratios(dense, bundle, Path(folder), rounds)
+    return msgspec.structs.replace(result, dense_ratio=ratios[0], stock_ratio=ratios[1])
+
+
 def _ratios(dense: Model, routed: Bundle, folder: Path, rounds: int) -> tuple[float, float]:
     """Median latency of the routed bundle by that of the dense bundle, and by that of the stock graph."""
     plain = _export(dense, "onnx fp32", folder / "dense.mvmoe", lambda what: None)
-    stock = export_stock(dense, folder / "stock.onnx")
-    size = dense.config.image_size
+    return _race(routed, plain, _graph(export_stock(dense, folder / "stock.onnx"), dense), rounds)
+
+
+def _race(routed: Bundle, dense: Bundle, stock: Configuration, rounds: int) -> tuple[float, float]:
+    size = dense.manifest.preprocessing.size
     image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     expert = np.zeros((1, 1), np.int64)
-    with mvmoe_deploy.load(routed.path, threads=1) as a, mvmoe_deploy.load(plain.path, threads=1) as b:
-        c = BareGraph(_graph(stock, dense), 1)
+    with mvmoe_deploy.load(routed.path, threads=1) as a, mvmoe_deploy.load(dense.path, threads=1) as b:
+        c = BareGraph(stock, 1)
         timed = interleave(
             {
                 "routed": lambda n: a.run(image, expert),
@@ -373,8 +392,9 @@ def _graph(path: Path, model: Model) -> Configuration:
     )  # fmt: skip
 
 
-def table_of(results: Sequence[Result]) -> tuple[list[list[Cell]], list[str]]:
-    """One row per model and one column per export: rows and headers."""
+def table_of(results: Sequence[Result]) -> tuple[list[list[Cell]], list[str], list[str]]:
+    """One row per model and one column per export: rows, headers, and the notes that failing cells refer to."""
+    notes: list[str] = []
     by_model: dict[str, dict[str, Result]] = {}
     for result in results:
         by_model.setdefault(result.model, {})[result.export] = result
@@ -388,17 +408,23 @@ def table_of(results: Sequence[Result]) -> tuple[list[list[Cell]], list[str]]:
             None if timed is None or ratio is None else f"{ratio:.2f}"
             for ratio in ((timed.dense_ratio, timed.stock_ratio) if timed else (None, None))
         ]
-        rows.append(
-            [subject.name, f"{subject.cut}, {first.own}", *(_cell(found.get(name)) for name in EXPORTS), *ratios]
-        )
-    return rows, ["model", "cut, own", *EXPORTS, "routed / dense", "routed / stock"]
+        cells = [_cell(found.get(name), notes) for name in EXPORTS]
+        rows.append([subject.name, f"{subject.cut}, {first.own}", *cells, *ratios])
+    return rows, ["model", "cut, own", *EXPORTS, "routed / dense", "routed / stock"], notes
 
 
-def _cell(result: Result | None) -> Cell:
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _cell(result: Result | None, notes: list[str]) -> Cell:
+    """What a cell says; a failing one refers to its reason, which is added to the notes unless it is there."""
     if result is None:
         return None
     if result.reason:
-        return f"fails: {result.reason[:160]}"
+        reason = result.reason.removeprefix("routed.mvmoe: ").removesuffix("; no bundle was written")
+        if reason not in notes:
+            notes.append(reason)
+        return f"fails {str(notes.index(reason) + 1).translate(_RAISED)}"
     text = "verified" if result.bytes is None else f"verified, {result.bytes / 1e6:.1f} MB"
     if result.bytes_ratio is not None:
         text += f" (× {result.bytes_ratio:.3f})"
@@ -414,8 +440,8 @@ def _cell(result: Result | None) -> Cell:
 START, END = "<!-- matrix: mvmoe-bench backbones writes it -->", "<!-- end of matrix -->"
 
 
-def write_into(page: Path, table: str) -> None:
-    """Puts the table into a page, between its two marks.
+def write_into(page: Path, table: str, notes: Sequence[str] = ()) -> None:
+    """Puts the table and its notes, as Markdown, into a page between its two marks.
 
     Raises:
         ConfigError: the page has no such marks.
@@ -425,7 +451,9 @@ def write_into(page: Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ConfigError(f"{page}: has no marks {START!r} and {END!r} for the table to stand between")
-    page.write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    listed = "".join(f"{number}. {markdown_text(note)}\n" for number, note in enumerate(notes, 1))
+    parts = [START, table, *([listed.rstrip()] if notes else []), END]
+    page.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
 
 
 def write(results: Sequence[Result], path: Path) -> None:

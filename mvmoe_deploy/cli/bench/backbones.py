@@ -20,6 +20,7 @@ examples:
   mvmoe-bench backbones --only mobilenetv3,deit --results backbones.json
   mvmoe-bench backbones --exports 'onnx fp32,coreml fp16' --rounds 0
   mvmoe-bench backbones --results backbones.json --page docs/backbones.md
+  mvmoe-bench backbones --results backbones.json --latencies
 """
 
 
@@ -29,6 +30,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--exports", metavar="NAME,…", help="only these columns, such as 'onnx fp32' (default: all)")
     p.add_argument("--experts", type=positive_int, default=4, help="number of experts E")
     p.add_argument("--rounds", type=int, default=50, help="interleaved samples per latency; 0 measures none")
+    p.add_argument(
+        "--latencies", action="store_true", help="only time what --results has as verified without latencies"
+    )
     p.add_argument("--results", type=Path, metavar="FILE", help="keep results here; what is in it is not run again")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
     p.add_argument("--page", type=Path, metavar="MD", help="put the table into this page, between its marks")
@@ -48,11 +52,18 @@ def run(args: argparse.Namespace) -> None:
     for name in exports:
         if name not in backbones.EXPORTS:
             raise ConfigError(f"--exports: {name!r} is none of {', '.join(backbones.EXPORTS)}")
+    if args.latencies and (args.results is None or args.rounds < 1):
+        raise ConfigError("--latencies needs --results FILE with what is verified, and --rounds of 1 or more")
     subjects = backbones.choose(args.only)
     results = backbones.read(args.results) if args.results else []
     done = {(result.model, result.export) for result in results if not (args.retry and result.reason)}
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None, file=sys.stderr) as bar:
-        for subject in subjects:
+        for place, known in enumerate(results if args.latencies else ()):
+            timed = known.export == "onnx fp32" and not known.reason and known.dense_ratio is None
+            if timed and known.model in {subject.name for subject in subjects}:
+                results[place] = backbones.latencies(known, args.rounds, progress=bar.set_description_str)
+                backbones.write(results, args.results)
+        for subject in () if args.latencies else subjects:
             wanted = [name for name in exports if (subject.name, name) not in done]
             for result in backbones.measure(
                 [subject], wanted, experts=args.experts, rounds=args.rounds, progress=bar.set_description_str
@@ -62,13 +73,15 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{result.model}: {result.export}: {result.reason or 'verified'}", file=sys.stderr)
                 if args.results:
                     backbones.write(results, args.results)
-    rows, headers = backbones.table_of(results)
+    rows, headers, notes = backbones.table_of(results)
     if args.page:
-        backbones.write_into(args.page, markdown_table(rows, headers))
+        backbones.write_into(args.page, markdown_table(rows, headers), notes)
     if args.json:
         print(json.dumps(msgspec.to_builtins(results), indent=1))
     else:
         print(markdown_table(rows, headers) if args.markdown else table(rows, headers))
+        for number, note in enumerate(notes, 1):
+            print(f"{number}. {note}")
     shown = {subject.name for subject in subjects}
     failed = sum(bool(result.reason) for result in results if result.model in shown and result.export in exports)
     if failed:

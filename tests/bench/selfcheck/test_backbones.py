@@ -26,12 +26,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_is_exported_timed_and_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept.json"
-    argv = ["backbones", "--only", "resnet", "--exports", "onnx fp32", "--experts", "2", "--rounds", "2"]
-    assert bench.main([*argv, "--results", str(kept), "--json"]) == 0
+    argv = ["backbones", "--only", "resnet", "--exports", "onnx fp32", "--experts", "2", "--results", str(kept)]
+    assert bench.main([*argv, "--rounds", "0", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["reason"] == "" and 0.99 < result["bytes_ratio"] < 1.2 and result["made_with"]["timm"]
-    assert result["dense_ratio"] > 0 and result["stock_ratio"] > 0
-    assert bench.main([*argv, "--results", str(kept)]) == 0
+    assert result["dense_ratio"] is None
+    assert bench.main([*argv, "--rounds", "2", "--latencies", "--json"]) == 0
+    (timed,) = json.loads(capsys.readouterr().out)
+    assert timed.pop("dense_ratio") > 0 and timed.pop("stock_ratio") > 0
+    assert timed == {name: value for name, value in result.items() if name in timed}
+    assert bench.main([*argv, "--latencies"]) == 0
     printed = capsys.readouterr()
     assert "verified, " in printed.out and not printed.err  # nothing was run
 
@@ -46,7 +50,7 @@ def test_a_failure_is_named_and_fails_the_command(
     argv = ["backbones", "--exports", "onnx fp32,coreml fp16", "--experts", "2", "--results", str(tmp_path / "x.json")]
     assert bench.main([*argv, "--markdown"]) == 1
     printed = capsys.readouterr()
-    assert "fails: routed.mvmoe: cannot" in printed.out  # without the temporary folder
+    assert "fails ¹" in printed.out and "\n1. cannot\n" in printed.out  # without the temporary folder
     assert "has no stage 'blocks.9'" in printed.out and "4 of 4 exports fail" in printed.err
     kept = backbones.read(tmp_path / "x.json")
     assert len(kept) == 4 and all(result.reason for result in kept)
@@ -55,9 +59,11 @@ def test_a_failure_is_named_and_fails_the_command(
 def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{backbones.START}\nold\n{backbones.END}\nafter\n", encoding="utf-8")
-    backbones.write_into(page, "| new |")
+    backbones.write_into(page, "| new |", ["of a_b", "other"])
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| new |" in text and "old" not in text
+    assert text == f"before\n{backbones.START}\n\n| new |\n\n1. of a\\_b\n2. other\n\n{backbones.END}\nafter\n"
+    backbones.write_into(page, "| newer |")
+    assert page.read_text(encoding="utf-8").count("new") == 1
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ConfigError, match="has no marks"):
         backbones.write_into(page, "| new |")
@@ -68,19 +74,22 @@ def test_a_row_says_what_was_found() -> None:
     results = [
         Result(export="onnx fp32", bytes=15_300_000, bytes_ratio=1.0031, dense_ratio=1.02, stock_ratio=0.99, **common),
         Result(export="executorch fp32", bytes=15_300_000, delegates=(1, 2), undelegated=(0, 3), **common),
-        Result(export="coreml fp16", reason="trunk: no", **common),
+        Result(export="executorch int8", reason="trunk: no", **common),
+        Result(export="coreml fp16", reason="routed.mvmoe: trunk: no; no bundle was written", **common),
     ]
-    ((name, cut, onnx, fp16, _, executorch, _, coreml, dense, stock),), headers = backbones.table_of(results)
+    ((name, cut, onnx, fp16, _, executorch, int8, coreml, dense, stock),), headers, notes = backbones.table_of(results)
     assert (name, cut, fp16) == (SMALL.name, "layer4, stages", None)
-    assert (onnx, coreml) == ("verified, 15.3 MB (× 1.003)", "fails: trunk: no")
+    assert (onnx, coreml) == ("verified, 15.3 MB (× 1.003)", "fails ¹")
+    assert int8 == coreml and notes == ["trunk: no"]
     assert executorch == "verified, 15.3 MB; trunk 1 + 0, tail 2 + 3"
     assert (dense, stock) == ("1.02", "0.99") and len(headers) == 10
 
 
-@pytest.mark.parametrize("argv", [["--only", "alexnet"], ["--exports", "tflite"]])
+@pytest.mark.parametrize("argv", [["--only", "alexnet"], ["--exports", "tflite"], ["--latencies"]])
 def test_what_is_unknown_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["backbones", *argv]) == 2
-    assert "resnet10t" in (error := capsys.readouterr().err) or "onnx fp32" in error
+    error = capsys.readouterr().err
+    assert any(known in error for known in ("resnet10t", "onnx fp32", "--results FILE"))
 
 
 def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
