@@ -77,5 +77,7 @@ INT8 = Precision(
     "With one scale per output channel, a weight is off by up to 1/254 of the largest weight in its channel. Dynamic "
     "quantisation also quantises activations. Largest errors seen: logits 0.12, probabilities 0.03, channels 0.26; the "
     "class differed where PyTorch prefers its own by 0.03.",
-    selftest=SelftestTolerance(gate=5e-2, logits=0.1),
+    # Where float32 differs by a bit, some activations are rounded to the next number: 0.08 to 0.10 of the spread, on
+    # x86 emulated without AVX-512 against x86 with it. Sums of 8-bit products that overflow gave 2.8, gates 0.31.
+    selftest=SelftestTolerance(gate=5e-2, logits=0.2),
 )

@@ -17,9 +17,11 @@ FP16_WEIGHTS = dataclasses.replace(
 )
 INT8_PRODUCTS = dataclasses.replace(
     INT8,
-    reason="A weight is off by up to 1/254 of the largest in its column, an activation by up to 1/510 of its range in "
-    "the image. Largest errors seen: logits 0.13, probabilities 0.07, channels and router 0.34; the class differed "
-    "where PyTorch prefers its own by 0.06, the route by 0.06.",
+    tolerance=dataclasses.replace(INT8.tolerance, logits=0.4),
+    reason="A weight is off by up to 1/254 of the largest sum of two neighbours in its column, an activation by up to "
+    "1/510 of its range in the image. Largest errors seen: logits 0.19 (0.31 with random weights), "
+    "probabilities 0.09, channels and router 0.34; the class differed where PyTorch prefers its own by 0.06, the route "
+    "by 0.06.",
     note="weights in 8 bits, activations rounded to 8 bits image by image",
 )
 INT4_WEIGHTS = Precision(

@@ -202,7 +202,7 @@ class _Work:
         """Stores a convolution's weight in 8 bits. onnxruntime widens it once, when it loads the graph."""
 
         def encode(values: Floats) -> tuple[NDArray[np.generic], ...]:
-            numbers, scale = by_column(_columns(values))
+            numbers, scale = by_column(_columns(values), multiplied=False)
             return numbers.T.reshape(values.shape).copy(), scale.reshape(-1, *[1] * (values.ndim - 1))
 
         narrow, scale = self._coded(weight, ("int8", "scale"), encode)
@@ -294,9 +294,23 @@ def _columns(weight: Floats) -> Floats:
     return weight.reshape(len(weight), -1).T
 
 
-def by_column(matrix: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Rounds ``[inputs, outputs]`` to -127…127 with one scale per output: the numbers and the scales ``[outputs]``."""
-    scale = np.maximum(np.abs(matrix).max(axis=0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+def by_column(matrix: Floats, *, multiplied: bool = True) -> tuple[NDArray[np.int8], Floats]:
+    """Rounds ``[inputs, outputs]`` to -127…127 with one scale per output: the numbers and the scales ``[outputs]``.
+
+    x86 processors without VNNI add two products of a number and an activation of 0…255 in 16 bits, and cut off what
+    these do not hold; onnxruntime's answers would be wrong there. So the sum of two neighbours of the same sign sets
+    the scale, not the largest number. That makes it about a third larger, where keeping to 7 bits would double it.
+
+    Args:
+        matrix: the weight.
+        multiplied: whether the numbers are multiplied as they are; otherwise the largest one sets the scale.
+    """
+    extent = np.abs(matrix).max(axis=0)
+    if multiplied:
+        pairs = np.pad(matrix, ((0, len(matrix) % 2), (0, 0))).reshape(-1, 2, matrix.shape[1])
+        extent = np.maximum(np.maximum(pairs, 0).sum(axis=1), np.maximum(-pairs, 0).sum(axis=1)).max(axis=0)
+    # rounding leaves the sum of two at 128 at most, and 255 * 128 < 2^15
+    scale = np.maximum(extent / 127, np.finfo(np.float32).tiny).astype(np.float32)
     return np.ascontiguousarray(np.rint(matrix / scale), np.int8), scale
 
 

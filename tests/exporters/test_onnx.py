@@ -26,7 +26,7 @@ from mvmoe_deploy.errors import BackendError, BundleError, ExportError
 from mvmoe_deploy.exporters import graph
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.onnx.convert import INLINE_BYTES, stored_weights
-from mvmoe_deploy.exporters.onnx.quantise import SMALLEST, by_block, from_blocks
+from mvmoe_deploy.exporters.onnx.quantise import SMALLEST, by_block, by_column, from_blocks
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import split_model
 from mvmoe_deploy.exporters.weights import StoredWeights, distance, rms, whose
@@ -284,6 +284,23 @@ def test_blocks_are_what_the_engine_reads(bits: int, tmp_path: Path) -> None:
     (found,) = onnxruntime.InferenceSession(tmp_path / "x.onnx").run(None, {"x": np.eye(80, dtype=np.float32)})
     np.testing.assert_allclose(found, from_blocks(numbers, scale, bits, 80), atol=1e-6)
     assert rms(found - matrix) < {4: 0.1, 8: 0.01}[bits]
+
+
+def test_two_products_of_8_bits_fit_into_16() -> None:
+    """Where a processor adds two of them in 16 bits, larger sums would be cut off, and answers wrong."""
+    generator = np.random.default_rng(0)
+    for matrix in (
+        generator.standard_normal((97, 64)),
+        generator.uniform(0.9, 1, (96, 64)) * np.tile([[1], [-1], [-1]], (32, 1)),
+    ):
+        numbers, scale = by_column(matrix.astype(np.float32))
+        assert rms(numbers * scale - matrix) < 0.012 * rms(matrix)
+        products = np.pad(numbers.astype(int), ((0, len(numbers) % 2), (0, 0))).reshape(-1, 2, 64)
+        sums = 255 * np.stack([np.maximum(products, 0).sum(1), np.minimum(products, 0).sum(1)])
+        assert sums.min() >= -(2**15) and sums.max() < 2**15
+        assert abs(sums).max() > 0.97 * 2**15  # and no bits are wasted
+        plain, _ = by_column(matrix.astype(np.float32), multiplied=False)
+        assert (abs(plain).max(axis=0) == 127).all()
 
 
 def test_upcycled_experts_that_are_all_equal_keep_their_own_weights(dense_model: models.ViT, tmp_path: Path) -> None:
