@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mvmoe_deploy.selftest import Tolerance as SelftestTolerance
 
@@ -45,6 +46,7 @@ class Precision:
         selftest: how far a device may depart from the exporting one. Both have the same weights, so that only their
             arithmetic differs: by a few bits of fp32, or by the rounding of a lower precision where the engine
             computes in one.
+        rounds: what is rounded to half precision: the weights, or operators' results as well; None if nothing is.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Precision:
     reason: str
     note: str = ""
     selftest: SelftestTolerance = SAME_ARITHMETIC
+    rounds: Literal["weights", "results"] | None = None
 
 
 FP32 = Precision(
@@ -69,6 +72,7 @@ FP16 = Precision(
     "Weights and results of operators have 11 bits of mantissa, and rounding adds up over blocks. Largest errors seen: "
     "logits 1.03e-2, probabilities 2e-3 (8.9e-3 at a spread of 6.6 nats), channels 1.4e-2, router 2e-2.",
     selftest=SelftestTolerance(gate=6e-3, logits=2.5e-2),
+    rounds="results",
 )
 INT8 = Precision(
     "int8",

@@ -24,6 +24,7 @@ from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.graph import aten, flatten, is_constant
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
 from mvmoe_deploy.exporters.onnx.quantise import PRECISIONS, Coding, loaded_bytes, quantise, stored_matrices
+from mvmoe_deploy.exporters.rounding import narrowed
 from mvmoe_deploy.exporters.split import PieceModule, computes_as, private_copy, shared_weights
 from mvmoe_deploy.exporters.weights import StoredWeights
 from mvmoe_deploy.models.architectures.vit import Attention
@@ -161,7 +162,8 @@ def convert(job: Job[Options]) -> Converted:
             own = _WeightFile(job.directory, f"{piece.name}.bin")
             stores = {name: store if name in common else own for name in graph.graph.initializers}
             path = job.directory / f"{piece.name}.onnx"
-            files = _write_graph(graph.clone(), path, state=state, stores=stores, half=half)
+            narrow = narrowed(module) & set(state) if half else set()
+            files = _write_graph(graph.clone(), path, state=state, stores=stores, narrow=narrow)
             pieces.append(_describe(piece, graph, name=path.name, files=files, job=job))
     _check_graphs(pieces, job.directory)
     versions = {m.__name__: m.__version__ for m in (onnx, onnxruntime, onnxscript)}
@@ -310,7 +312,7 @@ def _write_swappable(
         value.const_value = None
         model.graph.inputs.append(value)
     path = job.directory / f"{_family_name(family[0])}.onnx"
-    files = _write_graph(model, path, states[0], dict.fromkeys(model.graph.initializers, store), half=False)
+    files = _write_graph(model, path, states[0], dict.fromkeys(model.graph.initializers, store), narrow=set())
     pieces = []
     for piece, state in zip(family, states, strict=True):
         file = _WeightFile(job.directory, f"{piece.name}.bin")
@@ -351,17 +353,17 @@ def _with_batch_of(graph: ir.Model, spec: TensorSpec) -> TensorSpec:
 
 
 def _write_graph(
-    model: ir.Model, path: Path, state: dict[str, Tensor], stores: dict[str, _WeightFile], half: bool
+    model: ir.Model, path: Path, state: dict[str, Tensor], stores: dict[str, _WeightFile], narrow: set[str]
 ) -> list[str]:
-    """Saves ``model`` with the weights of ``state``; returns the weight files that it refers to."""
+    """Saves ``model`` with the weights of ``state``, some in fp16; returns the weight files that it refers to."""
     used: dict[str, None] = {}
     for name, value in list(model.graph.initializers.items()):
         weight = state[name] if name in state else _constant(value)
         array = weight.detach().cpu().contiguous().numpy()
-        narrow = half and name in state and array.dtype == np.float32
+        halved = name in narrow and array.dtype == np.float32
         with np.errstate(over="ignore"):  # a weight that overflows is refused below, by name
-            stored = array.astype(np.float16 if narrow else array.dtype)
-        if narrow and not np.isfinite(stored).all():
+            stored = array.astype(np.float16 if halved else array.dtype)
+        if halved and not np.isfinite(stored).all():
             raise ExportError(f"{path.stem}: weight {name!r} is too large for fp16; use --precision fp32")
         tensor: ir.TensorProtocol = ir.tensor(stored, name=name)
         if stored.nbytes >= INLINE_BYTES:
@@ -377,7 +379,7 @@ def _write_graph(
                 name=name,
                 base_dir=path.parent,
             )
-        if narrow:
+        if halved:
             _widen(model, name, tensor)
         else:
             value.const_value = tensor

@@ -14,6 +14,7 @@ FP16_WEIGHTS = dataclasses.replace(
     "3e-4, channels 1e-2.",
     note="weights stored in half the bytes, arithmetic in fp32",
     selftest=FP32.selftest,
+    rounds="weights",
 )
 INT8_PRODUCTS = dataclasses.replace(
     INT8,

@@ -43,6 +43,11 @@ def _lines(report: dict[str, Any], precision: str) -> list[str]:
         f"probabilities by at most {report['probability_max_error']:.1e}",
         f"  top-1 agreement {report['top1_agreement']:.1%}",
     ]
+    if report.get("sensitivity", 1) > 1:
+        lines.append(
+            f"  {precision} changes this model more than others: going by what its rounding does to PyTorch itself, "
+            f"{number(report['sensitivity'])} times the usual tolerance was allowed"
+        )
     lines += _changes(report["class_changes"], "given class", report["tolerance"]["margin"])
     if report["routing_agreement"] is not None:
         lines.append(f"  routing agreement {report['routing_agreement']:.1%}")

@@ -180,8 +180,31 @@ def test_fp16_stores_half_and_computes_as_the_rounded_model(folder: Path) -> Non
             attention = block.attn
             attention.proj.bias += attention.proj.weight @ attention.qkv.bias[2 * config.width :]
             attention.qkv.bias[config.width :] = 0
-    rounded.load_state_dict({name: tensor.half().float() for name, tensor in rounded.state_dict().items()})
+    state = rounded.state_dict()
+    kept = "patch_embed.proj.bias"  # a convolution's
+    rounded.load_state_dict({name: tensor if name == kept else tensor.half().float() for name, tensor in state.items()})
     same_as_pytorch(half.path, rounded)
+
+
+def test_small_convolutions_keep_fp32_in_half_precision(tmp_path: Path) -> None:
+    """Rounding a few filters, or a folded bias, changes a conv net more than rounding all its other weights does."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, bias=False), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(64, tiny.CLASSES)),
+    ).eval()
+    names = [f"c{index}" for index in range(tiny.CLASSES)]
+    header = checkpoints.new_header({"architecture": "mine"}, names, names, Preprocessing(size=tiny.SIZE))
+    bundle = export_model(model, header, "onnx", tmp_path / "x.mvmoe", options=Options("fp16"), selftest="none")
+    stored = {tuple(each.dims): each.data_type for each in onnx.load(bundle.path / "model.onnx").graph.initializer}
+    single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    expected = {
+        (64, 3, 3, 3): single,
+        (64,): single,
+        (64, 64, 1, 1): half,
+        (64, tiny.CLASSES): half,
+        (tiny.CLASSES,): half,
+    }
+    assert {shape: stored[shape] for shape in expected} == expected
 
 
 def test_a_weight_too_large_for_fp16_is_named(tmp_path: Path) -> None:

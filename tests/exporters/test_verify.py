@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -12,14 +14,20 @@ import pytest
 import tiny
 import torch
 from exported import kept_traces
+from torch import Tensor, nn
 
+from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.backends import open_backend
 from mvmoe_deploy.bundle import Bundle, open_bundle
 from mvmoe_deploy.errors import VerificationError
+from mvmoe_deploy.exporters import pipeline
+from mvmoe_deploy.exporters.exporter import Options, exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model
+from mvmoe_deploy.exporters.rounding import RoundedBackend
 from mvmoe_deploy.exporters.split import split_model
-from mvmoe_deploy.exporters.verify import Report, check_ranking, neighbours, verify
+from mvmoe_deploy.exporters.verify import Report, check_ranking, neighbours, rounding_measures, verify
+from mvmoe_deploy.images import Preprocessing
 
 
 def verified(bundle: Path, model: torch.nn.Module) -> Report:
@@ -218,3 +226,89 @@ def test_of_many_experts_the_nearest_are_compared() -> None:
     assert len(pairs) <= 3 * len(outputs)
     assert {expert for pair in pairs for expert in pair} == set(range(100))
     assert len(neighbours(outputs[:10])) == 45
+
+
+# models that are sensitive to rounding
+
+
+class Offset(nn.Module):
+    """Pixels plus an offset that the head's bias takes away again: weights are rounded where they are multiplied by it."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+        self.head = nn.Linear(3 * tiny.SIZE**2, tiny.CLASSES)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.head.weight.copy_(0.01 * torch.rand(self.head.weight.shape, generator=generator) - 0.005)
+            self.head.bias.copy_(-offset * self.head.weight.sum(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.head(images.flatten(1) + self.offset)
+        return result
+
+
+def exported_in_half(offset: float, path: Path) -> tuple[Bundle, Offset]:
+    names = [f"c{index}" for index in range(tiny.CLASSES)]
+    header = checkpoints.new_header({"architecture": "mine"}, names, names, Preprocessing(size=tiny.SIZE))
+    model = Offset(offset).eval()
+    with pytest.MonkeyPatch.context() as patch:  # what is written comes first, and is judged below
+        patch.setattr(pipeline, "verify", lambda *_, **__: {})
+        options = Options(precision="fp16")
+        return export_model(model, header, "onnx", path, options=options, selftest="none"), model
+
+
+def departed(model: Offset, by: float) -> Offset:
+    """A model whose first class departs by this many spreads."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.bias[0] += by * model(tiny.inputs()).std(1).median()
+    return other
+
+
+def test_a_model_that_rounding_changes_is_judged_by_what_rounding_does_to_pytorch(tmp_path: Path) -> None:
+    bundle, model = exported_in_half(34.0, tmp_path / "x.mvmoe")
+    report = verified(bundle.path, model)
+    own = exporter_of("onnx").precision("fp16").tolerance
+    rounded = rounding_measures(
+        split_model(model, tiny.SIZE),
+        bundle,
+        RoundedBackend(split_model(model, tiny.SIZE), "weights"),
+        tiny.inputs(),
+        own,
+    )
+    worst = max(each.error for each in rounded if each.field == "logits")
+    assert own.logits < report.logits_max_error < 1.5 * worst
+    assert report.tolerance["logits"] == pytest.approx(2 * worst)
+    assert report.sensitivity == report.tolerance["margin"] / own.margin > 1.5
+    with pytest.raises(VerificationError, match="is allowed at fp16") as refused:
+        verified(bundle.path, departed(model, 2.4 * worst))
+    assert ", 0.01 is" not in str(refused.value) and ", 0.001 is" not in str(refused.value)  # but what rounding does
+
+
+def test_no_other_model_is_allowed_more(tmp_path: Path) -> None:
+    bundle, model = exported_in_half(0.0, tmp_path / "x.mvmoe")
+    assert verified(bundle.path, model).sensitivity == 1
+    for by in (0.012, 0.5):
+        with pytest.raises(VerificationError, match=r", 0\.0?01 is allowed at fp16"):
+            verified(bundle.path, departed(model, by))
+
+
+def test_rounding_without_end_is_no_excuse(tmp_path: Path) -> None:
+    bundle, model = exported_in_half(400.0, tmp_path / "x.mvmoe")
+    with pytest.raises(VerificationError, match="differs from PyTorch by"):
+        verified(bundle.path, model)
+
+
+@pytest.mark.parametrize("rounds", ["weights", "results"])
+def test_what_is_rounded(rounds: Literal["weights", "results"]) -> None:
+    model = Offset(0.1).eval()
+    split = split_model(model, tiny.SIZE)
+    x = tiny.inputs(2)
+    (found,) = RoundedBackend(split, rounds).load(split.pieces[0])(x.numpy())
+    half = copy.deepcopy(model).half().float()
+    features = (x.half().float() + 0.1).half().float()
+    expected = half(x) if rounds == "weights" else half.head(features.flatten(1)).half().float()
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-6 if rounds == "weights" else 1e-3, atol=1e-5)
+    assert (found == found.astype(np.float16)).all() == (rounds == "results")
+    assert not torch.equal(model.head.weight, half.head.weight)  # the model itself keeps its weights
