@@ -526,7 +526,9 @@ class Runtime:
 
     def _resident_first(self, experts: NDArray[np.int64]) -> list[int]:
         """Each expert of a batch once, resident ones first: loading another expert could evict them."""
-        return sorted(np.unique(experts).tolist(), key=lambda expert: not self._residency.resident(expert))
+        # not np.unique, whose first call imports numpy.ma: half a megabyte, and 8 ms of somebody's image
+        chosen = set(experts.ravel().tolist())
+        return sorted(chosen, key=lambda expert: (not self._residency.resident(expert), expert))
 
     def _open_pieces(self) -> dict[str, LoadedPiece]:
         """The fixed pieces; a call that holds them may go on after :meth:`close`."""

@@ -215,7 +215,7 @@ def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure
     tails = _Tails(routed, threads)
     samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
     return _latency_figure(
-        what=f"expert switch / warm tail run, {scale}", samples=samples, a="switch", b="warm", bar=6.0
+        what=f"expert switch / warm tail run, {scale}", samples=samples, a="switch", b="warm", bar=4.5
     )
 
 
@@ -225,14 +225,14 @@ def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Fig
     swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
     samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
     what = f"expert switch, swappable / warm standalone tail run, {scale}"
-    return _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=2.0)
+    return _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=1.5)
 
 
 def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
     """Times ``run`` with one preprocessed image in both layouts; the expert is resident."""
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     what = f"warm total, swappable / standalone, {scale}"
-    return _runs(what, _swappable(scale, folder), routed, ("swappable", "standalone"), threads, rounds, bar=1.05)
+    return _runs(what, _swappable(scale, folder), routed, ("swappable", "standalone"), threads, rounds, bar=1.015)
 
 
 class _Tails:

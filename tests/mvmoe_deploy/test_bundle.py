@@ -80,6 +80,12 @@ def test_no_such_bundle(tmp_path: Path) -> None:
         open_bundle(file)
 
 
+def test_what_all_experts_take_and_return_is_held_once(bundle_path: Path) -> None:
+    trunk, first, *others = open_bundle(bundle_path).manifest.pieces
+    assert len(others) == 3 and trunk.inputs != first.inputs
+    assert all(piece.inputs is first.inputs and piece.outputs is first.outputs for piece in others)
+
+
 PIECE_FILES = ["trunk.onnx", "trunk.bin", "tail_shared.bin", "expert_02.onnx", "expert_02.bin"]
 
 

@@ -39,9 +39,9 @@ def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("routed_against_dense", 1.05),
         ("routed_against_stock", 1.0),
-        ("expert_switch", 6.0),
-        ("swappable_switch", 2.0),
-        ("swappable_warm", 1.05),
+        ("expert_switch", 4.5),
+        ("swappable_switch", 1.5),
+        ("swappable_warm", 1.015),
         ("predict_overhead", 0.05),
         ("int8_against_fp32", 1.0),
         ("int8_against_dense", 1.05),
