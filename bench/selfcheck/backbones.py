@@ -88,6 +88,9 @@ BYTES = {"fp32": 4, "fp16": 2}
 SHIFT = 1.0
 """What every batch norm adds, in standard deviations of its input."""
 
+LAYER_SCALE = 1e-2
+"""A smaller weight that all channels have alike is a scale of a residual branch before training."""
+
 SHARE = 0.5
 """Deviation of what a block of branches adds to its skip connection, in deviations of the latter."""
 
@@ -227,8 +230,13 @@ def _settle(model: nn.Module, run: Callable[[], object]) -> None:
     Batch norms take the statistics of a batch, without which features vanish or explode. They scale by 1 and add
     :data:`SHIFT`: an activation that cuts off half of its input makes any difference a tenth larger in every layer,
     rounding included, which 40 layers turn into 6e-4 of a channel's scale. For branches that are added up see
-    :func:`_settle_branches`.
+    :func:`_settle_branches`. Scales of residual branches (ConvNeXt, FastViT, EfficientFormer, DINOv3), which training
+    begins with 1e-6 or 1e-5, become 1: otherwise nothing that a block computes could be seen in its output.
     """
+    for parameter in model.parameters():
+        small = float(parameter.max())
+        if parameter.numel() > 1 and 0 < small < LAYER_SCALE and bool((parameter == small).all()):
+            parameter.fill_(1.0)
     norms = _norms(model)
     were = [norm.momentum for norm in norms]
     for norm in norms:

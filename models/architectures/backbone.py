@@ -410,8 +410,8 @@ class RoutedBackbone(TimmModel):
         if real:
             size = sum(bytes_of(self.backbone.get_submodule(name)) for name in self._own)
             _check_memory(f"{config.experts} experts of {size / 1e6:.1f} MB", config.experts * size)
-        hidden = _woken(self.backbone) if real else {}
         images = _example(config)
+        hidden = _woken(self.backbone, images, config) if real else {}
         logits = _run(self.backbone, images, config)
         self.experts_of = nn.ModuleList(nn.Module() for _ in range(config.experts))
         for name in self._own:
@@ -634,6 +634,15 @@ def _example(config: BackboneConfig) -> Tensor:
     return torch.randn(EXAMPLES, 3, size, size, generator=generator, device="cpu").to(torch.get_default_device())
 
 
+def _forward(model: nn.Module, images: Tensor, config: BackboneConfig) -> Any:
+    try:
+        return model(images)
+    except Exception as error:  # timm's models raise what they like
+        raise ConfigError(
+            f"timm:{config.name}: cannot take images of {config.image_size} px ({first_line(error)})"
+        ) from None
+
+
 @torch.no_grad()
 def _run(model: nn.Module, images: Tensor, config: BackboneConfig) -> Tensor:
     """The logits of an example.
@@ -641,12 +650,7 @@ def _run(model: nn.Module, images: Tensor, config: BackboneConfig) -> Tensor:
     Raises:
         ConfigError: the model cannot take images of this size, or returns something else than logits.
     """
-    try:
-        logits = model.eval()(images)
-    except Exception as error:  # timm's models raise what they like
-        raise ConfigError(
-            f"timm:{config.name}: cannot take images of {config.image_size} px ({first_line(error)})"
-        ) from None
+    logits = _forward(model.eval(), images, config)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (EXAMPLES, config.classes):
         raise ConfigError(
             f"timm:{config.name}: is no classifier, it does not return logits of {config.classes} classes"
@@ -713,17 +717,31 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _woken(model: nn.Module) -> dict[str, Tensor]:
-    """Gives weights that start near zero random values, and returns the original ones by name.
+def _woken(model: nn.Module, images: Tensor, config: BackboneConfig) -> dict[str, Tensor]:
+    """Lets an example's logits show all that a new model computes, and returns the original values by name.
 
-    Some models start with branches whose last weights are zero. A comparison would not see what is in such a branch.
+    Some models start with branches whose last weights are zero, which get random values. In others (TinyViT) features
+    shrink in every layer until logits no longer depend on the image, unless batch norms have the example's statistics.
     """
     asleep = {name: weight for name, weight in model.named_parameters() if float(weight.abs().max()) < 1e-3}
-    originals = {name: weight.clone() for name, weight in asleep.items()}
+    statistics = {name: value for name, value in model.named_buffers() if name.rpartition(".")[2] in _STATISTICS}
+    originals = {name: value.clone() for name, value in (asleep | statistics).items()}
     generator = torch.Generator().manual_seed(0)
     for weight in asleep.values():
         weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        with torch.random.fork_rng(devices=[]):  # dropout must not change what a seed gives
+            _forward(model.train(), images, config)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return originals
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _check_memory(what: str, needed: int) -> None:

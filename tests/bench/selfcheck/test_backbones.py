@@ -106,3 +106,15 @@ def test_random_weights_do_not_amplify_rounding() -> None:
     with torch.no_grad():
         single, double = trunk(images), copy.deepcopy(trunk).double()(images.double())
     assert channel_errors(single.numpy(), double.float().numpy()).max() < 3e-5
+
+
+def test_no_block_of_the_matrix_hides_behind_a_tiny_scale() -> None:
+    model = torch.nn.Module()
+    for name, value in {
+        "gamma": torch.full((4,), 1e-6),
+        "bias": torch.zeros(4),
+        "row": torch.tensor([1e-6, 2e-6]),
+    }.items():
+        model.register_parameter(name, torch.nn.Parameter(value))
+    backbones._settle(model, lambda: None)
+    assert model.gamma.eq(1).all() and not model.bias.any() and model.row.max() < 1e-5

@@ -149,6 +149,14 @@ def test_a_block_that_is_left_out_is_seen_even_if_it_starts_as_zero(monkeypatch:
         build(config_of("convnext_atto", cut="stages.3", own="stages"))
 
 
+def test_a_model_whose_features_shrink_to_nothing_is_compared_as_well() -> None:
+    """TinyViT's logits hardly depend on the image before training; statistics for the comparison are not kept."""
+    model = build(config_of("tiny_vit_5m_224", cut="", own="stages", image_size=32))
+    buffers = dict(model.named_buffers())
+    assert all(not value.any() for name, value in buffers.items() if name.endswith(("running_mean", "tracked")))
+    assert all(value.eq(1).all() for name, value in buffers.items() if name.endswith("running_var"))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

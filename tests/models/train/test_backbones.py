@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from killed import kill_after
 from safetensors.torch import save_file
 
 from mvmoe_deploy import checkpoint as checkpoints
@@ -231,6 +232,21 @@ def test_only_what_is_named_learns_and_the_trunk_runs_once_per_view(
     assert seen
     anew = checkpoints.load(tmp_path / "anew.pt").weights
     assert all(torch.allclose(anew[name], kept[name], atol=2e-3) for name in kept)
+
+
+def test_a_run_in_which_only_some_weights_learn_goes_on_after_a_kill(
+    data: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed, killed = tmp_path / "undisturbed.pt", tmp_path / "killed.pt"
+    options = [*ROUTED, "--from", str(dense), "--superclasses", str(data / "superclasses.tsv"), "--epochs", "3"]
+    options += ["--crop-padding", "0", "--views", "1", "--learn"]
+    assert train.main(training(data, undisturbed, *options, "router|experts_of")) == 0
+    kill_after(2, training(data, killed, *options, "router|experts_of"), monkeypatch)
+    assert train.main(training(data, killed, *options, "router", "--resume")) == 2
+    assert "learn" in capsys.readouterr().err
+    assert train.main(training(data, killed, *options, "router|experts_of", "--resume")) == 0
+    weights = checkpoints.load(killed).weights
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in checkpoints.load(undisturbed).weights.items())
 
 
 def test_experts_learn_at_their_own_rate() -> None:

@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from killed import kill_after
 from safetensors.torch import save
 
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy import models
 from mvmoe_deploy.bundle import open_bundle
-from mvmoe_deploy.checkpoint import Checkpoint
 from mvmoe_deploy.cli import export, train
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.models import ResNet, ResNetConfig
@@ -75,23 +75,6 @@ def test_each_stage_halves_the_resolution_and_doubles_the_channels() -> None:
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
     assert shapes == [(8, 16, 16)] * 2 + [(16, 8, 8)] * 2 + [(32, 4, 4)] * 2
     assert models.config_from_name("resnet_2x8", image_size=32, classes=5) == model.config
-
-
-class Killed(BaseException):
-    """An error that the command line does not catch."""
-
-
-def kill_after(epoch: int, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Trainer._save
-
-    def stop(self: Trainer, checkpoint: Checkpoint) -> None:
-        real(self, checkpoint)
-        if self.epoch == epoch:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "_save", stop)
-        train.main(argv)
 
 
 def test_a_student_learns_from_it_and_goes_on_after_a_kill(
