@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import conformance as conformance_cases
 import pytest
 import tiny
 import torch
-from exported import Exported, export_tiny, kept_traces
+from exported import Exported, export_tiny, kept_conversions
 from filelock import FileLock
 
 from mvmoe_deploy import checkpoint as checkpoints
@@ -23,6 +24,13 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are, whatever terminal the tests run in
 
 torch.set_num_threads(1)  # the models are too small for more, and sums come out the same everywhere
+
+
+@pytest.fixture(scope="session", autouse=True)
+def converted_once() -> Iterator[None]:
+    """What exporters convert is kept for the exports of later tests."""
+    with kept_conversions():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,15 +58,13 @@ def dense_checkpoint(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundle_path(moe_checkpoint: Path, folder: Path) -> Path:
     """The routed checkpoint's ONNX bundle: E = 4, k = 1, router fused. Copy it before changing it."""
-    with kept_traces(tiny.moe_config()):
-        return export_checkpoint(moe_checkpoint, "onnx", folder / "moe.mvmoe").path
+    return export_checkpoint(moe_checkpoint, "onnx", folder / "moe.mvmoe").path
 
 
 @pytest.fixture(scope="session")
 def dense_path(dense_checkpoint: Path, folder: Path) -> Path:
     """The dense checkpoint's bundle of one piece."""
-    with kept_traces(tiny.dense_config()):
-        return export_checkpoint(dense_checkpoint, "onnx", folder / "dense.mvmoe").path
+    return export_checkpoint(dense_checkpoint, "onnx", folder / "dense.mvmoe").path
 
 
 @pytest.fixture(scope="session")
@@ -101,10 +107,11 @@ def pytest_collection_finish() -> None:
     """Tells the garbage collector to leave alone what is imported by now.
 
     It would otherwise walk over a million objects of torch and coremltools again and again while a test exports, which
-    takes a quarter of such a test's time.
+    takes a quarter of such a test's time. It also looks less often for garbage, of which tracing makes much.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 FIRST = ("runtimes", "docs", "fuzz", "test_packaging", "test_run", "test_toy_target")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -220,6 +222,7 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
     Raises:
         ExportError: the module cannot be traced.
     """
+    list_operators_once()
     batch = torch.export.Dim("batch", min=1)
     try:
         with quiet(), torch.no_grad():  # of deprecations inside the exporter itself; what goes wrong it raises
@@ -250,6 +253,20 @@ def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
     if piece.outputs == [LOGITS]:
         _rank(model.graph)
     return model
+
+
+@functools.cache
+def list_operators_once() -> None:
+    """Has torch list the operators that onnxscript converts for the first trace alone, and not again for every trace.
+
+    For the list, onnxscript parses the source of its 500 functions, which takes a fifth of an export's time. The list
+    is a private part of torch; a torch that makes it otherwise makes it for every trace.
+    """
+    with contextlib.suppress(ImportError, KeyError, AttributeError):
+        from torch.onnx._internal import _lazy_import
+
+        onnxscript_apis: Any = vars(_lazy_import)["onnxscript_apis"]
+        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 def _rank(graph: ir.Graph) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from exported import kept_traces
 from PIL import Image
 
 from mvmoe_deploy import targets
@@ -79,8 +78,7 @@ def test_an_unknown_option_exits_with_2(name: str, capsys: pytest.CaptureFixture
 
 def test_export(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.mvmoe"
-    with kept_traces(tiny.moe_config()):
-        assert export.main([str(moe_checkpoint), "--target", "onnx", "--out", str(out)]) == 0
+    assert export.main([str(moe_checkpoint), "--target", "onnx", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "expert_03" in text
     assert "  top-1 agreement 100.0%\n  routing agreement 100.0%\n" in text
@@ -90,8 +88,7 @@ def test_export(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_export_as_json(moe_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.mvmoe"
-    with kept_traces(tiny.moe_config()):
-        assert export.main([str(moe_checkpoint), "--target", "onnx", "--out", str(out), "--json"]) == 0
+    assert export.main([str(moe_checkpoint), "--target", "onnx", "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bundle"] == str(out)
     assert len(report["pieces"]) == 5
@@ -110,8 +107,7 @@ def test_a_failed_verification_exits_with_1(
 
     monkeypatch.setattr(onnx_target, "convert", convert)
     out = tmp_path / "x.mvmoe"
-    with kept_traces(tiny.moe_config()):
-        error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", out, code=1)
+    error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", out, code=1)
     assert "expert_02: differs from PyTorch" in error
     assert not list(tmp_path.iterdir())
 
@@ -142,8 +138,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mvmoe_deploy.files._sync", no_space)
-    with kept_traces(tiny.moe_config()):
-        error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path / "x.mvmoe")
+    error = fails(capsys, export.main, moe_checkpoint, "--target", "onnx", "--out", tmp_path / "x.mvmoe")
     assert error == f"error: {tmp_path / 'x.mvmoe'}: No space left on device\n"
 
 
@@ -368,8 +363,7 @@ def test_export_to_all_targets_goes_on_after_one_failed(
     monkeypatch.setattr(targets, "known", lambda: two)
     monkeypatch.delitem(sys.modules, "mvmoe_deploy.exporters.coreml.convert", raising=False)
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with kept_traces(tiny.moe_config()):
-        assert export.main([str(moe_checkpoint), "--target", "all", "--out", str(tmp_path)]) == 2
+    assert export.main([str(moe_checkpoint), "--target", "all", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "wrote" in out
     assert "coreml: target coreml needs the package coremltools: pip install 'mvmoe-deploy[coreml]'" in err

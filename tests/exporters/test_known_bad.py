@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from exported import kept_traces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -104,9 +103,8 @@ def make(folder: Path, target: str, precision: str, layout: str = "separate", **
 
 def export(folder: Path, model: MobileVMoE, target: str, precision: str, layout: str = "separate") -> Written:
     options = Options(precision=precision, layout=layout)
-    with kept_traces(model.config):
-        header = tiny.header_for(model.config)
-        return Written(export_model(model, header, target, folder / "x.mvmoe", options=options), model)
+    header = tiny.header_for(model.config)
+    return Written(export_model(model, header, target, folder / "x.mvmoe", options=options), model)
 
 
 def test_every_precision_of_every_target_is_in_the_table() -> None:

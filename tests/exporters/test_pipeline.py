@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from exported import kept_traces
 from PIL import Image
 
 from mvmoe_deploy import bundle as bundles
@@ -36,13 +35,6 @@ from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.job import Converted, Job
 from mvmoe_deploy.exporters.onnx import convert as onnx_target
 from mvmoe_deploy.exporters.pipeline import export_checkpoint, export_model, synthetic_pixels
-
-
-@pytest.fixture(autouse=True)
-def traced_already(bundle_path: Path) -> Iterator[None]:
-    """Everything here exports the same model; it was traced for the session's bundle."""
-    with kept_traces(tiny.moe_config()):
-        yield
 
 
 def nothing_in(folder: Path) -> bool:
@@ -263,14 +255,14 @@ def test_a_full_disk_leaves_nothing(
 
 
 KILLED = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 from mvmoe_deploy.bundle import open_bundle
 from mvmoe_deploy.exporters.job import Converted
 from mvmoe_deploy.exporters.onnx import convert as onnx
 from mvmoe_deploy.exporters.pipeline import export_checkpoint
 
-checkpoint, good, out, step = sys.argv[1:]
+checkpoint, good, *cases = sys.argv[1:]
 
 def convert(job):
     # pieces that were exported before: what is tested is when the process dies
@@ -281,33 +273,56 @@ def convert(job):
             job.progress("half converted")
     return Converted(manifest.pieces, {})
 
-def progress(what):
-    if what == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-
 onnx.convert = convert
-export_checkpoint(checkpoint, "onnx", out, progress=progress, force=True)
+ended = []
+for step, out in zip(cases[::2], cases[1::2]):
+    child = os.fork()
+    if not child:
+        def progress(what):
+            if what == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        export_checkpoint(checkpoint, "onnx", out, progress=progress, force=True)
+        os._exit(0)
+    ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(ended))
 """
+STEPS = ("half converted", "expert_01: verifying")
 
 
-@pytest.mark.parametrize("step", ["half converted", "expert_01: verifying"])
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_kill_leaves_no_bundle_and_nothing_a_reader_takes_for_one(
-    moe_checkpoint: Path, bundle_path: Path, tmp_path: Path, step: str, existing: bool
-) -> None:
-    out = tmp_path / "x.mvmoe"
-    if existing:
-        tiny.copy_of(bundle_path, tmp_path).rename(out)
+@pytest.fixture(scope="module")
+def killed(
+    moe_checkpoint: Path, bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, bool], tuple[Path, int]]:
+    """Exports that were killed: where each wrote, and how it ended, by the step and whether a bundle was there.
+
+    One process forks for each of them, so that torch is imported once.
+    """
+    cases = {(step, there): tmp_path_factory.mktemp("killed") / "x.mvmoe" for step in STEPS for there in (False, True)}
+    for (_, there), out in cases.items():
+        if there:
+            tiny.copy_of(bundle_path, out.parent).rename(out)
+    words = [word for (step, _), out in cases.items() for word in (step, str(out))]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(moe_checkpoint), str(bundle_path), str(out), step],
+        [sys.executable, "-c", KILLED, str(moe_checkpoint), str(bundle_path), *words],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == 0, done.stderr
+    return dict(zip(cases, zip(cases.values(), json.loads(done.stdout), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_kill_leaves_no_bundle_and_nothing_a_reader_takes_for_one(
+    moe_checkpoint: Path, killed: dict[tuple[str, bool], tuple[Path, int]], step: str, existing: bool
+) -> None:
+    out, ended = killed[step, existing]
+    assert ended == -signal.SIGKILL
     if existing:
         open_bundle(out).check()
     else:
         assert not out.exists()
-    for litter in tmp_path.iterdir():
+    for litter in out.parent.iterdir():
         if litter != out:
             assert litter.name.startswith(".x.mvmoe.")
             assert litter.suffix == ".tmp"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from exported import kept_traces
 from PIL import Image
 
 import mvmoe_deploy
@@ -40,8 +39,7 @@ def photos(tmp_path: Path) -> Path:
 
 def exported(out: Path, config: ViTConfig | None = None, **options: Any) -> Bundle:
     config = config or tiny.moe_config()
-    with kept_traces(config):
-        return export_model(tiny.lively_model(config), tiny.header_for(config), "onnx", out, **options)
+    return export_model(tiny.lively_model(config), tiny.header_for(config), "onnx", out, **options)
 
 
 def pictures(bundle: Bundle) -> dict[str, bytes]:
@@ -143,16 +141,13 @@ def test_the_commands_option(
     moe_checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(moe_checkpoint), "--target", "onnx", "--images", str(photos), "--out"]
-    with kept_traces(tiny.moe_config()):
-        assert export.main([*given, str(tmp_path / "cut.mvmoe"), "--selftest", "images"]) == 0
-        said = capsys.readouterr().out
-        assert (
-            "self-test: 4 pictures, " in said and "cut from photos: everyone who gets the bundle can see them" in said
-        )
-        assert export.main([*given, str(tmp_path / "drawn.mvmoe"), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["bundle"] == str(tmp_path / "drawn.mvmoe")
-        assert export.main([*given, str(tmp_path / "none.mvmoe"), "--selftest", "none"]) == 0
-        assert "self-test: none" in capsys.readouterr().out
+    assert export.main([*given, str(tmp_path / "cut.mvmoe"), "--selftest", "images"]) == 0
+    said = capsys.readouterr().out
+    assert "self-test: 4 pictures, " in said and "cut from photos: everyone who gets the bundle can see them" in said
+    assert export.main([*given, str(tmp_path / "drawn.mvmoe"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bundle"] == str(tmp_path / "drawn.mvmoe")
+    assert export.main([*given, str(tmp_path / "none.mvmoe"), "--selftest", "none"]) == 0
+    assert "self-test: none" in capsys.readouterr().out
     cut, drawn = (pictures(open_bundle(tmp_path / f"{name}.mvmoe")) for name in ("cut", "drawn"))
     assert len(cut) == len(drawn) == tiny.EXPERTS and not set(cut.values()) & set(drawn.values())
     assert (

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import tiny
-from exported import kept_traces
+from exported import kept_conversions
 from numpy.typing import NDArray
 
 import mvmoe_deploy
@@ -105,7 +105,8 @@ def write(out: Path, *, executorch: bool = False) -> Path:
     for photo in PHOTOS.glob("*.jpg"):
         shutil.copy(photo, out / "images")
     recipes = {**BUNDLES, **(EXECUTORCH if executorch else {})}
-    made = {name: _export(recipe, out / "bundles" / f"{name}.mvmoe") for name, recipe in recipes.items()}
+    with kept_conversions():
+        made = {name: _export(recipe, out / "bundles" / f"{name}.mvmoe") for name, recipe in recipes.items()}
     images = sorted(path for path in (out / "images").iterdir() if path.name not in REFUSED)
     assert not {path.name for path in (out / "images").iterdir()} - {path.name for path in images} - set(REFUSED)
     file = out / "conformance.json"
@@ -123,8 +124,7 @@ def write(out: Path, *, executorch: bool = False) -> Path:
 def _export(recipe: Recipe, path: Path) -> Bundle:
     model = tiny.lively_model(recipe.config, recipe.seed)
     header = msgspec.structs.replace(tiny.header_for(recipe.config), preprocessing=recipe.preprocessing)
-    with kept_traces(recipe.config):
-        return export_model(model, header, recipe.target, path, options=recipe.options)
+    return export_model(model, header, recipe.target, path, options=recipe.options)
 
 
 def _expected(name: str, bundle: Bundle, images: list[Path]) -> dict[str, Any]:

@@ -1,63 +1,128 @@
-"""Tiny exported bundles, and traces that are kept so that a test run traces each kind of graph once."""
+"""Tiny exported bundles; what exporters convert is kept, so that a test run converts each kind of graph once."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator
+import copy
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 import tiny
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.checkpoint import Header
+from mvmoe_deploy.exporters import pipeline
 from mvmoe_deploy.exporters.exporter import Options
-from mvmoe_deploy.exporters.onnx import convert as onnx_target
+from mvmoe_deploy.exporters.job import Converted, Job
 from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.split import PieceModule
-from mvmoe_deploy.models import MobileVMoEConfig, ViTConfig
+from mvmoe_deploy.models import MobileVMoEConfig
 
-_traces: dict[tuple[Any, ...], ir.Model] = {}
+_kept: dict[tuple[Any, ...], Any] = {}
+_asked: list[str] = []  # the pieces that were to be traced for ONNX, whether or not their trace was kept
 
 
 @contextlib.contextmanager
-def kept_traces(config: ViTConfig) -> Iterator[None]:
-    """While it lasts, exports of this config trace only what was not traced before: graphs depend on shapes alone."""
-    real = onnx_target.trace
-    shape = dataclasses.replace(config, k=1) if isinstance(config, MobileVMoEConfig) else config
+def kept_conversions() -> Iterator[None]:
+    """While it lasts, exports convert a graph anew only if none like it was converted before.
 
-    def trace(piece: PieceModule, module: nn.Module) -> ir.Model:
-        key = (shape, piece.role, piece.layer, *piece.outputs)
-        if key not in _traces:
-            _traces[key] = real(piece, module)
-        return _traces[key]
+    Splitting, tracing to flat graphs, writing and verifying happen every time. What a toolchain makes of a flat graph
+    depends on the graph's text, its weights and a few options alone, and takes most of an export's time. A function of
+    an exporter that is called outside an export is not affected.
+    """
+    keepers = {"onnx": ("trace", _keeping_traces), "executorch": ("lower", _keeping_lowered),
+               "coreml": ("_convert_module", _keeping_packages)}  # fmt: skip
+    real = pipeline.converter_of
+
+    def converter_of(target: str) -> Callable[[Job[Any]], Converted]:
+        convert = real(target)
+        if target not in keepers:
+            return convert
+        module, (name, keeping) = importlib.import_module(f"mvmoe_deploy.exporters.{target}.convert"), keepers[target]
+
+        def converted(job: Job[Any]) -> Converted:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, name, keeping(getattr(module, name), module))
+                return convert(job)
+
+        return converted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_target, "trace", trace)
+        patch.setattr(pipeline, "converter_of", converter_of)
         yield
 
 
+def _keeping_traces(trace: Any, target: Any) -> Any:
+    """ONNX: a trace is the same for the same graph and weights; these are random numbers if it serves a family."""
+
+    def kept(piece: PieceModule, module: nn.Module) -> Any:
+        _asked.append(piece.name)
+        key = ("onnx", *_like(piece, module))
+        if key not in _kept:
+            _kept[key] = trace(piece, module)
+        return _kept[key].clone()
+
+    return kept
+
+
+def _keeping_lowered(lower: Any, target: Any) -> Any:
+    """ExecuTorch: other weights are put into what was lowered before, as the exporter does within a family."""
+
+    def kept(program: ExportedProgram) -> Any:
+        key = ("executorch", target._code(program), str(program.range_constraints), _hash(program.constants))
+        for lowered in _kept.setdefault(key, []):
+            if found := target.with_weights(lowered, program):
+                return found
+        _kept[key].append(lower(program))
+        return _kept[key][-1]
+
+    return kept
+
+
+def _keeping_packages(convert: Any, target: Any) -> Any:
+    """Core ML: what is done to a package after it was converted is done to a copy."""
+
+    def kept(piece: PieceModule, module: nn.Module, job: Job[Any]) -> Any:
+        options = job.options
+        asked = (options.precision == "fp32", options.minimum_deployment_target, options.classifier)
+        pixels = str(job.manifest.preprocessing) if options.image_input else ""
+        key = ("coreml", *asked, pixels, *_like(piece, module))
+        if key not in _kept:
+            _kept[key] = convert(piece, module, job)
+        return copy.deepcopy(_kept[key])
+
+    return kept
+
+
+def _like(piece: PieceModule, module: nn.Module) -> tuple[Any, ...]:
+    """What decides on a conversion: the graph, its weights, and the piece's inputs and outputs."""
+    inputs = tuple((name, tuple(example.shape), str(example.dtype)) for name, example in piece.inputs.items())
+    return str(module.graph), _hash(module.state_dict()), inputs, *piece.outputs
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Exported:
-    """A bundle, the model it came from, and how often tracing it took."""
+    """A bundle, the model it came from, and how often its graphs were traced for ONNX."""
 
     def __init__(self, model: nn.Module, header: Header, path: Path, options: Options | None = None) -> None:
         self.model = model
         self.path = path
-        self.traces = 0
-        real = torch.onnx.export
-
-        def counting(*arguments: Any, **keywords: Any) -> Any:
-            self.traces += 1
-            return real(*arguments, **keywords)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.onnx, "export", counting)
-            self.bundle: Bundle = export_model(model, header, "onnx", path, options=options)
+        before = len(_asked)
+        self.bundle: Bundle = export_model(model, header, "onnx", path, options=options)
+        self.traces = len(_asked) - before
 
 
 def export_tiny(config: MobileVMoEConfig, path: Path, **options: Any) -> Exported:

@@ -17,7 +17,7 @@ import adbd
 import msgspec
 import pytest
 import tiny
-from exported import export_tiny, kept_traces
+from exported import export_tiny
 
 from mvmoe_deploy.bench.devices import android
 from mvmoe_deploy.bench.report.tables import terminal_text
@@ -237,8 +237,7 @@ def test_onnx_bundles_with_perf_test(phone: Phone, bundle_path: Path, dense_path
 
 def test_swappable_tails_get_their_weights_as_inputs(phone: Phone, folder: Path) -> None:
     path = folder / "phone_swappable.mvmoe"
-    with kept_traces(tiny.moe_config()):
-        bundle = export_tiny(tiny.moe_config(), path, layout="swappable").bundle
+    bundle = export_tiny(tiny.moe_config(), path, layout="swappable").bundle
     (row, *pieces) = phone.measure(path).rows
     assert row.layout == "swappable" and len(pieces) == 1 + tiny.EXPERTS
     assert len(bundle.piece("tail", 0).weights) == 4  # the runner would have missed one

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import tiny
-from exported import Exported, kept_traces
+from exported import Exported
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration, expert_turn, open_configuration
 from mvmoe_deploy.bench.candidates.prepare import of_bundle, of_checkpoint, prepare
@@ -247,10 +247,9 @@ def test_a_whole_run_reads_back(
     monkeypatch.setattr("mvmoe_deploy.bench.measure.run.BATCHES", (1, 3))
     monkeypatch.setattr("mvmoe_deploy.bench.measure.latency.MAX_WARMUP_SECONDS", 0.1)
     tiny.image_folder(tmp_path / "data", "val", tiny.CLASSES, 2)
-    with kept_traces(tiny.moe_config()):
-        configurations = prepare(
-            [dense_path, moe_checkpoint], tmp_path / "x", ["onnxruntime", "torch"], ["all-experts"]
-        )  # fmt: skip
+    configurations = prepare(
+        [dense_path, moe_checkpoint], tmp_path / "x", ["onnxruntime", "torch"], ["all-experts"]
+    )  # fmt: skip
     names = ["dense", "moe onnxruntime", "moe torch", "all-experts"]
     assert [c.name for c in configurations] == names
     plan = Plan(rounds=3, min_seconds=0, cold_starts=1, throughput=True, memory_by_resident=False, count=10)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import tiny
-from exported import kept_traces
 
 from mvmoe_deploy.bench.selfcheck import bars
 from mvmoe_deploy.bench.selfcheck.bars import Figure
@@ -22,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever scale is named, the models are tiny."""
 
     def named(name: str, **_: Any) -> Any:
@@ -30,8 +28,6 @@ def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(bars, "config_from_name", named)
     monkeypatch.setattr("mvmoe_deploy.bench.measure.latency.MAX_WARMUP_SECONDS", 0.0)
-    with kept_traces(tiny.moe_config()), kept_traces(tiny.dense_config()):
-        yield
 
 
 @pytest.mark.parametrize(

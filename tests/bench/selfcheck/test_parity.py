@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import tiny
-from exported import kept_traces
 
 from mvmoe_deploy import targets
 from mvmoe_deploy.bench.selfcheck import parity
@@ -24,8 +23,7 @@ def measure(tmp_path: Path, moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(targets, "known", lambda: ["onnx"])
 
     def run() -> list[list[Cell]]:
-        with kept_traces(tiny.moe_config()):
-            return parity.measure(moe_checkpoint, tmp_path, 8, steps.append)
+        return parity.measure(moe_checkpoint, tmp_path, 8, steps.append)
 
     steps: list[str] = []
     return run
