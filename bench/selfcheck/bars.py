@@ -90,6 +90,7 @@ def measure_all(rounds: int, folder: Path) -> Iterator[Figure]:
     yield _in_fresh_process(function="swappable_switch", scale="12x192", threads=1, rounds=rounds, folder=folder)
     yield _in_fresh_process(function="swappable_warm", scale="12x192", threads=1, rounds=rounds, folder=folder)
     yield _in_fresh_process(function="predict_overhead", scale="12x192", threads=1, rounds=rounds, folder=folder)
+    yield _in_fresh_process(function="tails_in_turn", scale="6x64", threads=1, rounds=rounds, folder=folder)
     code = (
         "import sys, mvmoe_deploy; print(sum(m in sys.modules for m in ('torch', 'onnx', 'executorch', 'coremltools')))"
     )
@@ -233,6 +234,51 @@ def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figur
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     what = f"warm total, swappable / standalone, {scale}"
     return _runs(what, _swappable(scale, folder), routed, ("swappable", "standalone"), threads, rounds, bar=1.015)
+
+
+def tails_in_turn(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
+    """Times images that go to all experts in turn against images that stay with one; all experts are resident.
+
+    The detail has the same ratio in bare sessions of the same graphs, which is the floor: a tail that others ran after
+    has left the processor's cache.
+    """
+    import onnxruntime as ort
+
+    from mvmoe_deploy.backends.onnxruntime import session_options
+
+    routed, _ = _exported(f"mvmoe_{scale}", folder)
+    routing = routed.manifest.routing
+    assert routing is not None
+    size = routed.manifest.preprocessing.size
+    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+
+    def session(piece: Piece) -> ort.InferenceSession:
+        path = native_path(routed.path / piece.graph)
+        return ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+
+    trunk, tails = session(routed.piece("trunk")), [session(piece) for piece in routed.pieces("tail")]
+
+    def bare(expert: int) -> None:
+        tokens, probabilities = trunk.run(None, {"images": batch})
+        tails[expert].run(None, {"tokens": tokens, "gate": probabilities[:, expert]})
+
+    with mvmoe_deploy.load(routed.path, threads=threads, preload="all") as runtime:
+        one, turn = _runs_of(lambda expert: runtime.run(batch, np.array([[expert]])), routing.experts, rounds)
+    floor, floor_turn = _runs_of(bare, routing.experts, rounds)
+    detail = f"{turn:.3f} ms / {one:.3f} ms; in bare sessions {floor_turn / floor:.3f}"
+    return Figure(f"images to all experts in turn / to one, {scale}", turn / one, 1.1, detail)
+
+
+def _runs_of(run: Callable[[int], object], experts: int, rounds: int) -> tuple[float, float]:
+    """Median milliseconds of images that stay with one expert, and of images that go to all in turn, in blocks."""
+    samples: tuple[list[float], list[float]] = [], []
+    for number in range(2 * max(1, rounds // 20)):
+        for image in range(24):
+            started = time.perf_counter()
+            run(image % experts if number % 2 else 0)
+            if image >= 4:  # the first ones of a block find the caches as the block before left them
+                samples[number % 2].append(1e3 * (time.perf_counter() - started))
+    return statistics.median(samples[0]), statistics.median(samples[1])
 
 
 class _Tails:
