@@ -168,6 +168,7 @@ def _add_map(commands: Any) -> None:
     rows.add_argument(
         "--images", type=int, default=40_000, metavar="N", help="images, fresh and unseen each (%(default)s)"
     )
+    rows.add_argument("--without-gates", action="store_true", help="gates of one, as in training without gates")
     rows.add_argument("--snapshots", action="store_true", help="compare what --snapshots kept, epoch by epoch")
     rows.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (%(default)s)")
 
@@ -340,9 +341,10 @@ def _map(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     shown = points.images(cache.load(options.cache, tables.read_fonts(), tables.read_classes()), options.images)
     pairs = points.snapshots(options.dense, options.routed) if options.snapshots else [(options.dense, options.routed)]
+    forced, gates = not options.snapshots, not options.without_gates
     print(points.HEADER)
     for dense, routed in pairs:
-        for point in points.compared(dense, routed, shown, forced=not options.snapshots):
+        for point in points.compared(dense, routed, shown, forced=forced, gates=gates):
             print(point.line(), flush=True)
 
 

@@ -17,7 +17,7 @@ from mvmoe_deploy.models.study.verdict import traces
 from mvmoe_deploy.models.train.data import ImageSet
 from mvmoe_deploy.models.zoo.scripts.cache import Glyphs
 from mvmoe_deploy.models.zoo.scripts.dataset import Characters
-from mvmoe_deploy.models.zoo.scripts.train import epochs_of
+from mvmoe_deploy.models.zoo.scripts.train import epochs_of, without_gates
 
 SHOWN = {"fresh": ("train", 991), "unseen": ("test", 993)}
 """Splits and seeds of the images that models are compared on, which no training sees."""
@@ -30,6 +30,7 @@ class Point:
     Attributes:
         dense: the dense model's file.
         routed: the routed model's.
+        gates: ``router's``, as on a device, or ``one``, as in training without gates.
         samples: how many each was trained on.
         shown: ``fresh`` or ``unseen``.
         images: how many images.
@@ -47,6 +48,7 @@ class Point:
 
     dense: str
     routed: str
+    gates: str
     samples: int | None
     shown: str
     images: int
@@ -79,7 +81,9 @@ def images(glyphs: Glyphs, count: int) -> dict[str, ImageSet]:
     }
 
 
-def compared(dense: Path, others: Sequence[Path], shown: dict[str, ImageSet], forced: bool = True) -> Iterator[Point]:
+def compared(
+    dense: Path, others: Sequence[Path], shown: dict[str, ImageSet], forced: bool = True, gates: bool = True
+) -> Iterator[Point]:
     """Compares routed models with a dense one.
 
     Args:
@@ -87,6 +91,8 @@ def compared(dense: Path, others: Sequence[Path], shown: dict[str, ImageSet], fo
         others: routed models' checkpoints.
         shown: images by what they are called.
         forced: whether to measure what sending all images right would add.
+        gates: multiply experts by their gates. An image sent against the router's choice has a small one, so that what
+            its expert knows shows only without.
 
     Raises:
         DataError: a model is not routed per image by super-classes.
@@ -97,6 +103,8 @@ def compared(dense: Path, others: Sequence[Path], shown: dict[str, ImageSet], fo
         model, header = load_checkpoint(path)
         if header.superclasses is None:
             raise DataError(f"{path}: not a model whose router learned super-classes")
+        if not gates:
+            without_gates(model)
         groups = torch.tensor(header.superclasses.of_class)
         for name, each in shown.items():
             found, was = predict(model, each, header.preprocessing), answers[name]
@@ -117,6 +125,7 @@ def compared(dense: Path, others: Sequence[Path], shown: dict[str, ImageSet], fo
             yield Point(
                 dense=_name(dense),
                 routed=_name(path),
+                gates="router's" if gates else "one",
                 samples=training_images(header.training),
                 shown=name,
                 images=len(each.labels),

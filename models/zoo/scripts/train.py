@@ -128,7 +128,7 @@ def train(
         notes["started_from"] = {"file": dense.name, "sha256": sha256(dense), "training": about.training}
     sharpen = not gates and isinstance(model, MobileVMoE)
     if sharpen:
-        _without_gates(model)
+        without_gates(model)
     samples = samples or Characters(glyphs, "train", how.seed)
     images = source(samples, workers)
     notes |= {"data": images.identity, "endless": True, "gates": WITHOUT_GATES if sharpen else "in training too"}
@@ -182,7 +182,8 @@ def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w * SHARPENED if name.startswith("router.linear.") else w for name, w in weights.items()}
 
 
-def _without_gates(model: Model) -> None:
+def without_gates(model: Model) -> None:
+    """Lets a model's experts answer in full, as if the router were sure of its choice."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.forward = types.MethodType(_ungated, module)  # type: ignore[method-assign]

@@ -484,7 +484,7 @@ class TestTrain:
         config = self.config("mvmoe_2x16", experts=3, moe_layers=1)
         gated, ungated = (build(config) for _ in range(2))
         ungated.load_state_dict(gated.state_dict())
-        train._without_gates(ungated)
+        train.without_gates(ungated)
         x = torch.rand(4, 3, 32, 32)
         assert not torch.equal(gated(x), ungated(x))
         sure = {n: w * (1e6 if n.startswith("router.") else 1) for n, w in gated.state_dict().items()}
@@ -548,5 +548,7 @@ class TestPoints:
         ]
         (first, *_) = points.compared(*pairs[0], shown, forced=False)
         assert (first.dense, first.routed, first.samples, first.points_forced) == ("dense", "routed", 512, None)
+        ungated = list(points.compared(dense, [routed], shown, gates=False))
+        assert [(p.gates, p.router) for p in ungated] == [("one", p.router) for p in found]
         with pytest.raises(DataError, match="super-classes"):
             list(points.compared(dense, [dense], shown))
