@@ -32,8 +32,8 @@ layouts:
   separate  one file or package per piece, so that an app can ship, download and unload experts one at a time
   packed    one file for all pieces, with shared weights stored once; the smallest bundle if every expert ships
             (executorch, coreml)
-  swappable one graph for all experts, which takes their weights as inputs; switching experts is 3 to 4 times as
-            fast, and a warm image 2 % slower; for little memory and images that often need another expert (onnx)
+  swappable one graph for all experts, which takes their weights as inputs; switching experts is 2 to 4 times as
+            fast, and a warm image up to 4 % slower; for little memory and images that often need another expert (onnx)
 """
 
 
