@@ -10,10 +10,12 @@ from mvmoe_deploy.errors import VerificationError
 from mvmoe_deploy.exporters.differences import (
     channel_errors,
     check_comparable,
+    check_masks,
     check_probabilities,
     logit_errors,
     logit_scale,
     router_errors,
+    sharpness,
 )
 from mvmoe_deploy.exporters.precision import FP16, FP32
 from mvmoe_deploy.exporters.verify import measure, route_flips
@@ -61,10 +63,99 @@ def test_a_channel_that_hardly_varies_is_judged_by_the_others() -> None:
         assert bool(channel_errors(found, tokens).max() > FP32.tolerance.channels) is seen
 
 
+def test_the_channels_of_a_feature_map_come_second() -> None:
+    maps = np.random.default_rng(0).standard_normal((3, 4, 5, 6)) * np.array([1, 2, 4, 8])[:, None, None]
+    errors = channel_errors(maps + 1, maps)
+    per_channel = errors.max(axis=(0, 2, 3))
+    np.testing.assert_allclose(per_channel, 1 / maps.std(axis=(0, 2, 3)), rtol=1e-5)
+
+
+def test_the_least_scale_of_a_channel_is_a_tenth_of_those_that_are_used() -> None:
+    """ReLU leaves channels of zeros, however many; they say nothing about what an error in them could do."""
+    tokens = np.random.default_rng(0).standard_normal((2, 200, 8))
+    tokens -= tokens.mean(axis=(0, 1))
+    tokens[..., 3:] = 0
+    used = np.median(np.sqrt((tokens[..., :3] ** 2).mean(axis=(0, 1))))
+    found = tokens.copy()
+    found[0, 0, 5] = 0.02
+    assert channel_errors(found, tokens).max() == pytest.approx(0.02 / (0.1 * used), rel=1e-3)
+
+
+def test_what_becomes_of_an_unlikely_expert_is_no_error() -> None:
+    right = np.tile([0.6, 0.4 - 1e-5, 1e-5], (4, 1))
+    for other, seen in ((5e-5, False), (1e-7, False), (1e-3, True)):
+        wrong = np.tile([0.6, 0.4 - other, other], (4, 1))
+        assert bool(router_errors(wrong, right).max() > 0.01) is seen, other
+
+
+def test_a_router_that_hardly_decides_is_judged_as_if_by_a_tenth_of_a_nat() -> None:
+    right = softmax(np.random.default_rng(0).uniform(-1e-3, 1e-3, (8, 4)))
+    wrong = softmax(np.log(right) + np.array([0.05, 0, 0, 0]))
+    assert router_errors(wrong, right).max() == pytest.approx(0.05 * 0.75 / 0.1, rel=0.1)
+
+
 def test_outputs_of_another_shape_are_refused() -> None:
     """Even one that numpy would broadcast."""
     with pytest.raises(VerificationError, match=r"tail: has shape \[1, 3\], PyTorch's has \[2, 3\]"):
         check_comparable(np.ones((1, 3)), np.ones((2, 3)), "tail")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["PyTorch's own output", "the bundle's output"])
+def test_values_that_are_not_finite_are_refused_on_either_side(value: float, side: str) -> None:
+    sides = {"the bundle's output": np.zeros((2, 3)), "PyTorch's own output": np.zeros((2, 3))}
+    check_comparable(*sides.values(), "here")
+    sides[side][1, 2] = value
+    with pytest.raises(VerificationError, match=f"here: 1 of 6 values of {side} are NaN or infinite"):
+        check_comparable(*sides.values(), "here")
+
+
+def far(nats: float) -> Doubles:
+    """Logits of 4 images and 6 classes, the last of which never comes nearer to the best than this."""
+    logits = np.random.default_rng(0).uniform(-1, 1, (4, 6))
+    logits[:, 5] = logits.max(axis=1) - nats
+    return logits
+
+
+def test_a_class_that_no_image_can_reach_is_left_out_and_any_other_is_not() -> None:
+    assert logit_scale(far(15)).reachable.tolist() == [True] * 6
+    assert logit_scale(far(25)).reachable.tolist() == [True] * 5 + [False]
+    assert logit_scale(25 * far(2)).reachable.tolist() == [True] * 6  # 50 nats, but few spreads
+    alone = np.tile([0.0, -100.0, -200.0], (4, 1))
+    assert logit_scale(alone).reachable.all()  # else nothing would be left to compare
+
+
+def test_an_image_whose_logits_hardly_differ_is_judged_by_the_median_image() -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 6))
+    logits[2] *= 1e-3
+    scale = logit_scale(logits)
+    assert scale.spread[2] == np.median(logits.std(axis=1)) > 100 * logits[2].std()
+    assert scale.spread[0] >= logits[0].std()
+
+
+@pytest.mark.parametrize(
+    ("reference", "bundle", "wrong"),
+    [(1, 19, ""), (1, 39, ""), (1, 41, "cannot be reached in the bundle but can"), (60, 41, ""), (60, 11, ""),
+     (60, 9, "can be reached in the bundle but not")],
+)  # fmt: skip
+def test_a_class_masked_on_one_side_is_named_and_one_at_the_limit_is_not(
+    reference: float, bundle: float, wrong: str
+) -> None:
+    scale = logit_scale(far(reference))
+    assert scale.limit == 20
+    if not wrong:
+        check_masks(far(bundle), scale, "here")
+        return
+    with pytest.raises(VerificationError, match=f"here: class 5 {wrong}"):
+        check_masks(far(bundle), scale, "here")
+
+
+def test_one_sharp_image_does_not_widen_what_the_others_are_allowed() -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 6))
+    assert sharpness(logit_scale(logits)) == 1
+    logits[3] *= 20
+    assert sharpness(logit_scale(logits)) == 1
+    assert sharpness(logit_scale(20 * logits)) > 5
 
 
 def test_what_probabilities_are() -> None:
