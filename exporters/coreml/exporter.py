@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.exporter import Exporter, Options
@@ -54,6 +54,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--licence", default="", help="licence that Xcode shows")
 
 
+INT8_WEIGHTS = replace(INT8, note="weights stored in 8 bits, arithmetic in fp16", selftest=FP16.selftest)
 PALETTE6 = Precision(
     "palette6",
     0.75,
@@ -75,7 +76,7 @@ PALETTE4 = Precision(
 )
 EXPORTER = Exporter(
     converts="mvmoe_deploy.exporters.coreml.convert:convert",
-    precisions=(FP16, FP32, INT8, PALETTE6, PALETTE4),
+    precisions=(FP16, FP32, INT8_WEIGHTS, PALETTE6, PALETTE4),
     layouts=("separate", "packed"),
     options=CoreMLOptions,
     add_arguments=add_arguments,
