@@ -284,6 +284,15 @@ def test_a_model_that_rounding_changes_is_judged_by_what_rounding_does_to_pytorc
     assert ", 0.01 is" not in str(refused.value) and ", 0.001 is" not in str(refused.value)  # but what rounding does
 
 
+def test_four_times_the_tolerance_is_the_most_that_is_allowed(tmp_path: Path) -> None:
+    bundle, model = exported_in_half(50.0, tmp_path / "x.mvmoe")
+    report = verified(bundle.path, model)
+    own = exporter_of("onnx").precision("fp16").tolerance
+    assert report.logits_max_error > 2 * own.logits  # twice that would be more
+    assert report.tolerance["logits"] == pytest.approx(4 * own.logits)
+    assert report.sensitivity == pytest.approx(4)
+
+
 def test_no_other_model_is_allowed_more(tmp_path: Path) -> None:
     bundle, model = exported_in_half(0.0, tmp_path / "x.mvmoe")
     assert verified(bundle.path, model).sensitivity == 1
