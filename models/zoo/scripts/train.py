@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -153,8 +152,7 @@ def train(
         if snapshots and line["epoch"] % snapshots == 0:
             kept = epochs_of(out) / f"{line['epoch']:03d}{out.suffix}"
             kept.parent.mkdir(exist_ok=True)
-            shutil.copyfile(out, kept)
-            _sharpened_once(checkpoints.load(kept), kept)
+            checkpoints.save(kept, _as_used(checkpoints.load(out)))
         if report is not None:
             report(line)
 
@@ -166,15 +164,21 @@ def epochs_of(out: Path) -> Path:
     return out.with_name(out.name + ".epochs")
 
 
-def _sharpened_once(checkpoint: Checkpoint, out: Path) -> Checkpoint:
-    """A finished checkpoint whose router is as it is to be used; also where a run was killed just before this."""
+def _sharpened_once(finished: Checkpoint, out: Path) -> Checkpoint:
+    """A finished checkpoint as it is to be used, also in the file; a run may have been killed just before this."""
+    used = _as_used(finished)
+    if used is not finished:
+        checkpoints.save(out, used)
+    return used
+
+
+def _as_used(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose router is as it is to be used: the same one, if it is that already."""
     training = checkpoint.header.training
     if training.get("gates") != WITHOUT_GATES or "router_sharpened" in training:
         return checkpoint
     training["router_sharpened"] = SHARPENED
-    checkpoint = Checkpoint(checkpoint.header, sharpened(checkpoint.weights))
-    checkpoints.save(out, checkpoint)
-    return checkpoint
+    return Checkpoint(checkpoint.header, sharpened(checkpoint.weights))
 
 
 def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
