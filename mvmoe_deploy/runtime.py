@@ -267,16 +267,15 @@ class Runtime:
         gates: list[float] = []
         if self._one_expert:
             outputs, _, expert, gate, timings = self._run_image(pieces, batch)
-            experts, gates = [expert], gate[0].tolist()
+            experts, gates = [expert], [gate]
         else:
             outputs, routed, timings = self._run(pieces, batch, None)
             if routed is not None:
                 experts, gates = routed.experts[0].tolist(), routed.gates[0].tolist()
-        ranked = _best(outputs, max(1, top))
-        if ranked is None:
+        best = self._best(outputs, max(1, top))
+        if best is None:
             raise self._no_answer(experts)
         timings = {"preprocess": preprocessed, **timings}
-        best = [Score(manifest.class_names[i], manifest.class_ids[i], probability) for i, probability in ranked]
         if not experts:
             return Prediction(
                 top=best, expert=None, expert_name=None, gate=None, experts=experts, gates=gates, timings=timings
@@ -324,9 +323,10 @@ class Runtime:
             return np.zeros((0, len(self.bundle.manifest.class_names)), np.float32), self._empty_routing()
         batch = np.ascontiguousarray(batch)
         if len(batch) == 1 and self._one_expert and experts is None:
-            outputs, probabilities, expert, gates, _ = self._run_image(pieces, batch)
+            outputs, probabilities, expert, _, _ = self._run_image(pieces, batch)
             self._check_logits(outputs[0], [[expert]])
-            return outputs[0], RoutedBatch(probabilities, self._numbers[expert : expert + 1], gates)
+            chosen = slice(expert, expert + 1)
+            return outputs[0], RoutedBatch(probabilities, self._numbers[chosen], probabilities[:, chosen])
         outputs, routed, _ = self._run(pieces, batch, experts)
         self._check_logits(outputs[0], None if routed is None else routed.experts)
         return outputs[0], routed
@@ -399,25 +399,24 @@ class Runtime:
 
     def _run_image(
         self, pieces: dict[str, LoadedPiece], batch: Floats
-    ) -> tuple[list[NDArray[Any]], Floats, int, Floats, dict[str, float]]:
+    ) -> tuple[list[NDArray[Any]], Floats, int, float, dict[str, float]]:
         """Runs one image through one expert.
 
         Returns:
-            The tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate ``[1, 1]``, and milliseconds
-            by step.
+            The tail's outputs, the router's probabilities ``[1, E]``, the expert, its gate, and milliseconds by step.
 
         It takes few steps and few numpy calls: after a model's run, their code is out of the processor's cache, and
         a call that otherwise takes a microsecond takes ten.
         """
         started = perf_counter()
         tokens, probabilities = self._run_trunk(pieces, batch)
-        row = probabilities[0].tolist()
+        row = probabilities.tolist()[0]
         if not (_NEARLY_ONE[0] < sum(row) < _NEARLY_ONE[1] and min(row) >= 0):  # NaN fails too
             raise self._no_probabilities(row)
-        expert = row.index(max(row))  # numpy's argmax costs three times as much here
-        gate = probabilities[:, expert : expert + 1]
+        gate = max(row)
+        expert = row.index(gate)  # numpy's argmax costs three times as much here
         ready = perf_counter()
-        outputs, load, tail = self._use(expert, 0, (tokens, gate[0]), ready)
+        outputs, load, tail = self._use(expert, 0, (tokens, probabilities[:, expert]), ready)
         return outputs, probabilities, expert, gate, {"trunk": 1e3 * (ready - started), "load": load, "tail": tail}
 
     def _run_trunk(self, pieces: dict[str, LoadedPiece], batch: Floats) -> tuple[Floats, Floats]:
@@ -428,6 +427,35 @@ class Runtime:
             (tokens,) = pieces["trunk"](batch)
             (probabilities,) = pieces["router"](tokens)
         return tokens, probabilities
+
+    def _best(self, outputs: list[NDArray[Any]], top: int) -> list[Score] | None:
+        """The ``top`` most probable classes of the first image, best first; None if that is impossible.
+
+        Args:
+            outputs: logits ``[B, C]`` and, where the graph ranks classes itself, the most probable ones' probabilities
+                and indices, ``[B, n]`` each.
+            top: number of classes.
+        """
+        names, ids = self.bundle.manifest.class_names, self.bundle.manifest.class_ids
+        top = min(top, len(names))
+        probabilities = outputs[1].tolist()[0] if len(outputs) == 3 else []
+        if top <= len(probabilities):
+            best: list[Score] = []
+            before = 1.001
+            for index, probability in zip(outputs[2].tolist()[0][:top], probabilities, strict=False):
+                if not (0 <= index < len(names) and 0 <= probability <= before):  # NaN fails too
+                    return None
+                best.append(Score(names[index], ids[index], probability))
+                before = probability
+            return best
+        logits = outputs[0][0]
+        peak = float(logits.max())
+        if not math.isfinite(peak):
+            return None
+        order = np.argsort(-logits, kind="stable")[:top].tolist()
+        exponentials = np.exp(logits - peak)
+        total = exponentials.sum()
+        return [Score(names[index], ids[index], float(exponentials[index] / total)) for index in order]
 
     def _check_logits(self, logits: Floats, experts: Any) -> None:
         """Refuses logits ``[B, C]`` with NaN or infinity, or with only minus infinity for an image."""
@@ -564,31 +592,3 @@ def top_k(probabilities: Floats, k: int) -> NDArray[np.int64]:
         first: NDArray[np.int64] = probabilities.argmax(axis=1)[:, None]
         return first
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-
-
-def _best(outputs: list[NDArray[Any]], top: int) -> list[tuple[int, float]] | None:
-    """The ``top`` most probable classes of the first image and their probabilities, best first; None if impossible.
-
-    Args:
-        outputs: logits ``[B, C]`` and, where the graph ranks classes itself, the most probable ones' probabilities
-            and indices, ``[B, n]`` each.
-        top: number of classes.
-    """
-    logits = outputs[0][0]
-    classes = len(logits)
-    top = min(top, classes)
-    if len(outputs) == 3 and top <= outputs[1].shape[1]:
-        ranked = list(zip(outputs[2][0, :top].tolist(), outputs[1][0, :top].tolist(), strict=True))
-        before = 1.001
-        for index, probability in ranked:
-            if not (0 <= index < classes and 0 <= probability <= before):  # NaN fails too
-                return None
-            before = probability
-        return ranked
-    peak = float(logits.max())
-    if not math.isfinite(peak):
-        return None
-    order = np.argsort(-logits, kind="stable")[:top].tolist()
-    exponentials = np.exp(logits - peak)
-    total = exponentials.sum()
-    return [(index, float(exponentials[index] / total)) for index in order]
