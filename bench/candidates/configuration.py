@@ -61,6 +61,15 @@ class Configuration(Facts, frozen=True, kw_only=True):
         return "graph" if self.path.endswith(".onnx") else "bundle"
 
 
+class BarePieces(Configuration, frozen=True, kw_only=True):
+    """A bundle of which only the graphs of one image are opened, in bare sessions: for measuring a cold start."""
+
+    @property
+    def opened_as(self) -> str:
+        """``pieces``."""
+        return "pieces"
+
+
 class Opened(Protocol):
     """An opened configuration; :class:`mvmoe_deploy.Runtime` is one."""
 

@@ -73,7 +73,7 @@ def _start(c: Configuration, image: Path, threads: int) -> list[float]:
     """Starts one process and returns the milliseconds of interpreter, imports, load and first run."""
     scale = [",".join(map(str, values)) for values in (c.preprocessing.mean, c.preprocessing.std)]
     arguments = [c.opened_as, c.backend, c.path, str(image), str(threads)]
-    command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as == "graph" else [])]
+    command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as in ("graph", "pieces") else [])]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = time.monotonic()  # all processes of a machine share this clock
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 import mvmoe_deploy
 from mvmoe_deploy.backends import Backend, LoadedPiece, native_path, open_backend
 from mvmoe_deploy.bench.candidates.baselines import export_stock, random_checkpoint
-from mvmoe_deploy.bench.candidates.configuration import Configuration
+from mvmoe_deploy.bench.candidates.configuration import BarePieces, Configuration
 from mvmoe_deploy.bench.candidates.prepare import of_bundle, prepare
 from mvmoe_deploy.bench.measure.bootstrap import ratio_estimate
 from mvmoe_deploy.bench.measure.coldstart import measure_cold_start
@@ -34,15 +36,28 @@ from mvmoe_deploy.images import preprocess
 from mvmoe_deploy.models import build, config_from_name
 from mvmoe_deploy.terminal import counted
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure and the bar that it must not exceed."""
+    """One measured figure and the bar that it must not exceed.
+
+    Attributes:
+        what: what was measured.
+        value: the figure.
+        bar: the bar.
+        detail: the times or sizes behind it.
+        floor: the same figure of bare onnxruntime sessions of the same graphs, measured in the same process; no runtime
+            that runs these graphs can be below it. None where there is no such figure.
+    """
 
     what: str
     value: float
     bar: float
     detail: str
+    floor: float | None = None
 
     @property
     def met(self) -> bool:
@@ -131,7 +146,17 @@ def routed_against_dense(scale: str, threads: int, rounds: int, folder: Path) ->
     """Times ``run`` with one preprocessed image: the routed bundle against the dense one, both exported here."""
     routed, dense = _exported(f"mvmoe_{scale}", folder)
     what = f"routed p50 / dense p50, {scale}, {counted(threads, 'thread')}"
-    return _runs(what, routed, dense, ("routed", "dense"), threads, rounds, bar=1.05)
+    figure = _runs(what, routed, dense, ("routed", "dense"), threads, rounds, bar=1.05)
+    batch = _batch(routed)
+    trunk, tail = (_bare(routed, piece, threads) for piece in (routed.piece("trunk"), routed.pieces("tail")[0]))
+    model = _bare(dense, dense.piece("model"), threads)
+
+    def bare(_: int) -> None:
+        tokens, probabilities = trunk.run(None, {"images": batch})
+        tail.run(None, {"tokens": tokens, "gate": probabilities[:, 0]})
+
+    samples = interleave({"routed": bare, "dense": lambda _: model.run(None, {"images": batch})}, rounds).samples
+    return replace(figure, floor=_ratio_of_medians(samples, "routed", "dense"))
 
 
 def int8_against_fp32(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -152,8 +177,7 @@ def _runs(
     what: str, first: Bundle, second: Bundle, names: tuple[str, str], threads: int, rounds: int, bar: float
 ) -> Figure:
     """Times ``run`` of two bundles with one preprocessed image."""
-    size = first.manifest.preprocessing.size
-    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+    batch = _batch(first)
     with mvmoe_deploy.load(first.path, threads=threads) as a, mvmoe_deploy.load(second.path, threads=threads) as b:
         samples = interleave({names[0]: lambda _: a.run(batch), names[1]: lambda _: b.run(batch)}, rounds).samples
     return _latency_figure(what=what, samples=samples, a=names[0], b=names[1], bar=bar)
@@ -187,7 +211,7 @@ def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeat
     """Process start to first prediction, against one graph of all experts, both bare and in the same runtime.
 
     The bare graph needs none of this project's imports, manifest and hashes. With the same runtime, only the layout
-    makes the difference.
+    makes the difference. The floor has this project's imports, and trunk and tail in bare sessions.
     """
     image = folder / "image.npy"
     size = routed.preprocessing.size
@@ -197,6 +221,7 @@ def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeat
         msgspec.structs.replace(routed, name="routed"),
         msgspec.structs.replace(whole, name="in a bare session"),
         msgspec.structs.replace(whole, name="in the same runtime", path=bundle),
+        BarePieces(**{**msgspec.structs.asdict(routed), "name": "floor"}),
     ]
     found = measure_cold_start(candidates, image, repeats=repeats)
 
@@ -206,27 +231,37 @@ def cold_start(routed: Configuration, whole: Configuration, folder: Path, repeat
 
     for name, bar in (("in a bare session", 1.15), ("in the same runtime", 0.8)):
         detail = f"interpreter + imports + load + run: {parts('routed')} ms / {parts(name)} ms"
-        ratio = found["routed"].total.value / found[name].total.value
-        yield Figure(f"cold start / one graph of all experts {name}", ratio, bar, detail)
+        ratio, floor = (found[first].total.value / found[name].total.value for first in ("routed", "floor"))
+        yield Figure(f"cold start / one graph of all experts {name}", ratio, bar, detail, floor)
 
 
 def expert_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Times loading and running a tail against running a resident tail; the files are in the page cache."""
+    """Times loading and running a tail against running a resident tail; the files are in the page cache.
+
+    The floor is a bare session, created and run.
+    """
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     tails = _Tails(routed, threads)
-    samples = interleave({"switch": tails.switch, "warm": tails.warm}, rounds).samples
-    return _latency_figure(
-        what=f"expert switch / warm tail run, {scale}", samples=samples, a="switch", b="warm", bar=4.5
-    )
+    calls = {"switch": tails.switch, "warm": tails.warm, "bare": tails.switch_bare}
+    samples = interleave(calls, rounds).samples
+    what = f"expert switch / warm tail run, {scale}"
+    figure = _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=4.5)
+    return replace(figure, floor=_ratio_of_medians(samples, "bare", "warm"))
 
 
 def swappable_switch(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
-    """Times loading and running a tail of the swappable layout against a warm run of the standalone tail."""
+    """Times loading and running a tail of the swappable layout against a warm run of the standalone tail.
+
+    The floor is resident tails in turn: their weights have left the processor's cache, but nothing is loaded.
+    """
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     swappable, standalone = _Tails(_swappable(scale, folder), threads), _Tails(routed, threads)
     samples = interleave({"switch": swappable.switch, "warm": standalone.warm}, rounds).samples
     what = f"expert switch, swappable / warm standalone tail run, {scale}"
-    return _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=1.5)
+    figure = _latency_figure(what=what, samples=samples, a="switch", b="warm", bar=1.5)
+    # after the figure, because ten resident tails leave it less of the processor's cache
+    samples = interleave({"turn": standalone.resident_in_turn(), "warm": standalone.warm}, rounds).samples
+    return replace(figure, floor=_ratio_of_medians(samples, "turn", "warm"))
 
 
 def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
@@ -239,24 +274,14 @@ def swappable_warm(scale: str, threads: int, rounds: int, folder: Path) -> Figur
 def tails_in_turn(scale: str, threads: int, rounds: int, folder: Path) -> Figure:
     """Times images that go to all experts in turn against images that stay with one; all experts are resident.
 
-    The detail has the same ratio in bare sessions of the same graphs, which is the floor: a tail that others ran after
-    has left the processor's cache.
+    A tail that others ran after has left the processor's cache, in bare sessions too.
     """
-    import onnxruntime as ort
-
-    from mvmoe_deploy.backends.onnxruntime import session_options
-
     routed, _ = _exported(f"mvmoe_{scale}", folder)
     routing = routed.manifest.routing
     assert routing is not None
-    size = routed.manifest.preprocessing.size
-    batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-
-    def session(piece: Piece) -> ort.InferenceSession:
-        path = native_path(routed.path / piece.graph)
-        return ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
-
-    trunk, tails = session(routed.piece("trunk")), [session(piece) for piece in routed.pieces("tail")]
+    batch = _batch(routed)
+    trunk = _bare(routed, routed.piece("trunk"), threads)
+    tails = [_bare(routed, piece, threads) for piece in routed.pieces("tail")]
 
     def bare(expert: int) -> None:
         tokens, probabilities = trunk.run(None, {"images": batch})
@@ -265,8 +290,8 @@ def tails_in_turn(scale: str, threads: int, rounds: int, folder: Path) -> Figure
     with mvmoe_deploy.load(routed.path, threads=threads, preload="all") as runtime:
         one, turn = _runs_of(lambda expert: runtime.run(batch, np.array([[expert]])), routing.experts, rounds)
     floor, floor_turn = _runs_of(bare, routing.experts, rounds)
-    detail = f"{turn:.3f} ms / {one:.3f} ms; in bare sessions {floor_turn / floor:.3f}"
-    return Figure(f"images to all experts in turn / to one, {scale}", turn / one, 1.1, detail)
+    detail = f"{turn:.3f} ms / {one:.3f} ms"
+    return Figure(f"images to all experts in turn / to one, {scale}", turn / one, 1.1, detail, floor_turn / floor)
 
 
 def _runs_of(run: Callable[[int], object], experts: int, rounds: int) -> tuple[float, float]:
@@ -286,16 +311,27 @@ class _Tails:
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
         self._backend = open_backend(bundle, threads=threads)
-        self._pieces = bundle.pieces("tail")
-        size = bundle.manifest.preprocessing.size
-        batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-        tokens, probabilities = self._backend.load(bundle.piece("trunk"))(batch)
+        self._bundle, self._threads, self._pieces = bundle, threads, bundle.pieces("tail")
+        tokens, probabilities = self._backend.load(bundle.piece("trunk"))(_batch(bundle))
         self._inputs = (tokens, probabilities[:, 0])
         self._resident = self._backend.load(self._pieces[0])
 
     def switch(self, number: int) -> None:
         """Loads, runs and drops a tail that differs from the last one."""
-        self._backend.load(self._pieces[1 + number % (len(self._pieces) - 1)])(*self._inputs)
+        self._backend.load(self._other(number))(*self._inputs)
+
+    def switch_bare(self, number: int) -> None:
+        """Does so with a bare session."""
+        tokens, gate = self._inputs
+        _bare(self._bundle, self._other(number), self._threads).run(None, {"tokens": tokens, "gate": gate})
+
+    def resident_in_turn(self) -> Callable[[int], object]:
+        """Loads all tails; returns a function that runs one which differs from the last one."""
+        resident = {piece.name: self._backend.load(piece) for piece in self._pieces}
+        return lambda number: resident[self._other(number).name](*self._inputs)
+
+    def _other(self, number: int) -> Piece:
+        return self._pieces[1 + number % (len(self._pieces) - 1)]
 
     def warm(self, _: int) -> None:
         """Runs a resident tail."""
@@ -344,6 +380,29 @@ def _latency_figure(what: str, samples: dict[str, list[float]], a: str, b: str, 
     p50 = {name: statistics.median(values) for name, values in samples.items()}
     paired = ratio_estimate(samples[a], samples[b]).value
     return Figure(what, p50[a] / p50[b], bar, f"{p50[a]:.2f} ms / {p50[b]:.2f} ms, paired by round {paired:.3f}")
+
+
+def _ratio_of_medians(samples: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(samples[a]) / statistics.median(samples[b])
+
+
+def _batch(bundle: Bundle) -> NDArray[np.float32]:
+    """One preprocessed image of noise."""
+    size = bundle.manifest.preprocessing.size
+    return np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+
+
+def _bare(bundle: Bundle, piece: Piece, threads: int) -> ort.InferenceSession:
+    """A session of a piece's graph, with the options that the backend gives it and nothing around it."""
+    import onnxruntime as ort
+
+    from mvmoe_deploy.backends.onnxruntime import session_options
+
+    options = session_options(threads)
+    if piece.optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    path = native_path(bundle.path / piece.graph)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _exported(name: str, folder: Path, precision: str = "fp32") -> tuple[Bundle, Bundle]:

@@ -122,6 +122,24 @@ def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert "NO" in out and err.endswith("error: 1 of 2 figures miss their bar\n")
 
 
+def test_figures_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Figure("routed / dense", 1.1, 1.05, "1 ms / 1 ms", floor=1.06)
+    monkeypatch.setattr("mvmoe_deploy.bench.selfcheck.bars.measure_all", lambda rounds, folder: iter([figure]))
+    assert bench.main(["figures", "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found == {
+        "what": "routed / dense",
+        "value": 1.1,
+        "bar": 1.05,
+        "detail": "1 ms / 1 ms",
+        "floor": 1.06,
+        "met": False,
+    }
+    assert bench.main(["figures"]) == 1
+    header, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert "floor" in header and "1.06" in row
+
+
 def test_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [["onnx", "fp32", "1.0e-06", "100.0%", None, "36.1%", "2.40", "onnxruntime"]]
     seen: list[Any] = []

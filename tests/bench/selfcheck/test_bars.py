@@ -31,23 +31,34 @@ def tiny_scales(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "bar"),
+    ("function", "bar", "floor"),
     [
-        ("routed_against_dense", 1.05),
-        ("routed_against_stock", 1.0),
-        ("expert_switch", 4.5),
-        ("swappable_switch", 1.5),
-        ("swappable_warm", 1.015),
-        ("predict_overhead", 0.05),
-        ("tails_in_turn", 1.1),
-        ("int8_against_fp32", 1.0),
-        ("int8_against_dense", 1.05),
+        ("routed_against_dense", 1.05, True),
+        ("routed_against_stock", 1.0, False),
+        ("expert_switch", 4.5, True),
+        ("swappable_switch", 1.5, True),
+        ("swappable_warm", 1.015, False),
+        ("predict_overhead", 0.05, False),
+        ("tails_in_turn", 1.1, True),
+        ("int8_against_fp32", 1.0, False),
+        ("int8_against_dense", 1.05, False),
     ],
 )
-def test_a_latency_figure(function: str, bar: float, folder: Path) -> None:
+def test_a_latency_figure(function: str, bar: float, floor: bool, folder: Path) -> None:
     figure = getattr(bars, function)("2x32", 1, 3, folder)
     assert figure.bar == bar and " ms" in figure.detail
     assert figure.value > 0 or function == "predict_overhead"
+    assert figure.floor is None or figure.floor > 0
+    assert (figure.floor is not None) == floor
+
+
+def test_a_cold_start_has_a_floor_with_the_same_imports(folder: Path) -> None:
+    routed = bars.of_bundle(bars._exported("mvmoe_2x32", folder)[0].path)
+    whole = bars._all_experts("2x32", folder)
+    bare, same = bars.cold_start(routed, whole, folder, repeats=1)
+    assert bare.floor is not None and same.floor is not None
+    # both divide the same start by another one
+    assert bare.floor / same.floor == pytest.approx(bare.value / same.value)
 
 
 def test_a_figure_is_the_ratio_of_its_two_medians() -> None:
