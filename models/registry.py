@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -287,6 +288,24 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
 def build(config: ModelConfig) -> Model:
     """A freshly initialised model of this config."""
     return architectures()[config.architecture].model(config)
+
+
+def check_memory(what: str, needed: int) -> None:
+    """Refuses what does not fit into this machine's memory, before it is built.
+
+    Args:
+        what: what needs the memory, for the error.
+        needed: bytes.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not known on this system
+        return
+    if needed > there:
+        raise ConfigError(f"{what}: the weights take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB")
 
 
 def from_dense(dense: Model, config: ModelConfig) -> Model:

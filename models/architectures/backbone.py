@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -38,7 +37,7 @@ from mvmoe_deploy.models.architectures.stages import Part, Unit, bytes_of, repla
 from mvmoe_deploy.models.architectures.tails import Dispatch, Gated, Mixed, Route, Selected, Tail
 from mvmoe_deploy.models.counting import Work, count
 from mvmoe_deploy.models.model import ImageRouted, Model, set_training
-from mvmoe_deploy.models.registry import Architecture, ModelConfig, build, register, shape
+from mvmoe_deploy.models.registry import Architecture, ModelConfig, build, check_memory, register, shape
 
 STAGES = "stages"
 POINTWISE = "pointwise"
@@ -89,7 +88,7 @@ class BackboneConfig(ModelConfig):
 
         if torch.get_default_device().type != "meta":
             with torch.device("meta"):
-                _check_memory(f"timm:{self.name}", bytes_of(made()))
+                check_memory(f"timm:{self.name}", bytes_of(made()))
         return made()
 
     def preparation(self) -> dict[str, Any]:
@@ -205,6 +204,10 @@ def _check_pattern(own: str) -> None:
 @functools.lru_cache(maxsize=32)
 def _parameters(config: BackboneConfig) -> tuple[int, int] | None:
     """Number of weights of the whole model and of one expert; None where timm does not build the model."""
+    if isinstance(config, RoutedBackboneConfig) and config.experts > 2:
+        # every further expert adds as many, and a stranger's config may ask for tens of thousands
+        one, two = (_parameters(replace(config, experts=number)) for number in (1, 2))
+        return one and two and (one[0] + (config.experts - 1) * (two[0] - one[0]), one[1])
     try:
         with torch.device("meta"):
             model = build(config)
@@ -220,7 +223,8 @@ def _work(config: BackboneConfig) -> dict[str, Work] | None:
     """What one image takes in every piece, counted on the pieces as they are exported; None where it is not known."""
     try:
         with torch.device("meta"), torch.no_grad():
-            model: Any = build(config)
+            routes = config.routes == "images" and isinstance(config, RoutedBackboneConfig)
+            model: Any = build(replace(config, experts=1) if routes else config)  # one tail is as good as another
             model = model.merged() if isinstance(model, TimmModel) else model.eval()
             images = _example(config)[:1]
             if not isinstance(model, RoutedBackbone):
@@ -230,7 +234,7 @@ def _work(config: BackboneConfig) -> dict[str, Work] | None:
                 features = trunk(images).contiguous()
                 counted = {
                     "trunk": count(trunk, [images]),
-                    "router": count(model.router_module(), [features]),
+                    "router": count(Router(model.router.linear.in_features, config.experts), [features]),
                     "tail": count(model.tail_module(0), [features, gate]),
                 }
     except (ConfigError, NotImplementedError, RuntimeError):  # timm's own code runs without memory here
@@ -409,7 +413,8 @@ class RoutedBackbone(TimmModel):
         real = not next(self.backbone.parameters()).is_meta
         if real:
             size = sum(bytes_of(self.backbone.get_submodule(name)) for name in self._own)
-            _check_memory(f"{config.experts} experts of {size / 1e6:.1f} MB", config.experts * size)
+            # whoever loads or exports the model holds all weights twice for a moment
+            check_memory(f"{config.experts} experts of {size / 1e6:.1f} MB, held twice", 2 * config.experts * size)
         images = _example(config)
         hidden = _woken(self.backbone, images, config) if real else {}
         logits = _run(self.backbone, images, config)
@@ -742,20 +747,6 @@ def _woken(model: nn.Module, images: Tensor, config: BackboneConfig) -> dict[str
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def _check_memory(what: str, needed: int) -> None:
-    """Refuses what does not fit into this machine's memory, before it is built.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not known on this system
-        return
-    if needed > there:
-        raise ConfigError(f"{what}: the weights take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB")
 
 
 for _entry in (

@@ -182,7 +182,30 @@ def create(name: str, arguments: str, *, classes: int, image_size: int) -> nn.Mo
             f"timm:{name}: cannot be built for images of {image_size} px"
             f"{f' with {arguments}' if arguments else ''} ({first_line(error)})"
         ) from None
+    if image_size != size_of(name):  # some are published for a size of which they leave out a border
+        _check_size(made, name, image_size)
     return made
+
+
+def _check_size(model: nn.Module, name: str, size: int) -> None:
+    """Refuses sizes that timm takes without a word, although the model has no use for part of the image or all of it.
+
+    Raises:
+        ConfigError: patches leave a border over, or all of the image lies within one place of the last features.
+    """
+    embedding = getattr(model, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None)
+    sides = patch if isinstance(patch, tuple) else ()
+    padded = getattr(embedding, "dynamic_img_pad", False)
+    if (side := next((side for side in sides if size % side), None)) and not padded:
+        raise ConfigError(
+            f"timm:{name}: cannot take images of {size} px: its patches of {side} px would leave out {size % side} px"
+        )
+    reductions = [stage.get("reduction", 1) for stage in getattr(model, "feature_info", ()) if isinstance(stage, dict)]
+    if (place := max(reductions, default=1)) > size:
+        raise ConfigError(
+            f"timm:{name}: cannot take images of {size} px: one place of its last features stands for {place} px"
+        )
 
 
 def _having(name: str) -> Any:

@@ -16,6 +16,7 @@ from mvmoe_deploy.errors import DataError, as_text
 from mvmoe_deploy.images import Preprocessing
 from mvmoe_deploy.models import Model, ModelConfig, build, from_dense, load_checkpoint
 from mvmoe_deploy.models.foreign import read_weights
+from mvmoe_deploy.models.registry import check_memory
 from mvmoe_deploy.models.study.superclasses import random_groups
 from mvmoe_deploy.models.train.batches import Endless, Progress
 from mvmoe_deploy.models.train.data import ImageSet
@@ -92,6 +93,8 @@ def train(
     superclasses = job.superclasses
     if job.recipe.router == "random" and superclasses is None:
         superclasses = _random_superclasses(job)
+    check_fits(job.config, superclasses, job.recipe, job.teacher is not None)
+    _check_memory(job)
     training = dict(job.notes)
     model = _model(job, training)
     teacher = _teacher(job, training)
@@ -104,7 +107,6 @@ def train(
         superclasses=superclasses,
         training=training,
     )
-    check_fits(model, header, job.recipe, teacher)
     images = job.train() if callable(job.train) else job.train
     if images.class_ids != ids:
         raise DataError("training and validation images are of different classes")
@@ -152,6 +154,18 @@ def check_out(out: Path, epochs: int, resume: bool, force: bool) -> Checkpoint |
             f"--from {out} --out ANOTHER trains it further"
         )
     return finished
+
+
+def _check_memory(job: Job) -> None:
+    """Estimates what training needs at least, before a model of thousands of experts is built.
+
+    Raises:
+        ConfigError: weights, gradients and the optimiser's moments (AdamW two, Muon one) do not fit into memory.
+    """
+    parameters = job.config.parameters()
+    if parameters is not None and job.device == "cpu" and not job.recipe.learn:
+        copies = {"adamw": 4, "muon": 3}[job.recipe.optimizer]
+        check_memory(f"training {parameters:,} weights with gradients and moments", 4 * copies * parameters)
 
 
 def _random_superclasses(job: Job) -> Superclasses:

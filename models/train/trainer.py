@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvmoe_deploy import checkpoint as checkpoints
-from mvmoe_deploy.checkpoint import Checkpoint, Header
+from mvmoe_deploy.checkpoint import Checkpoint, Header, Superclasses
 from mvmoe_deploy.errors import CheckpointError, ConfigError, DataError
 from mvmoe_deploy.files import atomic_file
 from mvmoe_deploy.models.model import ImageRouted, Model, Output, set_training
+from mvmoe_deploy.models.registry import ModelConfig
 from mvmoe_deploy.models.study.evaluation import evaluate
 from mvmoe_deploy.models.train.batches import Batch, Endless, FrozenTrunk, Progress, batches_of
 from mvmoe_deploy.models.train.data import ImageSet
@@ -53,7 +54,7 @@ class Trainer:
         device: str = "cpu",
         teacher: Teacher | None = None,
     ) -> None:
-        check_fits(model, header, recipe, teacher)
+        check_fits(model.config, header.superclasses, recipe, teacher is not None)
         self.model = model.to(device)
         choose_learning(model, recipe)
         trunk = frozen_trunk(model) if recipe.views else None
@@ -347,24 +348,29 @@ def state_of(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
-def check_fits(model: Model, header: Header, recipe: Recipe, teacher: Teacher | None) -> None:
-    """Checks that a recipe trains this model. The check is cheap, so call it before images are read.
+def check_fits(config: ModelConfig, superclasses: Superclasses | None, recipe: Recipe, taught: bool) -> None:
+    """Checks that a recipe trains models of this shape. The check is cheap, so call it before anything is built.
+
+    Args:
+        config: the model's shape.
+        superclasses: what a per-image router learns.
+        recipe: how to train.
+        taught: whether there is a teacher.
 
     Raises:
         DataError: a teacher or super-classes are missing, or have no use.
     """
-    if (teacher is None) != (recipe.teacher_weight == 0):
+    if taught == (recipe.teacher_weight == 0):
         raise DataError("a teacher needs a share of the target: give --teacher and --teacher-weight, or neither")
-    if model.config.routes != "images":
+    if config.routes != "images":
         return
-    experts, superclasses = model.config.experts, header.superclasses
-    if experts > 1 and (superclasses is None) != (recipe.router == "end-to-end"):
+    if config.experts > 1 and (superclasses is None) != (recipe.router == "end-to-end"):
         raise DataError(
             "a per-image router is trained on super-classes: give --superclasses FILE.tsv, "
             "or --router end-to-end or random without it"
         )
-    if superclasses is not None and len(superclasses.names) != experts:
-        raise DataError(f"there are {len(superclasses.names)} super-classes but {experts} experts")
+    if superclasses is not None and len(superclasses.names) != config.experts:
+        raise DataError(f"there are {len(superclasses.names)} super-classes but {config.experts} experts")
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ from mvmoe_deploy import models
 from mvmoe_deploy.checkpoint import Checkpoint
 from mvmoe_deploy.errors import CheckpointError, ConfigError
 from mvmoe_deploy.images import Preprocessing
-from mvmoe_deploy.models.architectures import backbone, stages
+from mvmoe_deploy.models.architectures import stages
 from mvmoe_deploy.models.architectures.backbone import Backbone, RoutedBackbone, RoutedBackboneConfig
 from mvmoe_deploy.models.registry import build, by_name, config_from_dict, config_from_name, from_dense
 
@@ -170,6 +170,11 @@ def test_a_model_whose_features_shrink_to_nothing_is_compared_as_well() -> None:
         ({"experts": 65536, "own": "stages"}, "65536 experts of .* the weights take"),
         ({"name": "resnetv2_50"}, "stages are not known; known are MobileNetV3"),
         ({"name": "vit_tiny_patch16_224", "cut": "", "own": "mlp", "image_size": 8}, "8 px"),
+        (
+            {"name": "vit_tiny_patch16_224", "cut": "", "own": "mlp", "image_size": 33},
+            "cannot take images of 33 px: its patches of 16 px would leave out 1 px",
+        ),
+        ({"image_size": 31}, "cannot take images of 31 px: one place of its last features stands for 32 px"),
         ({"name": "hf-hub:timm/mobilenetv3_small_100"}, "no hub address"),
     ],
 )
@@ -316,9 +321,22 @@ def test_the_wide_baseline_has_all_experts_weights_and_no_router() -> None:
 
 
 def test_memory_is_estimated_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone.os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
     with pytest.raises(ConfigError, match=r"timm:mobilenetv3_small_050: the weights take 0\.0 GB, this machine has"):
         build(config_of().dense)
+
+
+@pytest.mark.parametrize("own", ["stages", "pointwise"])
+def test_weights_of_many_experts_are_counted_without_building_them(own: str) -> None:
+    config = config_of(own=own, experts=5)
+    model = build(config)
+    assert config.parameters() == sum(parameter.numel() for parameter in model.parameters())
+    assert config.expert_parameters() == sum(parameter.numel() for parameter in model.experts_of[4].parameters())
+    assert config.wide is not None
+    assert config.wide.parameters() == sum(parameter.numel() for parameter in build(config.wide).parameters())
+    fewer = config_of(own=own, experts=4).piece_flops("router")
+    router, width = config.piece_flops("router"), model.router.linear.in_features
+    assert router is not None and fewer is not None and router - fewer == 2 * width + 1 + 5  # bias and softmax
 
 
 @pytest.mark.parametrize(

@@ -170,13 +170,35 @@ def test_training_images_are_read_after_everything_else_was_checked(tmp_path: Pa
     routed = models.config_from_name("mvmoe_2x16", image_size=SIZE, patch_size=4, classes=CLASSES, experts=2)
     for wrong, message in (
         ({"start_from": tmp_path / "none.pt"}, "none.pt: no such file"),
-        ({"teacher": tmp_path / "none.pt"}, "none.pt: no such file"),
+        ({"teacher": tmp_path / "none.pt", "r": {"teacher_weight": 1.0}}, "none.pt: no such file"),
         ({"answers": tmp_path}, "--answers keeps a --teacher's answers to"),
         ({"r": {"teacher_weight": 1.0}}, "a teacher needs a share of the target"),
         ({"config": routed}, "a per-image router is trained on super-classes"),
     ):
         with pytest.raises(Exception, match=message):
             train(job(tmp_path / "x.pt", reader, **wrong))
+
+
+def test_what_cannot_be_trained_is_refused_before_a_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60,000 experts of a timm model took five minutes to build before a message about the router's super-classes."""
+
+    def built(config: models.ModelConfig) -> models.Model:
+        raise AssertionError("built too early")
+
+    monkeypatch.setattr("mvmoe_deploy.models.train.job.build", built)
+    many = models.config_from_name("mvmoe_2x16", image_size=SIZE, patch_size=4, classes=CLASSES, experts=60000)
+    with pytest.raises(DataError, match="a per-image router is trained on super-classes"):
+        train(job(tmp_path / "x.pt", config=many))
+    monkeypatch.setattr("os.sysconf", lambda name: 16000)  # 256 MB
+    with pytest.raises(
+        ConfigError, match=r"training [\d,]+ weights with gradients and moments: the weights take .* GB"
+    ):
+        train(job(tmp_path / "x.pt", config=many, r={"router": "end-to-end"}))
+    timm = models.config_from_name("timm:mobilenetv3_small_050", image_size=32, experts=60000)
+    with pytest.raises(ConfigError, match=r"training 868,[\d,]{7} weights"):
+        train(job(tmp_path / "x.pt", config=timm, r={"router": "end-to-end"}))
 
 
 def test_images_of_other_classes_are_refused(tmp_path: Path) -> None:
