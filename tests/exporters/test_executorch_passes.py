@@ -240,3 +240,13 @@ def test_a_skip_connection_in_a_convolution_does_not_coarsen_its_other_weights(t
         module[1].weight += 20 * nn.init.dirac_(torch.empty(48, 48, 3, 3))
         found = quantized(module, x, tmp_path / "model.pte") * module(x).std()
     assert found.max() < 0.1 * others.std()
+
+
+def test_small_weights_are_rounded_no_more_coarsely_than_large_ones(tmp_path: Path) -> None:
+    """ExecuTorch's own configuration has no scale below 2⁻¹²: of this layer, it leaves nothing but zeros."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)).eval()
+    with torch.no_grad():
+        module[1].weight *= 1e-4 / module[1].weight.abs().max()
+        module[1].bias.zero_()
+    assert quantized(module, torch.randn(2, 64), tmp_path / "model.pte").max() < 0.1
