@@ -223,8 +223,9 @@ def _work(config: BackboneConfig) -> dict[str, Work] | None:
     """What one image takes in every piece, counted on the pieces as they are exported; None where it is not known."""
     try:
         with torch.device("meta"), torch.no_grad():
-            routes = config.routes == "images" and isinstance(config, RoutedBackboneConfig)
-            model: Any = build(replace(config, experts=1) if routes else config)  # one tail is as good as another
+            # one tail is as good as another, but a model without routes uses all experts
+            alone = isinstance(config, RoutedBackboneConfig) and config.routes is not None
+            model: Any = build(replace(config, experts=1) if alone else config)  # type: ignore[call-arg]
             model = model.merged() if isinstance(model, TimmModel) else model.eval()
             images = _example(config)[:1]
             if not isinstance(model, RoutedBackbone):
