@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters.precision import Precision
 
 if TYPE_CHECKING:
-    from mvmoe_deploy.bundle import Bundle, Piece
+    from mvmoe_deploy.bundle import Bundle
     from mvmoe_deploy.exporters.job import Converted, Job
     from mvmoe_deploy.exporters.split import PieceModule
     from mvmoe_deploy.exporters.weights import StoredWeights
@@ -54,9 +54,9 @@ class Exporter:
         options: the type of its options, :class:`Options` or a frozen subclass of it.
         add_arguments: function that adds the command line options of the subclass, with the names and defaults of its
             fields.
-        stored_weights: ``module:function`` of the function ``stored_weights(piece, written, bundle) ->
-            StoredWeights``, which reads a piece's weights back from a bundle; empty if the target has none. Without it,
-            experts whose outputs are too similar cannot be verified.
+        stored_weights: ``module:function`` of the function ``stored_weights(family, bundle) ->
+            Iterable[StoredWeights]``, which reads the weights of a layer's experts back from a bundle; empty if the
+            target has none. Without it, experts whose outputs are too similar cannot be verified.
     """
 
     converts: str
@@ -106,7 +106,7 @@ def converter_of(target: str) -> Callable[[Job[Any]], Converted]:
     return convert
 
 
-def weights_reader_of(target: str) -> Callable[[PieceModule, Piece, Bundle], StoredWeights] | None:
+def weights_reader_of(target: str) -> Callable[[list[PieceModule], Bundle], Iterable[StoredWeights]] | None:
     """Imports a target's ``stored_weights`` function; None if it has none.
 
     Raises:
@@ -116,7 +116,7 @@ def weights_reader_of(target: str) -> Callable[[PieceModule, Piece, Bundle], Sto
     name = exporter_of(target).stored_weights
     if not name:
         return None
-    read: Callable[[PieceModule, Piece, Bundle], StoredWeights]
+    read: Callable[[list[PieceModule], Bundle], Iterable[StoredWeights]]
     read = targets.resolve(name, f"target {target}", targets.get(target).requirement, ExportError)
     return read
 

@@ -25,7 +25,7 @@ from mvmoe_deploy.exporters.job import refusal
 from mvmoe_deploy.exporters.precision import Tolerance
 from mvmoe_deploy.exporters.rounding import RoundedBackend
 from mvmoe_deploy.exporters.split import PieceModule, SplitModel
-from mvmoe_deploy.exporters.weights import StoredWeights, same_weights, whose
+from mvmoe_deploy.exporters.weights import same_weights, whose
 from mvmoe_deploy.images import Preprocessing, nearest_image
 from mvmoe_deploy.runtime import RoutedBatch, Runtime, top_k
 
@@ -644,19 +644,20 @@ def _eyesight(families: list[list[tuple[PieceModule, Array]]], bundle: Bundle, t
         VerificationError: a piece holds another expert's weights.
     """
     closest = Eyesight(np.inf, [], "outputs", 0)
-    alike = []
     for family in families:
+        alike = []
         for a, b in neighbours([outputs for _, outputs in family]):
             apart = distance(family[a][0].outputs[0], family[a][1], family[b][1], tolerance)
             if apart < SEEN:
                 alike.append((family[a][0], family[b][0]))
             if apart < closest.tolerances:
                 closest.tolerances, closest.experts = apart, [a, b]
-    if not closest.experts:
-        return None
-    if alike:
-        closest.told_apart_by, closest.copies = _by_weights(alike, bundle)
-    return closest
+        if alike:
+            by, copies = _by_weights(alike, bundle)
+            closest.copies += copies
+            if closest.told_apart_by != "nothing":
+                closest.told_apart_by = by
+    return closest if closest.experts else None
 
 
 def neighbours(outputs: list[Array]) -> list[tuple[int, int]]:
@@ -676,7 +677,7 @@ def neighbours(outputs: list[Array]) -> list[tuple[int, int]]:
 
 
 def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) -> tuple[str, int]:
-    """Tells similar experts apart by their stored weights.
+    """Tells similar experts of one layer apart by their stored weights.
 
     Returns:
         ``weights``, or ``nothing`` if some weights cannot be read, and the number of pairs of experts with equal
@@ -685,12 +686,10 @@ def _by_weights(alike: list[tuple[PieceModule, PieceModule]], bundle: Bundle) ->
     read = weights_reader_of(bundle.manifest.target)
     if read is None:
         return "nothing", 0
-    stored: dict[str, StoredWeights] = {}
+    pieces = {piece.name: piece for pair in alike for piece in pair}
+    stored = dict(zip(pieces, read(list(pieces.values()), bundle), strict=True))
     by, copies, held = "weights", 0, set()
     for pair in alike:
-        for piece in pair:
-            if piece.name not in stored:
-                stored[piece.name] = read(piece, bundle.piece(piece.role, piece.expert, piece.layer), bundle)
         a, b = (stored[piece.name] for piece in pair)
         if same_weights(a, b):
             copies += 1

@@ -185,12 +185,13 @@ def convert(job: Job[CoreMLOptions]) -> Converted:
     )
 
 
-def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads a piece's weights back from the program's constants, decompressed."""
-    constants = read_package(bundle.path / written.graph).program(written.function).constants.values()
-    found = [value for value in constants if isinstance(value, np.ndarray) and value.dtype == np.float32]
-    (module,) = flatten([piece], [piece.module])
-    return StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, found)
+def stored_weights(family: list[PieceModule], bundle: Bundle) -> Iterator[StoredWeights]:
+    """Reads pieces' weights back from their programs' constants, decompressed."""
+    for piece, module in zip(family, flatten(family, [piece.module for piece in family]), strict=True):
+        written = bundle.piece(piece.role, piece.expert, piece.layer)
+        constants = read_package(bundle.path / written.graph).program(written.function).constants.values()
+        found = [value for value in constants if isinstance(value, np.ndarray) and value.dtype == np.float32]
+        yield StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, found)
 
 
 def _check(options: CoreMLOptions, manifest: Manifest) -> None:

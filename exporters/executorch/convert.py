@@ -6,13 +6,14 @@ import hashlib
 import operator
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -104,15 +105,21 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
     for family in job.split.families():
         first: Lowered | None = None
         job.progress(f"{family[0].name}: tracing")
-        for piece, module in zip(family, flat(family, job.options.precision), strict=True):
+        modules = flat(family, job.options.precision)
+        for piece, module in zip(family, modules, strict=True):
             job.progress(f"{piece.name}: lowering")
             left[piece.name] = left_in_fp32(module)
             try:
-                exported = export(module, piece, job.options.precision, job.options.max_batch)
-                lowered[piece.name] = (first and with_weights(first, exported)) or lower(exported)
+                tensors = first and weights_alike(first, modules[0], module)
+                found = first and tensors and with_weights(first, tensors)
+                if not found:
+                    exported = export(module, piece, job.options.precision, job.options.max_batch)
+                    same = first and _code(exported) == first.code
+                    found = (first and same and with_weights(first, _tensors(exported))) or lower(exported)
+                lowered[piece.name] = found
             except Exception as error:  # for an unknown layer, torch and executorch can raise anything
                 raise ExportError(f"{piece.name}: executorch cannot lower it ({root_cause(error)})") from error
-            first = first or lowered[piece.name]
+            first = first or found
     if job.options.layout == "packed":
         files = {PACKED: pack({piece.name: lowered[piece.name].data for piece in job.split.pieces})}
     else:
@@ -131,12 +138,18 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
     )
 
 
-def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads back the weights that the delegates of a piece's method name by their sha256.
+def stored_weights(family: list[PieceModule], bundle: Bundle) -> Iterator[StoredWeights]:
+    """Reads back the weights that the delegates of pieces' methods name by their sha256.
 
     A file does not say which of its weights are int8, nor which scales belong to which weight. So each weight is read
     in every way that its size allows, and :func:`mvmoe_deploy.exporters.weights.whose` takes the most similar one.
     """
+    for piece, module in zip(family, flat(family, bundle.manifest.precision), strict=True):
+        found = _stored(bundle.piece(piece.role, piece.expert, piece.layer), bundle)
+        yield StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, found)
+
+
+def _stored(written: Piece, bundle: Bundle) -> list[NDArray[np.floating[Any]]]:
     file = deserialize_pte_binary((bundle.path / written.graph).read_bytes())
     (plan,) = (plan for plan in file.program.execution_plan if plan.name == written.function)
     used = {
@@ -158,8 +171,7 @@ def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> Stored
             for scale in scales
             if len(array) > len(scale) and len(array) % len(scale) == 0
         ]
-    (module,) = flat([piece], bundle.manifest.precision)
-    return StoredWeights({name: weight.numpy() for name, weight in module.state_dict().items()}, floats)
+    return floats
 
 
 def flat(family: list[PieceModule], precision: str = "fp32") -> list[fx.GraphModule]:
@@ -291,18 +303,42 @@ class WholePartitioner(XnnpackPartitioner):
         return list(merged.values())
 
 
-def with_weights(lowered: Lowered, program: ExportedProgram) -> Lowered | None:
-    """Builds what lowering ``program`` would give, byte for byte, from a ``lowered`` piece with other weights.
+def weights_alike(lowered: Lowered, first: fx.GraphModule, module: fx.GraphModule) -> dict[str, Tensor] | None:
+    """The weights that a module's program would have, without tracing it, which takes longer than everything else.
+
+    A module that has the graph of ``first``, whose program was ``lowered``, has its program too but for the weights. So
+    that is the case where the program has the module's own weights under the module's own names; int8 makes new ones.
+
+    Returns:
+        The weights by the program's names, or None if they are to be had by tracing alone.
+    """
+    before, after = first.state_dict(), module.state_dict()
+    if str(first.graph) != str(module.graph) or _kinds(before) != _kinds(after):
+        return None
+    if not all(name in before and torch.equal(weight, before[name]) for name, weight in lowered.tensors.items()):
+        return None
+    return {name: after[name] for name in lowered.tensors}
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def with_weights(lowered: Lowered, tensors: dict[str, Tensor]) -> Lowered | None:
+    """Builds what lowering the same program with other weights would give, byte for byte, from a ``lowered`` piece.
 
     XNNPACK's weights are stored beside its graph under the sha256 of their bytes, so both weights and names are
     replaced in place.
 
+    Args:
+        lowered: the piece that was lowered.
+        tensors: the other weights, by the names in ``lowered.tensors``.
+
     Returns:
-        The lowered piece, or None if that is impossible: the graphs differ, a weight is not stored unchanged, or two
-        weights are equal in one piece and not in the other.
+        The lowered piece, or None if that is impossible: a weight is not stored unchanged, or two weights are equal in
+        one piece and not in the other.
     """
-    tensors = _tensors(program)
-    if _code(program) != lowered.code or tensors.keys() != lowered.tensors.keys():
+    if tensors.keys() != lowered.tensors.keys():
         return None
     contents: dict[str, bytes] = {}  # new contents by the sha256 of the old ones
     for name, old in lowered.tensors.items():

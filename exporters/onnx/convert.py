@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -206,14 +207,16 @@ def _check_graphs(pieces: list[Piece], directory: Path) -> None:
             raise refusal(piece.name, "onnxruntime's backend", error) from None
 
 
-def stored_weights(piece: PieceModule, written: Piece, bundle: Bundle) -> StoredWeights:
-    """Reads a piece's weights back from its graph and, for weights that the graph takes as inputs, from their files."""
-    graph = onnx.load(bundle.path / written.graph).graph
-    constants = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer}
-    constants |= {weight.name: weight.read(bundle.path) for weight in written.weights}
-    found = [*constants.values(), *stored_matrices(graph, constants)]
-    expected = {name: weight.numpy() for name, weight in flat([piece])[0].state_dict().items()}
-    return StoredWeights(expected, [array.astype(np.float32) for array in found if array.dtype.kind == "f"])
+def stored_weights(family: list[PieceModule], bundle: Bundle) -> Iterator[StoredWeights]:
+    """Reads weights back from pieces' graphs and, for weights that a graph takes as inputs, from their files."""
+    for piece, module in zip(family, flat(family), strict=True):
+        written = bundle.piece(piece.role, piece.expert, piece.layer)
+        graph = onnx.load(bundle.path / written.graph).graph
+        constants = {initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in graph.initializer}
+        constants |= {weight.name: weight.read(bundle.path) for weight in written.weights}
+        found = [*constants.values(), *stored_matrices(graph, constants)]
+        expected = {name: weight.numpy() for name, weight in module.state_dict().items()}
+        yield StoredWeights(expected, [array.astype(np.float32) for array in found if array.dtype.kind == "f"])
 
 
 def trace(piece: PieceModule, module: nn.Module) -> ir.Model:

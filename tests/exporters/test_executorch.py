@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("executorch")
 
 import executorch_bundles
+import tiny
 import torch
 from executorch_bundles import altered, bundle, foreign_model, pieces, routed_model
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from mvmoe_deploy.exporters.executorch import convert as target
 from mvmoe_deploy.exporters.executorch import rewrite as xnnpack
 from mvmoe_deploy.exporters.executorch.exporter import ExecuTorchOptions
 from mvmoe_deploy.exporters.job import Job
+from mvmoe_deploy.exporters.pipeline import export_model
 from mvmoe_deploy.exporters.precision import FP32
 from mvmoe_deploy.exporters.split import PieceModule, split_model
 from mvmoe_deploy.exporters.verify import check_piece
@@ -135,10 +138,15 @@ def exported(first: Tensor, second: Tensor, precision: str = "fp32", bias: bool 
     return target.export(module, PieceModule("head", module, {"x": torch.ones(2, 4)}, ["y"]), precision)
 
 
+def weights(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The weights of the program of :func:`exported`, by its names."""
+    return target._tensors(exported(*args, **kwargs))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_exchanging_weights_gives_what_lowering_gives(precision: str) -> None:
     a, b, c, d = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0))
-    exchanged = target.with_weights(target.lower(exported(a, b, precision)), exported(c, d, precision))
+    exchanged = target.with_weights(target.lower(exported(a, b, precision)), weights(c, d, precision))
     assert exchanged is not None
     assert exchanged.data == target.lower(exported(c, d, precision)).data
 
@@ -146,9 +154,49 @@ def test_exchanging_weights_gives_what_lowering_gives(precision: str) -> None:
 def test_weights_are_not_exchanged_between_other_graphs_or_patterns() -> None:
     a, b, c, d = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0))
     different, equal = target.lower(exported(a, b)), target.lower(exported(a, a))
-    assert target.with_weights(different, exported(c, c)) is None  # would be stored once
-    assert target.with_weights(equal, exported(c, d)) is None  # stored once, needed twice
-    assert target.with_weights(different, exported(a, b, bias=False)) is None
+    assert target.with_weights(different, weights(c, c)) is None  # would be stored once
+    assert target.with_weights(equal, weights(c, d)) is None  # stored once, needed twice
+    assert target.with_weights(different, weights(a, b, bias=False)) is None
+
+
+def tail(number: int, wide: bool = False) -> tuple[PieceModule, torch.fx.GraphModule]:
+    """An expert of random weights, as a piece and as a flat graph."""
+    torch.manual_seed(number)
+    module = nn.Sequential(nn.Linear(4, 4), nn.GELU("none" if wide else "tanh"), nn.Linear(4, 4)).eval()
+    piece = PieceModule(f"expert_{number:02d}", module, {"x": torch.ones(2, 4)}, ["y"])
+    return piece, target.flat([piece])[0]
+
+
+def test_weights_that_tracing_would_give_are_taken_from_the_module() -> None:
+    (piece, first), (other, second) = tail(0), tail(1)
+    lowered = target.lower(target.export(first, piece))
+    taken = target.weights_alike(lowered, first, second)
+    traced = target._tensors(target.export(second, other))
+    assert taken is not None and taken.keys() == traced.keys()
+    assert all(torch.equal(taken[name], traced[name]) for name in traced)
+
+
+def test_weights_are_not_taken_from_a_module_that_would_be_another_program() -> None:
+    piece, first = tail(0)
+    lowered = target.lower(target.export(first, piece))
+    assert target.weights_alike(lowered, first, tail(1, wide=True)[1]) is None
+    double = tail(1)[1].double()
+    assert target.weights_alike(lowered, first, double) is None
+    int8 = target.lower(target.export(first, piece, "int8"))
+    assert target.weights_alike(int8, first, tail(1)[1]) is None  # its weights are others than the module's
+
+
+def test_one_expert_is_traced_and_lowered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    traced, export = [], target.export
+
+    def noted(module: nn.Module, piece: PieceModule, *how: Any) -> torch.export.ExportedProgram:
+        traced.append(piece.name)
+        return export(module, piece, *how)
+
+    monkeypatch.setattr(target, "export", noted)
+    config = tiny.moe_config()
+    export_model(tiny.lively_model(config), tiny.header_for(config), "executorch", tmp_path / "moe.mvmoe")
+    assert traced == ["trunk", "expert_00"]
 
 
 def test_wrong_expert_is_noticed(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_the_answer_for_an_image_does_not_depend_on_its_batch(quantised: Exporte
 def test_weights_of_integers_are_read_back(quantised: Exported) -> None:
     """As far off as their precision rounds them, and nearer to their own than to another expert's."""
     bundle, pieces = quantised.bundle, split_model(quantised.model, tiny.SIZE)
-    first, second, _ = (stored_weights(tail, bundle.piece("tail", tail.expert), bundle) for tail in pieces.of("tail"))
+    first, second, _ = stored_weights(pieces.of("tail"), bundle)
     assert whose(first, second) == "own"
     assert whose(StoredWeights(second.expected, first.found), first) == "other"
     most = {"int8": 0.02, "int4": 0.12}[bundle.manifest.precision]

@@ -7,17 +7,19 @@ import copy
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
 import tiny
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from mvmoe_deploy.bundle import Bundle
 from mvmoe_deploy.checkpoint import Header
-from mvmoe_deploy.exporters import pipeline
+from mvmoe_deploy.exporters import graph, pipeline
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.job import Converted, Job
 from mvmoe_deploy.exporters.pipeline import export_model
@@ -32,9 +34,9 @@ _asked: list[str] = []  # the pieces that were to be traced for ONNX, whether or
 def kept_conversions() -> Iterator[None]:
     """While it lasts, exports convert a graph anew only if none like it was converted before.
 
-    Splitting, tracing to flat graphs, writing and verifying happen every time. What a toolchain makes of a flat graph
-    depends on the graph's text, its weights and a few options alone, and takes most of an export's time. A function of
-    an exporter that is called outside an export is not affected.
+    Splitting, rewriting flat graphs, writing and verifying happen every time. What a toolchain makes of a flat graph
+    depends on the graph's text, its weights and a few options alone, and a trace on what a module consists of; both take
+    most of an export's time. A function of an exporter that is called outside an export is not affected.
     """
     keepers = {"onnx": ("trace", _keeping_traces), "executorch": ("lower", _keeping_lowered),
                "coreml": ("_convert_module", _keeping_packages)}  # fmt: skip
@@ -49,6 +51,7 @@ def kept_conversions() -> Iterator[None]:
         def converted(job: Job[Any]) -> Converted:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, name, keeping(getattr(module, name), module))
+                patch.setattr(graph, "trace", _keeping_flat(graph.trace))
                 return convert(job)
 
         return converted
@@ -56,6 +59,60 @@ def kept_conversions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "converter_of", converter_of)
         yield
+
+
+def _keeping_flat(trace: Any) -> Any:
+    """Flat graphs: a trace is the same for modules of the same structure, if it holds nothing but their weights."""
+
+    def kept(piece: PieceModule, module: nn.Module) -> fx.GraphModule:
+        structure = _structure(module)
+        shapes = [(name, tuple(example.shape), example.dtype) for name, example in piece.inputs.items()]
+        key = ("flat", structure, str(shapes))
+        if structure is None or key not in _kept:
+            traced: fx.GraphModule = trace(piece, module)
+            named = {name for name, _ in [*_parameters(module), *_buffers(module)]}
+            if structure is None or any(n.op == "get_attr" and n.target not in named for n in traced.graph.nodes):
+                return traced
+            _kept[key] = traced
+        again = fx.Graph()
+        again.output(again.graph_copy(_kept[key].graph, {}))
+        return fx.GraphModule(_kept[key], again)
+
+    return kept
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters(remove_duplicate=False))
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_buffers(remove_duplicate=False))
+
+
+def _structure(module: nn.Module) -> str | None:
+    """All that a trace depends on, as text: classes, their code, settings, and weights' names, shapes and ties.
+
+    Returns:
+        None if a class is not this project's or PyTorch's, or a module holds what text does not tell.
+    """
+    parts: list[object] = []
+    first: dict[int, str] = {}
+    for name, tensor in [*_parameters(module), *_buffers(module)]:
+        parts.append((name, tuple(tensor.shape), tensor.dtype, first.setdefault(id(tensor), name)))
+    for name, each in module.named_modules(remove_duplicate=False):
+        kind = type(each)
+        settings = {key: value for key, value in vars(each).items() if key not in _INTERNALS}
+        if not kind.__module__.startswith(("torch.nn.modules.", "mvmoe_deploy.")) or each._forward_hooks:
+            return None
+        told = (str, int, float, tuple, list, NoneType)
+        if not all(isinstance(value, told) or is_dataclass(value) for value in settings.values()):
+            return None
+        parts.append((name, kind.__module__, kind.__qualname__, id(kind.forward), sorted(map(repr, settings.items()))))
+    text = str(parts)
+    return None if " at 0x" in text or "tensor(" in text else text
+
+
+_INTERNALS = vars(nn.Module()).keys() - {"training"}
 
 
 def _keeping_traces(trace: Any, target: Any) -> Any:
@@ -77,7 +134,7 @@ def _keeping_lowered(lower: Any, target: Any) -> Any:
     def kept(program: ExportedProgram) -> Any:
         key = ("executorch", target._code(program), str(program.range_constraints), _hash(program.constants))
         for lowered in _kept.setdefault(key, []):
-            if found := target.with_weights(lowered, program):
+            if found := target.with_weights(lowered, target._tensors(program)):
                 return found
         _kept[key].append(lower(program))
         return _kept[key][-1]
