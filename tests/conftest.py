@@ -118,6 +118,12 @@ FIRST = ("runtimes", "docs", "fuzz", "test_packaging", "test_run", "test_toy_tar
 """Folders and files whose tests are few and long. A process that got one of them last would end long after the others."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many processes again as there are cores: many tests wait for a browser, adb or another process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + (cores + 1) // 2
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Has xdist give out groups in the order below, not again by their number of tests."""
     config.option.loadscopereorder = False

@@ -81,6 +81,8 @@ class Adbd:
         with suppress(OSError):  # when the listener is closed
             while True:
                 connection, _ = self._listener.accept()
+                # Each of the many small messages would otherwise wait 40 ms for the one before to be acknowledged.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 transport = _Transport(self, connection)
                 self._transports.append(transport)
                 threading.Thread(target=transport.serve, daemon=True).start()
