@@ -265,7 +265,7 @@ def fold_scales(graph: fx.Graph) -> None:
         if not isinstance(layer, fx.Node) or len(layer.users) != 1 or not is_constant(scale):
             continue
         channels = -1 if layer.target is aten.linear.default else 1
-        if layer.target not in (aten.linear.default, *_CONVOLUTIONS) or not is_constant(layer.args[1]):
+        if layer.target not in (aten.linear.default, *CONVOLUTIONS) or not is_constant(layer.args[1]):
             continue
         value, result = scale.meta.get("val"), layer.meta["val"]
         if value is None or value.ndim > result.ndim or product.meta["val"].shape != result.shape:
@@ -329,14 +329,14 @@ def fold_batch_norms(graph: fx.Graph) -> None:
         graph.erase_node(layer)
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding)
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding)
 
 
 def _takes_batch_norm(layer: Any) -> bool:
     if not isinstance(layer, fx.Node) or len(layer.users) != 1:
         return False
     rows = layer.target is aten.linear.default and layer.meta["val"].ndim == 2
-    return (rows or layer.target in _CONVOLUTIONS) and is_constant(layer.args[1])
+    return (rows or layer.target in CONVOLUTIONS) and is_constant(layer.args[1])
 
 
 def _folded_weight(weight: Tensor, scale: Tensor | None, variance: Tensor, epsilon: float) -> Tensor:

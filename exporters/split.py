@@ -131,6 +131,39 @@ class SplitModel:
             groups.setdefault((piece.role, piece.layer), []).append(piece)
         yield from groups.values()
 
+    @torch.no_grad()
+    def reference_inputs(
+        self, images: Tensor, few: int, gates: tuple[float, float] | None = None
+    ) -> list[tuple[PieceModule, list[Tensor]]]:
+        """Each piece with the inputs that the pieces before it give it.
+
+        Args:
+            images: preprocessed images ``[n, 3, S, S]``; the trunk and a dense model take all.
+            few: how many of them each expert takes.
+            gates: range of evenly spaced gates that experts take; by default those of the router's own choices.
+        """
+        if self.routing is None:
+            return [(self.pieces[0], [images])]
+        (trunk,) = self.of("trunk")
+        tokens, *probabilities = trunk(images)
+        pairs = [(trunk, [images])]
+        for router in self.of("router"):
+            pairs.append((router, [tokens]))
+            probabilities = router(tokens)
+        x = tokens[:few]
+        gate = probabilities[0][:few].amax(1) if gates is None else torch.linspace(*gates, len(x))
+        for tail in self.of("tail"):
+            pairs.append((tail, [x, gate]))
+        for attention in self.of("attention"):
+            residual, expert_input = attention(x)
+            pairs.append((attention, [x]))
+            for segment in self.of("expert_layer"):
+                if segment.layer == attention.layer:
+                    pairs.append((segment, [expert_input, gate]))
+                    residual = residual + segment(expert_input, gate)[0]
+            x = residual
+        return pairs + [(head, [x]) for head in self.of("head")]
+
 
 def shared_weights(modules: Sequence[nn.Module]) -> set[str]:
     """Names of the weights that all modules of a family hold in the same memory; for a single module, all names."""

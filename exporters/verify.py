@@ -41,7 +41,8 @@ BATCH = 32
 
 GATES = (0.3, 0.9)
 """Range of the evenly spaced gates that tails are run with. It stays away from 1, where a missing gate would not show,
-and from 0, where the expert itself would not show."""
+and from 0, where the expert itself would not show. A trained router gives experts that it does not choose a probability
+near 0, and a wrong expert multiplied by 1e-6 agrees with any other."""
 
 FEW = 32
 """Up to this many experts, each is compared with every other; beyond, the pairs would take longer than all the rest."""
@@ -235,7 +236,7 @@ def rounding_measures(
 ) -> list[Measure]:
     """By how much PyTorch with rounding differs from PyTorch, everywhere that a bundle is compared with it."""
     measures = []
-    for piece, inputs in _reference_inputs(split, images):
+    for piece, inputs in split.reference_inputs(images, IMAGES_PER_EXPERT, GATES):
         found = rounded.load(piece)(*(tensor.numpy() for tensor in inputs))
         for name, value, right in zip(piece.outputs, found, piece(*inputs), strict=True):
             measures += measure(name, value, right.numpy(), tolerance)
@@ -269,7 +270,7 @@ def _verify(
 ) -> Report:
     results = []
     families: dict[tuple[str, int | None], list[tuple[PieceModule, Array]]] = {}
-    for piece, inputs in _reference_inputs(split, images):
+    for piece, inputs in split.reference_inputs(images, IMAGES_PER_EXPERT, GATES):
         progress(f"{piece.name}: verifying")
         expected = [tensor.numpy() for tensor in piece(*inputs)]
         results.append(
@@ -409,32 +410,6 @@ def check_ranking(
 
 def _max_abs(actual: Array, expected: Array) -> float:
     return float(np.abs(actual.astype(np.float64) - expected).max(initial=0.0))
-
-
-def _reference_inputs(split: SplitModel, images: Tensor) -> list[tuple[PieceModule, list[Tensor]]]:
-    """Each piece with the inputs that the reference gives it: all images, or a few for the E experts of one graph."""
-    if split.routing is None:
-        return [(split.pieces[0], [images])]
-    (trunk,) = split.of("trunk")
-    tokens = trunk(images)[0]
-    pairs = [(trunk, [images])]
-    for router in split.of("router"):
-        pairs.append((router, [tokens]))
-    few = tokens[:IMAGES_PER_EXPERT]
-    # The router's own gates are not used: a trained router gives experts that it does not choose a probability near 0,
-    # and a wrong expert multiplied by 1e-6 agrees with any other.
-    gate = torch.linspace(*GATES, len(few))
-    for tail in split.of("tail"):
-        pairs.append((tail, [few, gate]))
-    for attention in split.of("attention"):
-        residual, expert_input = attention(few)
-        pairs.append((attention, [few]))
-        for segment in split.of("expert_layer"):
-            if segment.layer == attention.layer:
-                pairs.append((segment, [expert_input, gate]))
-                residual = residual + segment(expert_input, gate)[0]
-        few = residual
-    return pairs + [(head, [few]) for head in split.of("head")]
 
 
 def _end_to_end(split: SplitModel, bundle: Bundle, backend: Backend, images: Tensor, tolerance: Tolerance) -> Report:

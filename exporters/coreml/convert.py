@@ -8,6 +8,7 @@ one multifunction package (iOS 18) in which the weights that tails share are sto
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import sys
@@ -29,6 +30,7 @@ from mvmoe_deploy.backends import native_path
 from mvmoe_deploy.backends.mil import MODEL_FILE, WEIGHTS_FILE, blob_at, read_package
 from mvmoe_deploy.bundle import GATE, IMAGES, LOGITS, PROBABILITIES, TOKENS, Bundle, Manifest, Piece
 from mvmoe_deploy.errors import BackendError, ExportError, root_cause
+from mvmoe_deploy.exporters.biases import correct_biases
 from mvmoe_deploy.exporters.coreml.exporter import CoreMLOptions
 from mvmoe_deploy.exporters.graph import flatten
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
@@ -40,6 +42,7 @@ from mvmoe_deploy.quiet import quiet
 with quiet():
     import coremltools as ct
     import coremltools.optimize.coreml as cto
+    from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
     from coremltools.proto import MIL_pb2, Model_pb2
 
 PACKED = "model.mlpackage"
@@ -50,9 +53,10 @@ CLASS_LABEL, CLASS_PROBABILITIES = "classLabel", "classLabel_probs"
 SOFTMAX = "class_probabilities"
 """The tensor that both outputs are made from."""
 
-PALETTE_THRESHOLD = 10_000
-"""Weights of fewer elements keep half precision. coremltools would cluster them with scikit-learn, which need not be
-installed; it clusters larger weights with its own exact one-dimensional k-means."""
+THRESHOLDS = {"int8": 2048, "palette6": 10_000, "palette4": 10_000}
+"""Weights of at most this many elements keep half precision. For int8 it is what coremltools does by default. It would
+cluster smaller weights with scikit-learn, which need not be installed; it clusters larger ones with its own exact
+one-dimensional k-means."""
 
 DATE = "com.github.apple.coremltools.conversion_date"
 
@@ -212,6 +216,10 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
     the converter changed it, each piece is converted separately.
     """
     modules = flatten(family, [piece.module for piece in family])
+    if threshold := THRESHOLDS.get(precision := job.options.precision):
+        names = [name for name, weight in modules[0].state_dict().items() if weight.numel() > threshold]
+        how = functools.partial(rounded, precision=precision)
+        correct_biases(modules, [job.calibration[piece.name] for piece in family], dict.fromkeys(names, how))
     shared = shared_weights(modules)
     own = [name for name in modules[0].state_dict() if name not in shared]
     if own:
@@ -231,6 +239,26 @@ def _convert_family(family: list[PieceModule], job: Job[CoreMLOptions]) -> list[
         job.progress(f"{piece.name}: converting")
         packages.append(_convert_module(piece, module, job))
     return packages
+
+
+def rounded(weight: Tensor, precision: str) -> Tensor:
+    """A weight as it is stored, widened again.
+
+    Args:
+        weight: a weight that is large enough to be compressed.
+        precision: ``int8``, with a scale for each output channel, or ``palette6`` or ``palette4``.
+    """
+    half = weight.half()
+    if precision == "int8":
+        scale = (half.float().flatten(1).abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        return torch.round(half.float() / scale) * scale
+    values, indices = _get_kmeans_lookup_table_and_weight(_bits(precision), half.numpy())
+    return torch.from_numpy(values[indices].astype(np.float16).astype(np.float32)).reshape(weight.shape)
+
+
+def _bits(palette: str) -> int:
+    return int(palette.removeprefix("palette"))
 
 
 def _put_weights(
@@ -385,11 +413,13 @@ def _compress(package: PackageDraft, precision: str, scratch: Path) -> PackageDr
     with quiet():
         model = ct.models.MLModel(str(before), skip_model_load=True)
         if precision == "int8":
-            quantizer = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
+            quantizer = cto.OpLinearQuantizerConfig(
+                mode="linear_symmetric", dtype="int8", weight_threshold=THRESHOLDS[precision]
+            )
             model = cto.linear_quantize_weights(model, cto.OptimizationConfig(quantizer))
         else:
             palettizer = cto.OpPalettizerConfig(
-                mode="kmeans", nbits=int(precision.removeprefix("palette")), weight_threshold=PALETTE_THRESHOLD
+                mode="kmeans", nbits=_bits(precision), weight_threshold=THRESHOLDS[precision]
             )
             model = cto.palettize_weights(model, cto.OptimizationConfig(palettizer))
         model.save(str(after))

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.errors import ExportError, root_cause
 from mvmoe_deploy.exporters.attention import groups_of
+from mvmoe_deploy.exporters.biases import correct_biases
 from mvmoe_deploy.exporters.executorch.exporter import MAX_BATCH, ExecuTorchOptions
 from mvmoe_deploy.exporters.executorch.passes import PASSES, split_diagonals, write_relus
 from mvmoe_deploy.exporters.executorch.rewrite import rewrite
@@ -106,6 +107,9 @@ def convert(job: Job[ExecuTorchOptions]) -> Converted:
         first: Lowered | None = None
         job.progress(f"{family[0].name}: tracing")
         modules = flat(family, job.options.precision)
+        if job.options.precision == "int8" and (names := _quantized_convolutions(modules[0])):
+            inputs = [job.calibration[piece.name] for piece in family]
+            correct_biases(modules, inputs, dict.fromkeys(names, rounded))
         for piece, module in zip(family, modules, strict=True):
             job.progress(f"{piece.name}: lowering")
             left[piece.name] = left_in_fp32(module)
@@ -409,6 +413,19 @@ def is_quantized(node: Any) -> bool:
     A weight that a pass made, such as the row of a mean, has a name that does not end in ``weight``.
     """
     return _has_weight(node) and not _why_fp32(node)
+
+
+def _quantized_convolutions(module: fx.GraphModule) -> list[str]:
+    """Names of the weights of the convolutions that int8 quantizes."""
+    found = [node for node in module.graph.nodes if is_quantized(node) and node.target is aten.conv2d.default]
+    return [str(node.args[1].target) for node in found]
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight as int8 stores it, widened again: with a scale for each output channel."""
+    scale = (weight.flatten(1).abs().amax(1) / 127).clamp(min=SMALLEST_SCALE)
+    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return torch.round(weight / scale).clamp(-127, 127) * scale
 
 
 def left_in_fp32(graph: fx.GraphModule) -> dict[str, int]:

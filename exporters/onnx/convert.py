@@ -23,6 +23,7 @@ from mvmoe_deploy.backends import GraphError
 from mvmoe_deploy.backends.onnx_graph import check_graph
 from mvmoe_deploy.bundle import LOGITS, WEIGHT_ALIGNMENT, Bundle, Piece, TensorSpec, Weight
 from mvmoe_deploy.errors import ExportError, root_cause
+from mvmoe_deploy.exporters.biases import correct_biases
 from mvmoe_deploy.exporters.exporter import Options
 from mvmoe_deploy.exporters.graph import aten, flatten, is_constant
 from mvmoe_deploy.exporters.job import Converted, Job, describe_piece, refusal
@@ -135,12 +136,15 @@ def convert(job: Job[Options]) -> Converted:
     for family in job.split.families():
         job.progress(f"{family[0].name}: tracing")
         modules = flat(family)
-        states = [dict(module.state_dict()) for module in modules]
-        shared = shared_weights(modules)
+        weights = set(modules[0].state_dict())
         store = _WeightFile(job.directory, f"{_shared_name(family[0])}.bin")
         graph = trace(family[0], _with_distinct_weights(modules[0]))
-        by_name = set(states[0]) <= set(graph.graph.initializers)
-        graph, codings = _quantised(graph, set(states[0]), job)
+        by_name = weights <= set(graph.graph.initializers)
+        graph, codings = _quantised(graph, weights, job)
+        if widened := {coding.weight: coding.rounded for coding in codings if coding.widened}:
+            correct_biases(modules, [job.calibration[piece.name] for piece in family], widened)
+        states = [dict(module.state_dict()) for module in modules]
+        shared = shared_weights(modules)
         states, shared = [_coded(state, codings) for state in states], _coded_names(shared, codings)
         if swappable and set(states[0]) != shared:
             if not by_name:
@@ -157,7 +161,7 @@ def convert(job: Job[Options]) -> Converted:
                 # its old name, so the values in the graph decide.
                 job.progress(f"{piece.name}: tracing")
                 graph = trace(piece, module)
-                graph, codings = _quantised(graph, set(modules[0].state_dict()), job)
+                graph, codings = _quantised(graph, weights, job)
                 held = {n: _constant(value) for n, value in graph.graph.initializers.items()}
                 stored = _coded(dict(module.state_dict()), codings)
                 common = {n for n in shared & held.keys() if torch.equal(held[n], stored[n])}

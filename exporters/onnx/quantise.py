@@ -54,16 +54,23 @@ class Coding:
         weight: the weight's name.
         parts: names of the constants that stand for it in the graph.
         encode: computes these constants from the weight.
+        widened: whether the graph multiplies the two constants, and computes with the result.
     """
 
     weight: str
     parts: tuple[str, ...]
     encode: Encode
+    widened: bool = False
 
     def coded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The constants for the weight in ``state``, by name."""
         arrays = self.encode(state[self.weight].detach().cpu().numpy())
         return {name: torch.from_numpy(array) for name, array in zip(self.parts, arrays, strict=True)}
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A widened weight as the graph computes with it."""
+        numbers, scale = (array.astype(np.float32) for array in self.encode(weight.detach().cpu().numpy()))
+        return torch.from_numpy(numbers * scale)
 
 
 def quantise(model: ir.Model, weights: Collection[str], precision: str) -> list[Coding]:
@@ -205,16 +212,18 @@ class _Work:
             numbers, scale = by_column(_columns(values), multiplied=False)
             return numbers.T.reshape(values.shape).copy(), scale.reshape(-1, *[1] * (values.ndim - 1))
 
-        narrow, scale = self._coded(weight, ("int8", "scale"), encode)
+        narrow, scale = self._coded(weight, ("int8", "scale"), encode, widened=True)
         (wide,) = self._insert(node, "Cast", [narrow], {"to": int(ir.DataType.FLOAT)})
         (scaled,) = self._insert(node, "Mul", [wide, scale])
         node.replace_input_with(1, scaled)
         self._forget(weight)
 
-    def _coded(self, weight: ir.Value, kinds: tuple[str, ...], encode: Encode) -> list[ir.Value]:
+    def _coded(
+        self, weight: ir.Value, kinds: tuple[str, ...], encode: Encode, *, widened: bool = False
+    ) -> list[ir.Value]:
         """Adds the constants that stand for a weight."""
         name = str(weight.name)
-        coding = Coding(name, tuple(f"{name}.{kind}" for kind in kinds), encode)
+        coding = Coding(name, tuple(f"{name}.{kind}" for kind in kinds), encode, widened)
         self.codings.append(coding)
         assert weight.const_value is not None
         return [
