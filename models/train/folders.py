@@ -91,6 +91,7 @@ def read_images(
     val_share: float = 0.0,
     hold_out: int = 0,
     held_out_only: bool = False,
+    every_class: bool = True,
     progress: Bar | None = None,
 ) -> ImageSet:
     """Reads a split of a data set, a folder ``data/split`` or a file ``data/split.zip``, at the model's size.
@@ -108,6 +109,7 @@ def read_images(
             whatever their seed, and later evaluations see the same split.
         hold_out: number of images at the end of every class that are left out.
         held_out_only: read only the images that ``hold_out`` would leave out.
+        every_class: refuse a split without images of some of the ``class_ids``, as training has to.
         progress: takes the iterator over images and its length, and returns it wrapped in a progress bar.
 
     Raises:
@@ -115,13 +117,8 @@ def read_images(
             read, a class has no more images than are held out, or there is no room for the temporary file.
     """
     with _open_split(data, split, val_share) as found:
-        if class_ids is None:
-            class_ids = list(found.images)
-        elif list(found.images) != sorted(class_ids):
-            odd = sorted(set(found.images) ^ set(class_ids))
-            more = f" ({len(odd)} such classes)" if len(odd) > 1 else ""
-            said = f"class {odd[0]!r} is in one of the two splits only{more}"
-            raise DataError(f"{found.where}: {said}")
+        class_ids = list(found.images) if class_ids is None else class_ids
+        _check_classes(found, class_ids, every_class)
         by_class = _held_out(found.images, hold_out, held_out_only) if hold_out else found.images
         files = [file for each in by_class.values() for file in each]
         pixels, errors = _decode(files, preprocessing, memory_limit, progress)
@@ -138,7 +135,7 @@ def read_images(
         for place, index in enumerate(kept):  # in place, because a copy could be too large
             pixels[place] = pixels[index]
         pixels = pixels[: len(kept)]
-    if empty := set(range(len(class_ids))) - set(labels.tolist()):
+    if empty := {index_of[class_id] for class_id in by_class} - set(labels.tolist()):
         raise DataError(f"{found.where}: class {class_ids[min(empty)]!r} has no readable image")
     return ImageSet(
         pixels=torch.from_numpy(pixels),
@@ -147,6 +144,18 @@ def read_images(
         skipped=skipped,
         left_out=left_out,
     )
+
+
+def _check_classes(found: _Split, class_ids: list[str], every_class: bool) -> None:
+    """Compares a split's classes with those that are expected, of the other split or of a model."""
+    unknown, missing = sorted(set(found.images) - set(class_ids)), sorted(set(class_ids) - set(found.images))
+    for odd, said in (
+        (unknown, f"is none of the {len(class_ids)} that are expected"),
+        (missing if every_class else [], f"is one of the {len(class_ids)} that are expected, and has no images here"),
+    ):
+        if odd:
+            more = f" ({len(odd)} such classes)" if len(odd) > 1 else ""
+            raise DataError(f"{found.where}: class {odd[0]!r} {said}{more}")
 
 
 def _decode(

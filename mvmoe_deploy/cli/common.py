@@ -223,14 +223,14 @@ def progress_bar(items: Iterator[Any], total: int, title: str = "") -> Iterator[
 def read_split(
     data: Path, split: str, preprocessing: Preprocessing, class_ids: list[str] | None = None, **options: Any
 ) -> ImageSet:
-    """:func:`mvmoe_deploy.models.train.folders.read_images` with a progress bar.
+    """:func:`mvmoe_deploy.models.train.folders.read_images` with a progress bar; says if classes have no images.
 
     Raises:
         DataError: see there.
     """
     from mvmoe_deploy.models.train.folders import read_images  # imports torch
 
-    return read_images(
+    images = read_images(
         data,
         split,
         preprocessing,
@@ -238,6 +238,10 @@ def read_split(
         progress=lambda items, total: progress_bar(items, total, f"reading {split}"),
         **options,
     )
+    present, known = len(images.labels.unique()), len(images.class_ids)
+    if present < known:
+        print(f"{data}: has images of {present} of the {known} classes", file=sys.stderr)
+    return images
 
 
 def add_data_options(p: argparse.ArgumentParser, *, any_split: bool = True) -> None:

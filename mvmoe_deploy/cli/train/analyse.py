@@ -101,7 +101,7 @@ def _of_bundle(args: argparse.Namespace) -> ImageAnalysis:
 
 
 def _images(args: argparse.Namespace, preprocessing: Preprocessing, class_ids: list[str], share: float) -> ImageSet:
-    images = read_split(args.data, args.split, preprocessing, class_ids, val_share=share)
+    images = read_split(args.data, args.split, preprocessing, class_ids, val_share=share, every_class=False)
     return images.spaced(args.count) if args.count else images
 
 

@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.checkpoint}: has no capacity; only a V-MoE's tokens compete for places")
     factors = sorted(args.factors or {*FACTORS, model.config.capacity_factor})
     images = read_split(
-        args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(args, header)
+        args.data,
+        args.split,
+        header.preprocessing,
+        header.class_ids,
+        val_share=val_share(args, header),
+        every_class=False,
     )
     with tqdm(total=2 * len(factors), desc="capacity", delay=2, disable=None, leave=False, file=sys.stderr) as bar:
 

@@ -100,7 +100,9 @@ def _candidates(args: argparse.Namespace, read: dict[Preprocessing, ImageSet]) -
             raise DataError(f"{path}: has another --val-share than {args.checkpoints[0]}, so other validation images")
         preprocessing = header.preprocessing
         if preprocessing not in read:
-            read[preprocessing] = read_split(args.data, args.split, preprocessing, first.class_ids, val_share=share)
+            read[preprocessing] = read_split(
+                args.data, args.split, preprocessing, first.class_ids, val_share=share, every_class=False
+            )
         predictions = predict(model, read[preprocessing], preprocessing, progress=_bar(name))
         candidates.append((name, header, model, predictions))
     return candidates

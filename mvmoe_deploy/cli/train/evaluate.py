@@ -44,7 +44,12 @@ def run(args: argparse.Namespace) -> None:
         factor = model.config.capacity_factor if args.capacity_factor is None else args.capacity_factor
         model.set_capacity(factor, args.order)
     images = read_split(
-        args.data, args.split, header.preprocessing, header.class_ids, val_share=val_share(args, header)
+        args.data,
+        args.split,
+        header.preprocessing,
+        header.class_ids,
+        val_share=val_share(args, header),
+        every_class=False,
     )
     result = evaluate(model, images, header.preprocessing, header.superclasses)
     if args.json:

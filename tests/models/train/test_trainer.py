@@ -614,8 +614,12 @@ def test_no_room_for_the_temporary_file(
 def test_splits_with_other_classes_are_refused(data: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(data, tmp_path / "other"))
     (other / "val" / "n0007").rename(other / "val" / "n0009")
-    with pytest.raises(DataError, match=r"class 'n0007' is in one of the two splits only \(2 such classes\)"):
-        read_images(other, "val", Preprocessing(size=8), [f"n{index:04d}" for index in range(CLASSES)])
+    classes = [f"n{index:04d}" for index in range(CLASSES)]
+    for every_class in (True, False):
+        with pytest.raises(DataError, match=rf"class 'n0009' is none of the {CLASSES} that are expected$"):
+            read_images(other, "val", Preprocessing(size=8), classes, every_class=every_class)
+    with pytest.raises(DataError, match=r"class 'n0009' is one of the .* and has no images here \(2 such classes\)$"):
+        read_images(data, "val", Preprocessing(size=8), [*classes, "n0009", "n0010"])
     (other / "val" / "n0009" / "x").mkdir()
     shutil.rmtree(other / "val" / "n0001")
     (other / "val" / "n0001").mkdir()
@@ -784,6 +788,11 @@ def test_evaluating_with_another_capacity(
     assert train.main(moe(data, routed, 1)) == 0
     argv = ["evaluate", str(routed), "--data", str(data), "--order", "bpr"]
     assert "has no capacity" in fails(capsys, *argv)
+    few = Path(shutil.copytree(data, tmp_path / "few"))
+    shutil.rmtree(few / "val" / "n0001")
+    for command in (["evaluate", str(routed)], ["analyse", str(routed)], ["compare", str(routed), str(routed)]):
+        assert train.main([*command, "--data", str(few)]) == 0
+        assert f"has images of {CLASSES - 1} of the {CLASSES} classes" in capsys.readouterr().err
     argv = ["superclasses", str(out), "--data", str(data), "--experts", "2"]
     assert "is already routed" in fails(capsys, *argv, "--out", str(tmp_path / "s.tsv"))
 
