@@ -1,22 +1,26 @@
-"""Compares every target at every precision with PyTorch on labelled images."""
+"""Compares every target at every precision with PyTorch, on labelled images or others."""
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mvmoe_deploy import targets
 from mvmoe_deploy.backends import open_backend
-from mvmoe_deploy.bench.measure.accuracy import numbered, read_labelled
+from mvmoe_deploy.bench.measure.accuracy import BATCH, numbered, read_labelled
 from mvmoe_deploy.bundle import Bundle
-from mvmoe_deploy.errors import ConfigError, MvmoeError, VerificationError
+from mvmoe_deploy.checkpoint import Header
+from mvmoe_deploy.errors import ConfigError, ExportError, MvmoeError, VerificationError
 from mvmoe_deploy.exporters.exporter import Options, converter_of, exporter_of
-from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.images import normalise
+from mvmoe_deploy.exporters.pipeline import export_model, verification_images
+from mvmoe_deploy.images import evenly_spaced, normalise
 from mvmoe_deploy.models import load_checkpoint
 from mvmoe_deploy.runtime import Runtime
 from mvmoe_deploy.terminal import Cell
@@ -24,7 +28,9 @@ from mvmoe_deploy.terminal import Cell
 HEADERS = [
     "target",
     "precision",
+    "layout",
     "worst abs error",
+    "logits, of allowed",
     "top-1 agreement",
     "routing agreement",
     "accuracy",
@@ -39,44 +45,69 @@ def measure(
     count: int,
     progress: Callable[[str], None] = lambda what: None,
     only: Collection[str] = (),
+    *,
+    labelled: bool = True,
+    layouts: bool = False,
 ) -> list[list[Cell]]:
-    """A row per target and precision, with the columns of :data:`HEADERS`; the first row is PyTorch itself.
+    """A row per target, precision and layout, with the columns of :data:`HEADERS`; the first row is PyTorch itself.
 
     Args:
         checkpoint: a trained model.
-        data: folder of labelled images, of which the validation split is used.
+        data: folder of labelled images, of which the validation split is used, or of images.
         count: number of images, evenly spaced.
-        progress: called with the step about to begin, and with the reason why a target is left out.
+        progress: called with the step about to begin, and with the reason why a target or a layout is left out.
         only: targets, or targets with a precision as in ``onnx:int8``; all if empty.
+        labelled: whether the images have labels; without them there is no accuracy.
+        layouts: measure every layout of a target, instead of its default alone.
 
     Raises:
         ConfigError: ``only`` names something that does not exist.
     """
     wanted = _wanted(only)
     model, header = load_checkpoint(checkpoint)
-    labelled = read_labelled(data, header.preprocessing, count)
-    labels = numbered(labelled, header.class_ids, str(checkpoint))
-    images = torch.from_numpy(normalise(labelled.pixels, header.preprocessing))
+    labels: NDArray[np.int64] | None = None
+    if labelled:
+        images, labels = _images(data, header, count, str(checkpoint))
+    else:
+        images, *_ = verification_images(header.preprocessing, data)
+        images = images[evenly_spaced(len(images), count)]
     with torch.no_grad():
-        accuracy = float((model(images).argmax(1).numpy() == labels).mean())
-    rows: list[list[Cell]] = [["PyTorch", "fp32", None, None, None, f"{accuracy:.1%}", None, None]]
+        own = np.concatenate([model(part).argmax(1).numpy() for part in images.split(BATCH)])
+    rows: list[list[Cell]] = [["PyTorch", "fp32", *[None] * 5, _share(own, labels), None, None]]
     for target, precisions in wanted.items():
         try:
             converter_of(target)
         except MvmoeError as error:
             progress(str(error))
             continue
-        for precision in precisions:
-            progress(f"{target} {precision} …")
+        names = exporter_of(target).layouts
+        for precision, layout in itertools.product(precisions, names if layouts else names[:1]):
+            progress(f"{target} {precision} {layout} …")
             with tempfile.TemporaryDirectory() as folder:
+                out, options = Path(folder) / "x.mvmoe", Options(precision, layout)
                 try:
-                    out = Path(folder) / "x.mvmoe"
-                    bundle = export_model(model, header, target, out, options=Options(precision), images=images)
+                    bundle = export_model(model, header, target, out, options=options, images=images)
                 except VerificationError as error:
-                    rows.append([target, precision, str(error), None, None, None, None, None])
+                    rows.append([target, precision, layout, str(error), *[None] * 6])
                     continue
-                rows.append([target, precision, *_row(bundle, images.numpy(), labels)])
+                except ExportError as error:
+                    if layout == names[0]:
+                        raise
+                    progress(f"{target} {precision} {layout}: left out, {error}")
+                    continue
+                rows.append([target, precision, layout, *_row(bundle, images.numpy(), labels)])
     return rows
+
+
+def _images(data: Path, header: Header, count: int, model: str) -> tuple[Tensor, NDArray[np.int64]]:
+    """Labelled images, preprocessed, and their classes in the model's numbering."""
+    labelled = read_labelled(data, header.preprocessing, count)
+    labels = numbered(labelled, header.class_ids, model)
+    return torch.from_numpy(normalise(labelled.pixels, header.preprocessing)), labels
+
+
+def _share(found: NDArray[np.int64], labels: NDArray[np.int64] | None) -> str | None:
+    return None if labels is None else f"{(found == labels).mean():.1%}"
 
 
 def _wanted(only: Collection[str]) -> dict[str, list[str]]:
@@ -95,15 +126,19 @@ def _wanted(only: Collection[str]) -> dict[str, list[str]]:
     }
 
 
-def _row(bundle: Bundle, images: np.ndarray, labels: np.ndarray) -> list[Cell]:
+def _row(bundle: Bundle, images: NDArray[np.float32], labels: NDArray[np.int64] | None) -> list[Cell]:
     results = bundle.manifest.verification
-    with Runtime(bundle, open_backend(bundle, results["backend"])) as runtime:
-        logits = np.concatenate([runtime.run(part)[0] for part in np.array_split(images, max(1, len(images) // 32))])
+    found = None
+    if labels is not None:
+        with Runtime(bundle, open_backend(bundle, results["backend"])) as runtime:
+            parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+            found = np.concatenate([runtime.run(part)[0].argmax(1) for part in parts])
     return [
         f"{results['logits_max_abs_error']:.1e}",
+        f"{results['logits_max_error'] / results['tolerance']['logits']:.0%}",
         f"{results['top1_agreement']:.1%}",
         None if results["routing_agreement"] is None else f"{results['routing_agreement']:.1%}",
-        f"{(logits.argmax(1) == labels).mean():.1%}",
+        None if found is None else _share(found, labels),
         f"{sum(file.bytes for file in bundle.manifest.files) / 1e6:.2f}",
         results["backend"],
     ]

@@ -141,7 +141,7 @@ def test_figures_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [["onnx", "fp32", "1.0e-06", "100.0%", None, "36.1%", "2.40", "onnxruntime"]]
+    rows = [["onnx", "fp32", "separate", "1.0e-06", "10%", "100.0%", None, "36.1%", "2.40", "onnxruntime"]]
     seen: list[Any] = []
     monkeypatch.setattr(
         "mvmoe_deploy.bench.selfcheck.parity.measure", lambda *args, **options: seen.append(args) or rows
@@ -151,7 +151,7 @@ def test_parity(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     shown(capsys, "parity")
     assert seen[1][1] == ZOO / "scripts" / "sample"
     assert bench.main(["parity", "--checkpoint", "a.pt"]) == 2
-    assert capsys.readouterr().err == "error: --checkpoint needs --data: labelled images of its classes\n"
+    assert capsys.readouterr().err == "error: --checkpoint needs --data, labelled images of its classes, or --images\n"
     assert shown(capsys, "parity", "--data", str(tmp_path), "--markdown").split()[:4] == [
         "|",
         "target",

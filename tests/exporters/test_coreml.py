@@ -153,7 +153,8 @@ def job(model: models.ViT, folder: Path, **options: Any) -> Job[CoreMLOptions]:
         header.class_ids, header.class_names, [], [], [], {}, Source("", "0" * 64), {},
     )  # fmt: skip
     given = CoreMLOptions(**{"precision": "fp16", **options})
-    return Job(pieces, folder, given, manifest, torch.zeros(0), lambda role: 0, lambda what: None)
+    images = tiny.inputs(2, config.image_size)
+    return Job(pieces, folder, given, manifest, images, lambda role: 0, lambda what: None)
 
 
 def bytes_in(folder: Path) -> int:

@@ -34,6 +34,7 @@ def test_every_precision_is_compared_with_pytorch(measure: Callable[[], list[lis
     assert [(row["target"], row["precision"]) for row in rows] == [("onnx", name) for name in PRECISIONS]
     exact, half, *_ = rows
     assert (reference["target"], reference["top-1 agreement"]) == ("PyTorch", None)
+    assert float(str(exact["logits, of allowed"]).rstrip("%")) <= 100
     assert exact["accuracy"] == reference["accuracy"]  # of the same images
     assert exact["top-1 agreement"] == exact["routing agreement"] == "100.0%"
     assert float(str(exact["worst abs error"])) < float(str(half["worst abs error"])) < 0.1
@@ -52,8 +53,24 @@ def test_a_precision_that_fails_says_why_and_the_others_go_on(
 
     monkeypatch.setattr(parity, "export_model", export_model)
     _, failed, half, *_ = measure()
-    assert failed[:3] == ["onnx", "fp32", "expert_02: differs from PyTorch"] and set(failed[3:]) == {None}
-    assert half[1] == "fp16" and half[3] is not None
+    assert failed[:4] == ["onnx", "fp32", "separate", "expert_02: differs from PyTorch"]
+    assert set(failed[4:]) == {None} and len(failed) == len(half) == len(parity.HEADERS)
+    assert half[1] == "fp16" and half[4] is not None
+
+
+def test_every_layout_on_images_without_labels(
+    tmp_path: Path, moe_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.image_folder(tmp_path, "photos", 1, 2)
+    monkeypatch.setattr(targets, "known", lambda: ["onnx"])
+    steps: list[str] = []
+    only = ["onnx:fp16", "onnx:int8"]
+    rows = parity.measure(moe_checkpoint, tmp_path, 2, steps.append, only, labelled=False, layouts=True)
+    assert [row[:3] for row in rows[1:]] == [
+        ["onnx", "fp16", "separate"], ["onnx", "int8", "separate"], ["onnx", "int8", "swappable"],
+    ]  # fmt: skip
+    assert any(step.startswith("onnx fp16 swappable: left out, the swappable layout has no fp16") for step in steps)
+    assert {row[parity.HEADERS.index("accuracy")] for row in rows} == {None}
 
 
 def test_a_target_whose_toolchain_is_missing_is_left_out_and_named(
