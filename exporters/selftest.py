@@ -42,7 +42,9 @@ LEAST_MARGIN = 10.0
 the same experts."""
 
 WIDE_MARGIN = 0.4
-"""Margin at which a pattern need not be changed further."""
+WIDE_MARGINS = 10.0
+"""A pattern need not be changed further at this margin, or at so many least margins if these are less: of many experts
+none gets a gate that is 0.4 ahead of the next."""
 
 CELLS = 8
 """Cells of a pattern, across and down."""
@@ -123,7 +125,7 @@ def choose(
     experts = range(min(split.routing.experts, MOST_CASES))
     missing = [expert for expert in experts if expert not in found]
     if missing:
-        pictures += steer(split, preprocessing, missing)
+        pictures += steer(split, preprocessing, missing, min(WIDE_MARGIN, WIDE_MARGINS * least))
         found = _widest(pictures, least) | found
     if not found:  # a router that hardly decides
         return [max(pictures, key=lambda picture: picture.margin).image]
@@ -210,11 +212,17 @@ def _cut(image: Image.Image, number: int, size: int) -> Image.Image:
     return Image.fromarray(np.asarray(part))
 
 
-def steer(split: SplitModel, preprocessing: Preprocessing, experts: list[int]) -> list[Picture]:
+def steer(split: SplitModel, preprocessing: Preprocessing, experts: list[int], wide: float) -> list[Picture]:
     """Pictures of random patterns that are changed step by step until the router sends one to each of the experts.
 
     A trained router sends whatever is not a photo to few of its experts. The patterns follow the gradient's sign of
     the logarithm of the wanted experts' probabilities. The pictures of all steps are returned.
+
+    Args:
+        split: the reference.
+        preprocessing: how images become the model's input.
+        experts: the experts wanted.
+        wide: margin at which a pattern need not be changed further.
     """
     assert split.routing is not None
     k, count = split.routing.k, split.routing.experts
@@ -232,9 +240,7 @@ def steer(split: SplitModel, preprocessing: Preprocessing, experts: list[int]) -
             probabilities = _probabilities(split, inputs.requires_grad_())
         routes = margins(probabilities, split)
         found += [Picture(picture, *route) for picture, route in zip(pictures, routes, strict=True)]
-        on_the_way = [
-            route[0] != experts[row] or route[1] < WIDE_MARGIN for row, route in zip(left, routes, strict=True)
-        ]
+        on_the_way = [route[0] != experts[row] or route[1] < wide for row, route in zip(left, routes, strict=True)]
         if not (any(on_the_way) and probabilities.requires_grad):
             break
         with torch.enable_grad():

@@ -19,7 +19,7 @@ from mvmoe_deploy.errors import ExportError
 from mvmoe_deploy.exporters import selftest
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model
-from mvmoe_deploy.exporters.selftest import LEAST_MARGIN, Pictures
+from mvmoe_deploy.exporters.selftest import LEAST_MARGIN, Picture, Pictures
 from mvmoe_deploy.exporters.split import split_model
 from mvmoe_deploy.images import Preprocessing, preprocess
 from mvmoe_deploy.models import ViTConfig
@@ -107,6 +107,21 @@ def test_the_tolerance_is_that_of_the_arithmetic() -> None:
     for precision in exporter_of("coreml").precisions:
         exact = precision.name == "fp32"
         assert (precision.selftest.logits <= 1e-4) == (precision.selftest.gate <= 1e-4) == exact, precision.name
+
+
+@pytest.mark.parametrize(("least", "wide"), [(1e-3, 0.01), (0.06, 0.4)])
+def test_a_pattern_is_changed_until_ten_least_margins_or_a_wide_one(
+    least: float, wide: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many experts none is 0.4 ahead of the next, and twelve steps for each of 32 patterns take seconds."""
+    asked: list[float] = []
+    monkeypatch.setattr(selftest, "steer", lambda split, preprocessing, experts, wide: asked.append(wide) or [])
+    split = split_model(tiny.lively_model(tiny.moe_config()), tiny.SIZE)
+    found = Picture(Image.new("RGB", (1, 1)), 0, 0.5)
+    monkeypatch.setattr(selftest, "_from_photos", lambda *_: [])
+    monkeypatch.setattr(selftest, "_routed", lambda *_: [found])
+    selftest.choose(split, Preprocessing(tiny.SIZE), [], torch.zeros(0, 3, tiny.SIZE, tiny.SIZE), least)
+    assert asked == [pytest.approx(wide)]
 
 
 def test_a_router_that_does_not_decide_gives_one_case() -> None:
