@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 import re
 import threading
@@ -356,10 +355,11 @@ def _decoded(data: bytes, file: Path) -> Manifest:
         BundleError: the bytes are no manifest, or one of another version.
     """
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        manifest = msgspec.json.decode(data, type=Manifest)  # straight into its type, without a dict of everything
-        if manifest.format == FORMAT and manifest.version in READABLE:
-            _share_signatures(manifest.pieces)
-            return manifest
+        # straight into its type, without a dict of everything, and the pieces one by one
+        unread = msgspec.json.decode(data, type=_Unread)
+        if unread.format == FORMAT and unread.version in READABLE:
+            pieces = _shared(unread.pieces, {file.path: file.path for file in unread.files})
+            return Manifest(**{**msgspec.structs.asdict(unread), "pieces": pieces})
     # Something is wrong. What it is depends on the format and the version, so these are looked at before the rest.
     try:
         raw = msgspec.json.decode(data)
@@ -377,13 +377,34 @@ def _decoded(data: bytes, file: Path) -> Manifest:
         raise BundleError(f"{file}: {first_line(error)}") from None
 
 
-def _share_signatures(pieces: list[Piece]) -> None:
-    """Keeps inputs and outputs that are equal in successive pieces once: they are half of what an expert takes."""
-    for before, piece in itertools.pairwise(pieces):
-        if piece.inputs == before.inputs:
-            msgspec.structs.force_setattr(piece, "inputs", before.inputs)
-        if piece.outputs == before.outputs:
-            msgspec.structs.force_setattr(piece, "outputs", before.outputs)
+class _Unread(Manifest, frozen=True, forbid_unknown_fields=True):
+    """A manifest whose pieces are not yet read."""
+
+    pieces: list[msgspec.Raw]  # type: ignore[assignment]
+
+
+def _shared(unread: list[msgspec.Raw], paths: dict[str, str]) -> list[Piece]:
+    """Reads the pieces, which are most of a manifest of many experts; what they have in common is kept once.
+
+    What successive pieces have in common, inputs and outputs above all, is three quarters of what an expert takes. It
+    is dropped at once: memory that was once taken for all pieces would stay with the process.
+
+    Args:
+        unread: the pieces.
+        paths: the paths of all files, by themselves.
+    """
+    decoder = msgspec.json.Decoder(Piece)
+    pieces: list[Piece] = []
+    for raw in unread:
+        piece = decoder.decode(raw)
+        msgspec.structs.force_setattr(piece, "graph", paths.get(piece.graph, piece.graph))
+        msgspec.structs.force_setattr(piece, "files", [paths.get(path, path) for path in piece.files])
+        for name in piece.__struct_fields__ if pieces else ():
+            before = getattr(pieces[-1], name)
+            if getattr(piece, name) == before:
+                msgspec.structs.force_setattr(piece, name, before)
+        pieces.append(piece)
+    return pieces
 
 
 def _recorded_digest(path: Path) -> str | None:

@@ -70,9 +70,7 @@ class OnnxRuntimeBackend:
     def _run(self, piece: Piece, session: ort.InferenceSession, weights: _Weights | None) -> LoadedPiece:
         """Returns a function that runs a session on positional inputs and checks the outputs."""
         names, outputs, path = [spec.name for spec in piece.inputs], [x.name for x in piece.outputs], self._path(piece)
-        check, bare = self._checks.get(piece.name), bare_run(session)
-        if check is None:
-            check = self._checks[piece.name] = OutputCheck(piece, path)
+        bare = bare_run(session)
         followed = not self._bundle.trusted  # then the graph check has computed every shape for one image
 
         def run(*inputs: NDArray[np.float32]) -> list[NDArray[Any]]:
@@ -85,10 +83,16 @@ class OnnxRuntimeBackend:
                 raise BackendError(f"{path}: {piece.name} failed in onnxruntime ({first_line(error)})") from None
             batch = len(inputs[0])
             if batch != 1 or not followed:
-                check(results, batch)
+                self._output_check(piece)(results, batch)
             return results
 
         return one_at_a_time(run) if piece.inputs[0].shape[0] == 1 else run
+
+    def _output_check(self, piece: Piece) -> OutputCheck:
+        check = self._checks.get(piece.name)
+        if check is None:
+            check = self._checks[piece.name] = OutputCheck(piece, self._path(piece))
+        return check
 
     def _path(self, piece: Piece) -> Path:
         return self._bundle.path / piece.graph

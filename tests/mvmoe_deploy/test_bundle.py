@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tiny
 
@@ -78,6 +80,21 @@ def test_no_such_bundle(tmp_path: Path) -> None:
     file.write_bytes(b"x")
     with pytest.raises(BundleError, match=r"file\.mvmoe: not a bundle"):
         open_bundle(file)
+
+
+def test_a_piece_takes_little_memory(bundle_path: Path, tmp_path: Path) -> None:
+    """What pieces have in common is kept once and was never held for all pieces at a time."""
+    manifest = open_bundle(bundle_path).manifest
+    paths = {file.path: file.path for file in manifest.files}
+    for piece in manifest.pieces:
+        assert piece.graph is paths[piece.graph] and all(path is paths[path] for path in piece.files)
+    pieces = [msgspec.Raw(msgspec.json.encode(manifest.pieces[1]))] * 200
+    tracemalloc.start()
+    shared = bundles._shared(pieces, paths)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shared == [manifest.pieces[1]] * 200
+    assert kept < 200 * 400 and most < kept + 10_000  # of each piece 1,400 bytes are read
 
 
 def test_what_all_experts_take_and_return_is_held_once(bundle_path: Path) -> None:

@@ -29,7 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         "--experts", nargs="+", type=positive_int, default=[10, 50, 200, 1000], metavar="E", help="numbers of experts"
     )
     p.add_argument("--layout", default="", help="layout of the bundles (default: the target's)")
-    p.add_argument("--rounds", type=positive_int, default=50, help="switches, and half as many fresh processes")
+    p.add_argument("--rounds", type=positive_int, default=50, help="switches, and half as many processes")
     form = p.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
     form.add_argument("--markdown", action="store_true", help="print the table as Markdown")
