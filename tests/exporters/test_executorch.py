@@ -194,8 +194,8 @@ def test_one_expert_is_traced_and_lowered(monkeypatch: pytest.MonkeyPatch, tmp_p
         return export(module, piece, *how)
 
     monkeypatch.setattr(target, "export", noted)
-    config = tiny.moe_config()
-    export_model(tiny.lively_model(config), tiny.header_for(config), "executorch", tmp_path / "moe.mvmoe")
+    header = tiny.header_for(routed_model().config)
+    export_model(routed_model(), header, "executorch", tmp_path / "moe.mvmoe")  # as the bundle that is kept
     assert traced == ["trunk", "expert_00"]
 
 

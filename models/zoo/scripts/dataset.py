@@ -20,7 +20,7 @@ from mvmoe_deploy.models.zoo.scripts.distort import NUMBERS, SIZE, distort
 from mvmoe_deploy.models.zoo.scripts.tables import SPLITS
 
 RULES = 1
-"""Changes with whatever makes another image of the same glyph and numbers."""
+"""Version of the rules by which an image follows from a glyph and random numbers. Raise it when they change."""
 
 
 class Characters(Dataset[tuple[Tensor, int]]):
@@ -34,7 +34,7 @@ class Characters(Dataset[tuple[Tensor, int]]):
         device: where batches are made.
 
     Raises:
-        DataError: no such split, or it lacks all classes.
+        DataError: there is no such split, or it has no glyphs.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Characters(Dataset[tuple[Tensor, int]]):
         part = SPLITS.index(split)
         self.classes = glyphs.classes
         self.identity = f"characters of {split} faces, seed {seed}, glyphs {glyphs.sha256[:16]}, rules {RULES}"
-        """Tells these samples from any others."""
+        """Text that no other samples have."""
         self.seed = seed * len(SPLITS) + part
         self.size = size
         self.device = torch.device(device)
@@ -72,7 +72,7 @@ class Characters(Dataset[tuple[Tensor, int]]):
         return images[0], int(labels[0])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """What a DataLoader asks for: a batch at once."""
+        """A batch at once, which is what a DataLoader asks for."""
         images, labels = self.batch(torch.tensor(indices))
         return list(zip(images, labels.tolist(), strict=True))
 
@@ -127,14 +127,14 @@ class Characters(Dataset[tuple[Tensor, int]]):
 
 
 class Kept(Characters):
-    """The same samples, of which the first are read from a file in which they were kept, for runs that share them.
+    """The same samples; the first of them are read from a file, so that several runs can share the work of making them.
 
     Args:
-        samples: the samples.
-        path: what :meth:`keep` wrote.
+        samples: the samples that the file was made from.
+        path: file that :meth:`keep` wrote.
 
     Raises:
-        DataError: there is no such file, or it holds other samples.
+        DataError: there is no such file, or it holds other samples than these.
     """
 
     def __init__(self, samples: Characters, path: Path) -> None:

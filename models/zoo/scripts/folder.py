@@ -25,10 +25,10 @@ def write(
     """Writes ``CLASS/NUMBER.png`` for the first samples of every class, and returns how many.
 
     Args:
-        samples: where from.
+        samples: the data set to take them from.
         per_class: samples of each class.
         folder: such as ``DIR/val``.
-        progress: wraps the iterator over batches, given it and its length.
+        progress: wraps the iterator over batches; it is called with that iterator and its length.
     """
     parts = samples.balanced(per_class).split(1000)
     batches: Iterator[Any] = iter(parts)
@@ -44,14 +44,14 @@ def write(
 
 
 def write_zip(samples: Characters, fonts: list[FontRow], per_class: int, count: int, licence: str, path: Path) -> int:
-    """Writes some of the samples that :func:`write` writes as a zip of ``CLASS/NUMBER.png``, and returns how many.
+    """Writes a zip of ``CLASS/NUMBER.png`` with some of the samples that :func:`write` writes, and returns how many.
 
     Args:
-        samples: where from.
+        samples: the data set to take them from.
         fonts: the table that their glyphs were rendered from.
         per_class: samples of each class to choose from.
-        count: how many, evenly spaced over the classes.
-        licence: of the faces to choose from.
+        count: number of samples to write, evenly spaced over the classes.
+        licence: only samples of faces under this licence are chosen.
         path: such as ``DIR/val.zip``.
     """
     numbers = samples.balanced(per_class)
@@ -68,11 +68,11 @@ def write_zip(samples: Characters, fonts: list[FontRow], per_class: int, count: 
 
 
 def write_class_names(samples: Characters, path: Path) -> None:
-    """Writes ``classes.tsv`` of a data folder: id and readable name."""
+    """Writes the ``classes.tsv`` of a data folder, with the id and the readable name of every class."""
     path.write_text("".join(f"{each.id}\t{each.name}\n" for each in samples.classes), encoding="utf-8")
 
 
 def as_tensors(samples: Characters, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same samples in memory: uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``."""
+    """The samples that :func:`write` writes, in memory: images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``."""
     parts = [samples.batch(numbers) for numbers in samples.balanced(per_class).split(1000)]
     return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])

@@ -1,4 +1,4 @@
-"""Training on characters without an end, as the zoo's models were: one recipe, dense or routed."""
+"""Trains a dense or routed model on endless samples of characters, with the recipe of the zoo's models."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from mvmoe_deploy.models.zoo.scripts.distort import SIZE
 PREPROCESSING = Preprocessing(size=SIZE, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 SAMPLES_PER_EPOCH = 102_400
-"""400 steps of 256: how often a run is saved and looked at."""
+"""400 steps of 256 samples. A run is saved and evaluated after each epoch."""
 
 SHARPENED = 1.5
-"""What the router's logits are multiplied with after training without gates; its choices stay.
+"""Factor of the router's logits after training without gates. It does not change the router's choices.
 
-The more, the nearer gates are to one; but rounding errors grow alike, and exports are checked for them.
+A larger factor brings gates nearer to one, and enlarges rounding errors, for which exports are checked, as much.
 """
-
 
 WITHOUT_GATES = "one in training"
 
@@ -100,8 +99,8 @@ def train(
         how: such as :func:`recipe` gives.
         out: checkpoint to write.
         superclasses: what the router of a routed model learns.
-        gates: multiply an expert's output by its gate while training, as the architecture does. Without, experts learn
-            as if the router were sure; afterwards its logits are sharpened, so that gates are nearer to one.
+        gates: multiply an expert's output by its gate while training, as the architecture does. Without gates, experts
+            learn as if the router were sure; after training its logits are sharpened, which brings gates nearer to one.
         resume: go on after the last whole epoch, if there was one.
         force: start again although ``out`` exists.
         workers: processes that make samples.
@@ -112,7 +111,7 @@ def train(
         report: called with each epoch's line of the log.
 
     Raises:
-        MvmoeError: something does not fit together, or exists already.
+        MvmoeError: the arguments do not fit together, or ``out`` exists already.
     """
     finished = check_out(out, how.epochs, resume, force)
     if finished is not None:
@@ -165,7 +164,7 @@ def epochs_of(out: Path) -> Path:
 
 
 def _sharpened_once(finished: Checkpoint, out: Path) -> Checkpoint:
-    """A finished checkpoint as it is to be used, also in the file; a run may have been killed just before this."""
+    """Sharpens a finished checkpoint and its file, unless that was done; runs may have been killed just before it."""
     used = _as_used(finished)
     if used is not finished:
         checkpoints.save(out, used)
@@ -173,7 +172,7 @@ def _sharpened_once(finished: Checkpoint, out: Path) -> Checkpoint:
 
 
 def _as_used(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose router is as it is to be used: the same one, if it is that already."""
+    """The checkpoint with the router that is to be used; the same object if it has that router already."""
     training = checkpoint.header.training
     if training.get("gates") != WITHOUT_GATES or "router_sharpened" in training:
         return checkpoint
@@ -182,12 +181,12 @@ def _as_used(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def sharpened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the router's logits multiplied by :data:`SHARPENED`: equal choices, gates nearer to one."""
+    """Weights whose router gives :data:`SHARPENED` times the logits: the same choices, with gates nearer to one."""
     return {name: w * SHARPENED if name.startswith("router.linear.") else w for name, w in weights.items()}
 
 
 def without_gates(model: Model) -> None:
-    """Lets a model's experts answer in full, as if the router were sure of its choice."""
+    """Makes the gates of a model's experts one, as if the router were sure of its choice."""
     for module in model.modules():
         if isinstance(module, Experts):
             module.forward = types.MethodType(_ungated, module)  # type: ignore[method-assign]

@@ -91,12 +91,15 @@ class App:
 
     def show(self, *images: Path) -> None:
         """Gives pictures as files and waits for the last one's answer, or an error."""
-        before = self.driver.execute_script("return document.querySelector('#seen').children.length")
+        # An error that is still shown loses its text, so that it is not taken for another one.
+        before = self.driver.execute_script(
+            "document.querySelector('#problem p').textContent = '';"
+            "return document.querySelector('#seen').children.length"
+        )
         self.driver.find_element(By.ID, "files").send_keys("\n".join(map(str, images)))
         done = f"document.querySelector('#seen').children.length == {before + len(images)}"
-        self.wait(
-            f"({done} || !document.querySelector('#problem').hidden) && document.querySelector('#progress').hidden"
-        )
+        failed = "(!document.querySelector('#problem').hidden && document.querySelector('#problem p').textContent)"
+        self.wait(f"({done} || {failed}) && document.querySelector('#progress').hidden")
 
     def text(self, selector: str) -> str:
         """The text that an element shows; empty if it is hidden."""
