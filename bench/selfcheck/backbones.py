@@ -12,19 +12,22 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
 import mvmoe_deploy
+from mvmoe_deploy.backends import native_path
+from mvmoe_deploy.backends.onnxruntime import bare_run, session_options
 from mvmoe_deploy.bench.candidates.baselines import export_stock
 from mvmoe_deploy.bench.candidates.configuration import BareGraph, Configuration
 from mvmoe_deploy.bench.measure.latency import interleave
-from mvmoe_deploy.bundle import Bundle
+from mvmoe_deploy.bundle import Bundle, Piece
 from mvmoe_deploy.checkpoint import new_header
 from mvmoe_deploy.errors import ConfigError, MvmoeError
 from mvmoe_deploy.exporters.exporter import exporter_of
 from mvmoe_deploy.exporters.pipeline import export_model, verification_images
-from mvmoe_deploy.images import Preprocessing
+from mvmoe_deploy.images import Preprocessing, normalise
 from mvmoe_deploy.models import Model, build, config_from_name
 from mvmoe_deploy.models.architectures.backbone import RoutedBackbone, pooled
 from mvmoe_deploy.terminal import Cell, markdown_text
@@ -110,6 +113,7 @@ class Result(msgspec.Struct, frozen=True):
         bytes: bytes of the pieces' files.
         bytes_ratio: those bytes by the bytes of all distinct weights.
         dense_ratio: median of the latency by that of the dense model, exported alike.
+        bare_ratio: the same of the graphs alone: bare sessions of trunk and tail in turn, by one of the dense graph.
         stock_ratio: median of the latency by that of the dense model as ``torch.onnx.export`` writes it.
         made_with: releases of the libraries.
     """
@@ -125,6 +129,7 @@ class Result(msgspec.Struct, frozen=True):
     bytes: int | None = None
     bytes_ratio: float | None = None
     dense_ratio: float | None = None
+    bare_ratio: float | None = None
     stock_ratio: float | None = None
     made_with: dict[str, str] = {}
 
@@ -332,7 +337,7 @@ def _exported(
     if rounds and export == "onnx fp32":
         progress(f"{subject.name}: {export}: timing")
         with contextlib.suppress(MvmoeError):  # the dense model's export failed: then there is no ratio
-            found["dense_ratio"], found["stock_ratio"] = _ratios(dense, bundle, folder, rounds)
+            found |= _ratios(dense, bundle, folder, rounds)
     return msgspec.structs.replace(made, **found)
 
 
@@ -363,33 +368,56 @@ def latencies(result: Result, rounds: int, progress: Callable[[str], None] = lam
     with tempfile.TemporaryDirectory(prefix="mvmoe-backbones-") as folder:
         progress(f"{subject.name}: exporting")
         bundle = _export(routed, result.export, Path(folder) / "routed.mvmoe", lambda what: None)
-        ratios = _ratios(dense, bundle, Path(folder), rounds)
-    return msgspec.structs.replace(result, dense_ratio=ratios[0], stock_ratio=ratios[1])
+        return msgspec.structs.replace(result, **_ratios(dense, bundle, Path(folder), rounds))
 
 
-def _ratios(dense: Model, routed: Bundle, folder: Path, rounds: int) -> tuple[float, float]:
-    """Median latency of the routed bundle by that of the dense bundle, and by that of the stock graph."""
+def _ratios(dense: Model, routed: Bundle, folder: Path, rounds: int) -> dict[str, float | None]:
+    """The ratios of :class:`Result`, by their names."""
     plain = _export(dense, "onnx fp32", folder / "dense.mvmoe", lambda what: None)
     return _race(routed, plain, _graph(export_stock(dense, folder / "stock.onnx"), dense), rounds)
 
 
-def _race(routed: Bundle, dense: Bundle, stock: Configuration, rounds: int) -> tuple[float, float]:
+def _race(routed: Bundle, dense: Bundle, stock: Configuration, rounds: int) -> dict[str, float | None]:
+    """Times ``predict`` of one decoded image, as :mod:`mvmoe_deploy.bench.measure.run` does, and bare sessions."""
     size = dense.manifest.preprocessing.size
-    image = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    expert = np.zeros((1, 1), np.int64)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    batch = normalise(pixels, dense.manifest.preprocessing)[None]
     with mvmoe_deploy.load(routed.path, threads=1) as a, mvmoe_deploy.load(dense.path, threads=1) as b:
         c = BareGraph(stock, 1)
+        expert = a.predict(pixels).expert
+        assert expert is not None
+        trunk, tail = (_session(routed, routed.piece(*name)) for name in (("trunk",), ("tail", expert)))
+        whole = _session(dense, dense.piece("model"))
+
+        def in_turn(number: int) -> None:
+            tokens, probabilities = trunk(batch)
+            tail(tokens, probabilities[:, expert])
+
         timed = interleave(
             {
-                "routed": lambda n: a.run(image, expert),
-                "dense": lambda n: b.run(image),
-                "stock": lambda n: c.run(image),
+                "routed": lambda n: a.predict(pixels),
+                "dense": lambda n: b.predict(pixels),
+                "stock": lambda n: c.predict(pixels),
+                "bare routed": in_turn,
+                "bare dense": lambda n: whole(batch),
             },
             rounds,
         )
         c.close()
     median = {name: float(np.median(samples)) for name, samples in timed.samples.items()}
-    return median["routed"] / median["dense"], median["routed"] / median["stock"]
+    return {
+        "dense_ratio": median["routed"] / median["dense"],
+        "bare_ratio": median["bare routed"] / median["bare dense"],
+        "stock_ratio": median["routed"] / median["stock"],
+    }
+
+
+def _session(bundle: Bundle, piece: Piece) -> Callable[..., list[Any]]:
+    """A piece's graph in a session of onnxruntime alone."""
+    path = native_path(bundle.path / piece.graph)
+    run = bare_run(ort.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"]))
+    names, outputs = [spec.name for spec in piece.inputs], [spec.name for spec in piece.outputs]
+    return lambda *inputs: run(outputs, dict(zip(names, inputs, strict=True)), None)
 
 
 def _graph(path: Path, model: Model) -> Configuration:
@@ -414,11 +442,11 @@ def table_of(results: Sequence[Result]) -> tuple[list[list[Cell]], list[str], li
         timed = found.get("onnx fp32")
         ratios: list[Cell] = [
             None if timed is None or ratio is None else f"{ratio:.2f}"
-            for ratio in ((timed.dense_ratio, timed.stock_ratio) if timed else (None, None))
+            for ratio in ((timed.dense_ratio, timed.bare_ratio, timed.stock_ratio) if timed else (None,) * 3)
         ]
         cells = [_cell(found.get(name), notes) for name in EXPORTS]
         rows.append([subject.name, f"{subject.cut}, {first.own}", *cells, *ratios])
-    return rows, ["model", "cut, own", *EXPORTS, "routed / dense", "routed / stock"], notes
+    return rows, ["model", "cut, own", *EXPORTS, "routed / dense", "bare sessions", "routed / stock"], notes
 
 
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -33,7 +33,7 @@ def test_a_model_is_exported_timed_and_not_run_again(tmp_path: Path, capsys: pyt
     assert result["dense_ratio"] is None
     assert bench.main([*argv, "--rounds", "2", "--latencies", "--json"]) == 0
     (timed,) = json.loads(capsys.readouterr().out)
-    assert timed.pop("dense_ratio") > 0 and timed.pop("stock_ratio") > 0
+    assert all(timed.pop(name) > 0 for name in ("dense_ratio", "bare_ratio", "stock_ratio"))
     assert timed == {name: value for name, value in result.items() if name in timed}
     assert bench.main([*argv, "--latencies"]) == 0
     printed = capsys.readouterr()
@@ -72,17 +72,27 @@ def test_the_table_stands_between_its_marks(tmp_path: Path) -> None:
 def test_a_row_says_what_was_found() -> None:
     common = {"model": SMALL.name, "own": "stages", "experts": 4}
     results = [
-        Result(export="onnx fp32", bytes=15_300_000, bytes_ratio=1.0031, dense_ratio=1.02, stock_ratio=0.99, **common),
+        Result(
+            export="onnx fp32",
+            bytes=15_300_000,
+            bytes_ratio=1.0031,
+            dense_ratio=1.02,
+            bare_ratio=1.01,
+            stock_ratio=0.99,
+            **common,
+        ),
         Result(export="executorch fp32", bytes=15_300_000, delegates=(1, 2), undelegated=(0, 3), **common),
         Result(export="executorch int8", reason="trunk: no", **common),
         Result(export="coreml fp16", reason="routed.mvmoe: trunk: no; no bundle was written", **common),
     ]
-    ((name, cut, onnx, fp16, _, executorch, int8, coreml, dense, stock),), headers, notes = backbones.table_of(results)
+    ((name, cut, onnx, fp16, _, executorch, int8, coreml, dense, bare, stock),), headers, notes = backbones.table_of(
+        results
+    )
     assert (name, cut, fp16) == (SMALL.name, "layer4, stages", None)
     assert (onnx, coreml) == ("verified, 15.3 MB (× 1.003)", "fails ¹")
     assert int8 == coreml and notes == ["trunk: no"]
     assert executorch == "verified, 15.3 MB; trunk 1 + 0, tail 2 + 3"
-    assert (dense, stock) == ("1.02", "0.99") and len(headers) == 10
+    assert (dense, bare, stock) == ("1.02", "1.01", "0.99") and len(headers) == 11
 
 
 @pytest.mark.parametrize("argv", [["--only", "alexnet"], ["--exports", "tflite"], ["--latencies"]])
