@@ -220,6 +220,9 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
         (put(preprocessing={"size": 10**9}), r"\$\.preprocessing\.size"),
         (put(superclasses={"names": ["a"], "of_class": [0, 0, 0, 0, 0, 1]}), "one super-class per class"),
         (put(superclasses={"names": ["a"], "of_class": [0]}), "one super-class per class"),
+        (put(superclasses={"names": ["a"], "of_class": [0] * 7}), "one super-class per class"),
+        (put(superclasses={"names": ["a"], "of_class": [0, 0, 0, 0, 0, -1]}), "one super-class per class"),
+        (put(model={"architecture": "vit", "classes": 6, "image_size": True}), "image_size is not an integer"),
     ],
 )
 def test_a_header_that_is_incomplete_or_inconsistent(
@@ -235,6 +238,46 @@ def test_a_header_that_is_incomplete_or_inconsistent(
         path.write_bytes(seal(save_safetensors(weights, {"mvmoe": json.dumps(raw), "sha256": PLACEHOLDER})))
     with pytest.raises(CheckpointError, match=rf"odd{suffix}: .*{message}"):
         checkpoints.load(path)
+
+
+def deep(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "format is 'other', expected 'mvmoe-checkpoint'; use new_header"),
+        ({"version": 3}, "format version '3', this release reads 1 and 2"),
+        ({"training": deep(100_000)}, "recursion"),
+    ],
+)
+def test_a_header_made_in_memory_is_not_written_wrong(
+    checkpoint: Checkpoint, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    header = msgspec.structs.replace(checkpoint.header, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.save(tmp_path / "odd.pt", Checkpoint(header, checkpoint.weights))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_weight_that_is_a_view_takes_only_its_own_bytes(checkpoint: Checkpoint, suffix: str, tmp_path: Path) -> None:
+    path, whole = tmp_path / f"view{suffix}", torch.zeros(1_000_000)
+    checkpoints.save(path, Checkpoint(checkpoint.header, {"a": whole[:10], "b": whole[5:15]}))
+    assert path.stat().st_size < 10_000
+
+
+def test_a_pt_file_of_another_program_does_not_say_that_it_is_a_checkpoint(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    own, other = tmp_path / "own.pt", tmp_path / "other.pt"
+    checkpoints.save(own, checkpoint)
+    torch.save({"state_dict": {}}, other)
+    assert checkpoints.is_checkpoint(own) and not checkpoints.is_checkpoint(other)
 
 
 @pytest.mark.parametrize(
