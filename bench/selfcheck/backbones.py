@@ -420,6 +420,61 @@ def _session(bundle: Bundle, piece: Piece) -> Callable[..., list[Any]]:
     return lambda *inputs: run(outputs, dict(zip(names, inputs, strict=True)), None)
 
 
+PROFILED = 100
+"""Runs of a graph of which each node's median counts."""
+
+
+def operators(subject: Subject, experts: int, progress: Callable[[str], None] = lambda what: None) -> list[list[Cell]]:
+    """Where the time goes: microseconds by operator in the dense graph, and in trunk and tail together.
+
+    The operators are those that onnxruntime runs after its optimisations, by its own profiler, on one thread.
+
+    Returns:
+        Rows of operator, number and microseconds in the dense graph, and the same of trunk and tail; the sums last.
+
+    Raises:
+        MvmoeError: a model cannot be exported.
+    """
+    progress(f"{subject.name}: building")
+    routed, dense = _models(subject, experts)
+    with tempfile.TemporaryDirectory(prefix="mvmoe-backbones-") as folder:
+        progress(f"{subject.name}: exporting")
+        bundles = [
+            _export(model, "onnx fp32", Path(folder) / f"{name}.mvmoe", lambda what: None)
+            for model, name in ((dense, "dense"), (routed, "routed"))
+        ]
+        size = bundles[0].manifest.preprocessing.size
+        batch = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
+        one, _ = _profiled(bundles[0], bundles[0].piece("model"), [batch])
+        two, (tokens, probabilities) = _profiled(bundles[1], bundles[1].piece("trunk"), [batch])
+        tail, _ = _profiled(bundles[1], bundles[1].piece("tail", 0), [tokens, probabilities[:, 0]])
+    two = {name: two.get(name, []) + tail.get(name, []) for name in {**two, **tail}}
+    names = sorted({**one, **two}, key=lambda name: -sum(one.get(name, []) + two.get(name, [])))
+    found = [(name, one.get(name, []), two.get(name, [])) for name in names]
+    found.append(("all", [us for each in one.values() for us in each], [us for each in two.values() for us in each]))
+    return [[name, len(a), f"{sum(a):.0f}", len(b), f"{sum(b):.0f}"] for name, a, b in found]
+
+
+def _profiled(bundle: Bundle, piece: Piece, inputs: list[Any]) -> tuple[dict[str, list[float]], list[Any]]:
+    """Median microseconds of each node of a piece's graph, by operator, and the piece's outputs."""
+    options = session_options(1)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(bundle.path.parent / piece.name)
+    path = native_path(bundle.path / piece.graph)
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {spec.name: array for spec, array in zip(piece.inputs, inputs, strict=True)}
+    for _ in range(PROFILED):
+        outputs = session.run([spec.name for spec in piece.outputs], given)
+    times: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times.setdefault((event["args"]["op_name"], event["name"]), []).append(event["dur"])
+    by_operator: dict[str, list[float]] = {}
+    for (operator, _), durations in times.items():
+        by_operator.setdefault(operator, []).append(float(np.median(durations)))
+    return by_operator, outputs
+
+
 def _graph(path: Path, model: Model) -> Configuration:
     return Configuration(
         name="stock", group="", kind="stock", backend="onnxruntime", precision="fp32", layout="one graph",

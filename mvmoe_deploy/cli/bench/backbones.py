@@ -21,6 +21,7 @@ examples:
   mvmoe-bench backbones --exports 'onnx fp32,coreml fp16' --rounds 0
   mvmoe-bench backbones --results backbones.json --page docs/backbones.md
   mvmoe-bench backbones --results backbones.json --latencies
+  mvmoe-bench backbones --only mobilenetv4 --operators
 """
 
 
@@ -32,6 +33,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rounds", type=int, default=50, help="interleaved samples per latency; 0 measures none")
     p.add_argument(
         "--latencies", action="store_true", help="only time what --results has as verified without latencies"
+    )
+    p.add_argument(
+        "--operators", action="store_true", help="only print each operator's time in the dense graph and in the pieces"
     )
     p.add_argument("--results", type=Path, metavar="FILE", help="keep results here; what is in it is not run again")
     p.add_argument("--retry", action="store_true", help="run again what failed before")
@@ -55,6 +59,11 @@ def run(args: argparse.Namespace) -> None:
     if args.latencies and (args.results is None or args.rounds < 1):
         raise ConfigError("--latencies needs --results FILE with what is verified, and --rounds of 1 or more")
     subjects = backbones.choose(args.only)
+    if args.operators:
+        for subject in subjects:
+            found = backbones.operators(subject, args.experts)
+            print(table(found, [subject.name, "dense", "µs", "trunk + tail", "µs"]))
+        return
     results = backbones.read(args.results) if args.results else []
     done = {(result.model, result.export) for result in results if not (args.retry and result.reason)}
     with tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=None, file=sys.stderr) as bar:

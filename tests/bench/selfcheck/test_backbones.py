@@ -40,6 +40,14 @@ def test_a_model_is_exported_timed_and_not_run_again(tmp_path: Path, capsys: pyt
     assert "verified, " in printed.out and not printed.err  # nothing was run
 
 
+def test_the_time_of_each_operator_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["backbones", "--only", "resnet", "--experts", "2", "--operators"]) == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["Conv"][0] == rows["Conv"][2] and int(rows["Conv"][0]) > 9  # as many in the pieces as in the whole
+    assert [rows["Softmax"][place] for place in (0, 2)] == ["1", "2"]  # the ranking's, and the router's
+    assert int(rows["all"][0]) == sum(int(row[0]) for name, row in rows.items() if name != "all")
+
+
 def test_a_failure_is_named_and_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
