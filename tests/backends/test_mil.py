@@ -286,7 +286,7 @@ def check(bundle: Path) -> None:
     opened.check()
     pieces = split_model(tiny.lively_model(CONFIG), CONFIG.image_size)
     with torch.no_grad():
-        verify(pieces, opened, open_backend(opened, "reference"), tiny.inputs(8), "tests")
+        verify(pieces, opened, backend=open_backend(opened, "reference"), images=tiny.inputs(8), image_source="tests")
 
 
 def place_of(package: Path, name: str) -> tuple[int, int]:

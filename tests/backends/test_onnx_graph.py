@@ -23,7 +23,9 @@ from mvmoe_deploy.errors import BackendError
 FLOAT = TensorProto.FLOAT
 MS = "com.microsoft"
 X, Y = TensorSpec("x", ["batch", 4, 8], "float32"), TensorSpec("y", ["batch", 4, 8], "float32")
-PIECE = Piece("trunk", "t.onnx", ["t.onnx", "t.bin"], [X], [Y], 0, 0, 0)
+PIECE = Piece(
+    "trunk", "t.onnx", files=["t.onnx", "t.bin"], inputs=[X], outputs=[Y], parameters=0, weight_bytes=0, flops=0
+)
 SIZES = {"t.onnx": 1000, "t.bin": 256, "other.bin": 256}
 
 Constants = dict[str, Any]
@@ -338,7 +340,9 @@ def test_hostile_files_are_refused(edit: Callable[[onnx.ModelProto], object], me
 def test_an_address_in_memory_is_refused_whatever_the_manifest_lists() -> None:
     address = "*/_ORT_MEM_ADDR_/*"
     proto = model([node("MatMul", "x w")], {"w": external("w", [8, 8], location=address)})
-    piece = Piece("trunk", "t.onnx", ["t.onnx", address], [X], [Y], 0, 0, 0)
+    piece = Piece(
+        "trunk", "t.onnx", files=["t.onnx", address], inputs=[X], outputs=[Y], parameters=0, weight_bytes=0, flops=0
+    )
     with pytest.raises(GraphError, match="does not list"):
         check_graph(proto.SerializeToString(), piece, {**SIZES, address: 256})
 
@@ -357,7 +361,7 @@ def test_a_graph_given_twice_is_refused() -> None:
 
 def test_onnxruntimes_own_format_is_refused() -> None:
     data = model([node("Relu", "x")]).SerializeToString()
-    piece = Piece("trunk", "t.ort", ["t.ort"], [X], [Y], 0, 0, 0)
+    piece = Piece("trunk", "t.ort", files=["t.ort"], inputs=[X], outputs=[Y], parameters=0, weight_bytes=0, flops=0)
     with pytest.raises(GraphError, match="its own format"):
         check_graph(data, piece, {"t.ort": len(data)})
 

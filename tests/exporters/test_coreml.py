@@ -154,7 +154,15 @@ def job(model: models.ViT, folder: Path, **options: Any) -> Job[CoreMLOptions]:
     )  # fmt: skip
     given = CoreMLOptions(**{"precision": "fp16", **options})
     images = tiny.inputs(2, config.image_size)
-    return Job(pieces, folder, given, manifest, images, lambda role: 0, lambda what: None)
+    return Job(
+        pieces,
+        folder,
+        options=given,
+        manifest=manifest,
+        images=images,
+        piece_flops=lambda role: 0,
+        progress=lambda what: None,
+    )
 
 
 def bytes_in(folder: Path) -> int:

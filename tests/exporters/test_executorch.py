@@ -208,8 +208,8 @@ def test_wrong_expert_is_noticed(tmp_path: Path) -> None:
     inputs = [value.contiguous() for value in tails[0].inputs.values()]
     expected = [[output.numpy() for output in tail(*inputs)] for tail in tails]
     with pytest.raises(VerificationError, match="expert_00: differs from PyTorch"):
-        check_piece(tails[0], inputs, expected[0], wrong, backend, FP32.tolerance)
-    check_piece(tails[2], inputs, expected[2], wrong, backend, FP32.tolerance)
+        check_piece(tails[0], inputs, expected=expected[0], bundle=wrong, backend=backend, tolerance=FP32.tolerance)
+    check_piece(tails[2], inputs, expected=expected[2], bundle=wrong, backend=backend, tolerance=FP32.tolerance)
 
 
 def test_packed_file_holds_every_method_and_shared_weights_once() -> None:
@@ -248,11 +248,11 @@ def test_layer_that_cannot_be_lowered_is_an_error_that_names_the_piece(tmp_path:
     job = Job(
         split_model(DataDependent(), 16),
         tmp_path,
-        ExecuTorchOptions("fp32", "separate"),
-        manifest,
-        torch.empty(0),
-        lambda role: 0,
-        lambda what: None,
+        options=ExecuTorchOptions("fp32", "separate"),
+        manifest=manifest,
+        images=torch.empty(0),
+        piece_flops=lambda role: 0,
+        progress=lambda what: None,
     )
     with pytest.raises(ExportError, match="model: torch cannot trace it"):
         target.convert(job)

@@ -54,7 +54,7 @@ class Written:
         if alter:
             backend = Altered(backend, alter)
         with torch.no_grad():
-            return verify(pieces, self.bundle, backend, tiny.inputs(8, size), "test")
+            return verify(pieces, self.bundle, backend=backend, images=tiny.inputs(8, size), image_source="test")
 
 
 @dataclass

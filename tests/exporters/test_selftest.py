@@ -94,7 +94,9 @@ def test_drawn_pictures_lead_to_every_expert_with_a_margin(config: ViTConfig) ->
     preprocessing = Preprocessing(tiny.SIZE)
     least = LEAST_MARGIN * 1e-4
     with torch.no_grad():
-        chosen = selftest.choose(split, preprocessing, [], torch.zeros(0, 3, tiny.SIZE, tiny.SIZE), least)
+        chosen = selftest.choose(
+            split, preprocessing, photos=[], photo_inputs=torch.zeros(0, 3, tiny.SIZE, tiny.SIZE), least=least
+        )
         inputs = torch.from_numpy(np.stack([preprocess(picture, preprocessing) for picture in chosen]))
         routes = selftest.margins(split.of("trunk")[0].module(inputs)[1], split)
     assert split.routing is not None
@@ -120,7 +122,9 @@ def test_a_pattern_is_changed_until_ten_least_margins_or_a_wide_one(
     found = Picture(Image.new("RGB", (1, 1)), 0, 0.5)
     monkeypatch.setattr(selftest, "_from_photos", lambda *_: [])
     monkeypatch.setattr(selftest, "_routed", lambda *_: [found])
-    selftest.choose(split, Preprocessing(tiny.SIZE), [], torch.zeros(0, 3, tiny.SIZE, tiny.SIZE), least)
+    selftest.choose(
+        split, Preprocessing(tiny.SIZE), photos=[], photo_inputs=torch.zeros(0, 3, tiny.SIZE, tiny.SIZE), least=least
+    )
     assert asked == [pytest.approx(wide)]
 
 
@@ -132,7 +136,7 @@ def test_a_router_that_does_not_decide_gives_one_case() -> None:
     split = split_model(model, tiny.SIZE)
     nothing = torch.zeros(0, 3, tiny.SIZE, tiny.SIZE)
     with torch.no_grad():
-        assert len(selftest.choose(split, Preprocessing(tiny.SIZE), [], nothing, 1e-3)) == 1
+        assert len(selftest.choose(split, Preprocessing(tiny.SIZE), photos=[], photo_inputs=nothing, least=1e-3)) == 1
 
 
 def test_without_a_selftest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,9 @@ def verified(bundle: Path, model: torch.nn.Module) -> Report:
     """Verifies a bundle as the pipeline does before it appears."""
     opened = open_bundle(bundle)
     opened.check()  # whatever was damaged, the manifest agrees with it
-    return verify(split_model(model, tiny.SIZE), opened, open_backend(opened), tiny.inputs(), "test")
+    return verify(
+        split_model(model, tiny.SIZE), opened, backend=open_backend(opened), images=tiny.inputs(), image_source="test"
+    )
 
 
 def stored(bundle: Path, graph: str, shape: tuple[int, ...]) -> tuple[Path, int]:
@@ -180,7 +182,7 @@ def test_a_backend_that_raises_is_a_failed_verification(bundle_path: Path, moe_m
 
     bundle: Bundle = open_bundle(bundle_path)
     with pytest.raises(VerificationError, match=r"trunk: does not run on broken \(no such kernel\)"):
-        verify(split_model(moe_model, tiny.SIZE), bundle, Broken(), tiny.inputs(4), "test")
+        verify(split_model(moe_model, tiny.SIZE), bundle, backend=Broken(), images=tiny.inputs(4), image_source="test")
 
 
 # classes that a graph ranks itself

@@ -275,9 +275,9 @@ def test_against_a_simple_model(data: st.DataObject) -> None:
     enough = (budget is None or needed <= budget) and (most is None or len(pinned) + bool(others) <= most)
     if not enough:
         with pytest.raises(BudgetError):
-            Residency(load, sizes, budget, most, pinned)
+            Residency(load, sizes, memory_budget=budget, max_resident=most, pinned=pinned)
         return
-    residency = Residency(load, sizes, budget, most, pinned)
+    residency = Residency(load, sizes, memory_budget=budget, max_resident=most, pinned=pinned)
     order: list[int] = []  # resident, least recently used first
     loads: list[int] = []
     hits = evictions = 0

@@ -90,8 +90,8 @@ def row(kind: str, name: str | None = None, scale: float = 1.0, seed: int = 0, *
         accuracy=r.Accuracy(1000, 0.595 + {"mobile-vmoe": 0.034, "dense-wide": 0.021, "all-experts": 0.034, "vmoe": 0.041}.get(kind, 0), 0.84, 0.871 if routed else None,
                             heat.tolist() if routed else []),
         paper=r.Paper(618.0 * scale, 62.9 if routed else 59.51) if kind in ("dense", "mobile-vmoe") else None,
-        selftest=[StageResult("pixels", 10, 10, None, None), StageResult("route", 10, 10, None, None),
-                  StageResult("gate", 10, 10, 2.4e-7, 1e-4), StageResult("logits", 10, 10, 0.0, 1e-4)] if routed else [],
+        selftest=[StageResult("pixels", 10, passed=10, departure=None, tolerance=None), StageResult("route", 10, passed=10, departure=None, tolerance=None),
+                  StageResult("gate", 10, passed=10, departure=2.4e-7, tolerance=1e-4), StageResult("logits", 10, passed=10, departure=0.0, tolerance=1e-4)] if routed else [],
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)
 

@@ -130,7 +130,11 @@ AFTER = noise.Moment(at=110.0, busy=60.0, own=20.0, steal=0.0, throttled=7)
 )
 def test_what_the_machine_did_meanwhile_is_noticed(changes: dict[str, float], reason: str | None) -> None:
     verdict = noise.judge(
-        [10.0, 10.1] * 50, Estimate(10.05, 10, 10.1), True, QUIET, dataclasses.replace(AFTER, **changes)
+        [10.0, 10.1] * 50,
+        Estimate(10.05, 10, 10.1),
+        stable=True,
+        since=QUIET,
+        until=dataclasses.replace(AFTER, **changes),
     )
     assert len(verdict.reasons) == (reason is not None)
     assert reason is None or reason in verdict.reasons[0]
@@ -139,7 +143,7 @@ def test_what_the_machine_did_meanwhile_is_noticed(changes: dict[str, float], re
 
 def test_scattering_samples_are_noticed() -> None:
     samples = [10.0] * 60 + [25.0] * 40
-    reasons = noise.judge(samples, Estimate(10, 9, 25), True, QUIET, AFTER).reasons
+    reasons = noise.judge(samples, Estimate(10, 9, 25), stable=True, since=QUIET, until=AFTER).reasons
     assert len(reasons) == 2
     assert "scatter" in reasons[0]
     assert "±80%" in reasons[1]

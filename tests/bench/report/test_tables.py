@@ -83,7 +83,7 @@ def test_a_selftest_is_shown_by_stage_and_a_failed_one_is_said() -> None:
         ["mobile-vmoe", "logits", "10 of 10", "0", "1.0e-04"],
     ]
     assert "Do not trust" not in shown.note
-    wrong = StageResult("logits", 10, 9, float("inf"), 1e-4)
+    wrong = StageResult("logits", 10, passed=9, departure=float("inf"), tolerance=1e-4)
     failed = msgspec.structs.replace(passed, selftest=[*passed.selftest[:3], wrong])
     results = msgspec.json.decode(msgspec.json.encode(synthetic.results([failed])), type=Results)
     shown = by_key(results)["selftest"]

@@ -61,7 +61,7 @@ def trained(tmp_path: Path, **fields: Any) -> torch.Tensor:
     teacher = None
     if recipe.teacher_weight:
         teacher = Teacher(tiny.lively_model(tiny.dense_config(image_size=8, patch_size=4), seed=5))
-    trainer = Trainer(model, header, images, images, recipe, tmp_path / "x.pt", teacher=teacher)
+    trainer = Trainer(model, header, train=images, val=images, recipe=recipe, out=tmp_path / "x.pt", teacher=teacher)
     for epoch in range(2):
         trainer.epoch = epoch
         trainer.train_epoch()

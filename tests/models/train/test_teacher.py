@@ -108,7 +108,14 @@ def test_the_target_is_label_and_answer_in_the_asked_shares_and_the_router_s_is_
     model, header = tiny.lively_model(config).train(), tiny.header_for(config)
     labels = torch.arange(24) % tiny.CLASSES
     images = ImageSet(torch.from_numpy(tiny.images()).permute(0, 3, 1, 2), labels, header.class_ids, [])
-    trainer = Trainer(model, header, images, images, Recipe(label_smoothing=0, router_weight=0.3), tmp_path / "m.pt")
+    trainer = Trainer(
+        model,
+        header,
+        train=images,
+        val=images,
+        recipe=Recipe(label_smoothing=0, router_weight=0.3),
+        out=tmp_path / "m.pt",
+    )
     x = tiny.inputs()
     hard, soft = F.one_hot(labels, tiny.CLASSES).float(), torch.rand(24, tiny.CLASSES).softmax(-1)
     losses = [float(trainer._loss(x, target).detach()) for target in (hard, soft, hard.lerp(soft, 0.25))]
@@ -246,10 +253,10 @@ def test_what_does_not_fit_is_refused(
         Trainer(
             models.build(config),
             tiny.header_for(config),
-            images,
-            images,
-            Recipe(),
-            out,
+            train=images,
+            val=images,
+            recipe=Recipe(),
+            out=out,
             teacher=Teacher(ResNet(ResNetConfig())),
         )
     capsys.readouterr()

@@ -318,7 +318,7 @@ def test_muon_updates_each_expert_as_a_matrix_of_its_own(tmp_path: Path) -> None
     recipe = Recipe(optimizer="muon", router="end-to-end", learning_rate=0.01)
     header = tiny.header_for(tiny.moe_config())
     header.superclasses = None
-    trainer = Trainer(model, header, images, images, recipe, tmp_path / "moe.pt")
+    trainer = Trainer(model, header, train=images, val=images, recipe=recipe, out=tmp_path / "moe.pt")
     updated, before = dict(model.named_parameters()), dict(alone.named_parameters())
     names = [name for name in updated if name.startswith("blocks.") and name.endswith("weight") and "norm" not in name]
     assert any(updated[name].ndim == 3 for name in names)
@@ -462,8 +462,8 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     config = tiny.dense_config(image_size=8, patch_size=4)
     images = ImageSet(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64), ["a"], [])
     trainer = Trainer(
-        models.build(config), tiny.header_for(config), images, images,
-        Recipe(epochs=10, batch=4, warmup_epochs=2, learning_rate=1.0), Path("x.pt"),
+        models.build(config), tiny.header_for(config), train=images, val=images,
+        recipe=Recipe(epochs=10, batch=4, warmup_epochs=2, learning_rate=1.0), out=Path("x.pt"),
     )  # fmt: skip
     rates = [trainer._learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 20)
@@ -733,7 +733,7 @@ def test_the_auxiliary_losses_are_added_with_their_weight(config: models.ViTConf
 
     def loss(weight: float) -> float:
         recipe = Recipe(auxiliary_weight=weight, router="end-to-end")
-        trainer = Trainer(model, header, images, images, recipe, tmp_path / "moe.pt")
+        trainer = Trainer(model, header, train=images, val=images, recipe=recipe, out=tmp_path / "moe.pt")
         torch.manual_seed(0)
         return float(trainer._loss(tiny.inputs(), F.one_hot(labels, tiny.CLASSES).float()).detach())
 
@@ -867,7 +867,7 @@ def test_mixup_mixes_images_and_labels_alike_and_a_teacher_sees_the_mixture(
     recipe = Recipe(batch=8, crop_padding=0, flip=False, mixup=1.0, views=1, teacher_weight=weight)
     asked = Asked()
     trainer = Trainer(
-        models.build(config), tiny.header_for(config), images, images, recipe, tmp_path / "x.pt",
+        models.build(config), tiny.header_for(config), train=images, val=images, recipe=recipe, out=tmp_path / "x.pt",
         teacher=Teacher(asked) if teacher else None,
     )  # fmt: skip
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []

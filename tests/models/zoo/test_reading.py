@@ -153,7 +153,9 @@ class TestSample:
             glyphs = cache.load(cache.default_folder(), fonts, tables.read_classes())
         except DataError as error:
             pytest.skip(str(error))
-        folder.write_zip(Characters(glyphs, "test", 993), fonts, 4, 500, "OFL", tmp_path / "val.zip")
+        folder.write_zip(
+            Characters(glyphs, "test", 993), fonts, per_class=4, count=500, licence="OFL", path=tmp_path / "val.zip"
+        )
         shipped, again = (zipfile.ZipFile(path) for path in (SCRIPTS / "sample" / "val.zip", tmp_path / "val.zip"))
         assert shipped.namelist() == again.namelist()
         for name in shipped.namelist():

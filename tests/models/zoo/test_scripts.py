@@ -112,7 +112,7 @@ class TestTables:
             assert split.setdefault((row.face.package, row.face.family), row.split) == row.split
 
     def test_written_and_read_back(self, tmp_path):
-        rows = [FontRow(Face("p", "a b.ttf", 2, "Fam", "Bold Italic"), "val", "OFL")]
+        rows = [FontRow(Face("p", "a b.ttf", index=2, family="Fam", style="Bold Italic"), "val", "OFL")]
         classes = [CharacterClass(0x41, [0x41, 0x391], "latin"), CharacterClass(0x8A9E, [0x8A9E], "han")]
         tables.write_fonts(rows, tmp_path / "f.tsv")
         tables.write_classes(classes, tmp_path / "c.tsv")
@@ -166,7 +166,9 @@ class TestFaces:
         files = font_files("fonts-test03", packages)
         assert list(files) == ["Test03.ttf"]
         ((face, codes),) = faces_in("fonts-test03", files["Test03.ttf"])
-        assert face == Face("fonts-test03", "Test03.ttf", 0, "Test 03", "Regular") and codes == set(LETTERS)
+        assert face == Face("fonts-test03", "Test03.ttf", index=0, family="Test 03", style="Regular") and codes == set(
+            LETTERS
+        )
 
     def test_damaged_font_has_none(self, tmp_path):
         path = tmp_path / "broken.ttf"
@@ -366,7 +368,7 @@ class TestFolder:
         other = [replace(row, licence="IPA") if n == chosen[0] else row for n, row in enumerate(surveyed[0])]
         folder.write(samples, 2, tmp_path / "all")
         for name in ("a.zip", "b.zip"):
-            assert folder.write_zip(samples, other, 2, 10, "OFL", tmp_path / name) == 10
+            assert folder.write_zip(samples, other, per_class=2, count=10, licence="OFL", path=tmp_path / name) == 10
         assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
         with zipfile.ZipFile(tmp_path / "a.zip") as archive:
             names = archive.namelist()
@@ -451,7 +453,7 @@ class TestTrain:
     def routed(self, glyphs, short, out, **options):
         config = self.config("mvmoe_2x16", experts=3, moe_layers=1, router_input="mean")
         superclasses = Superclasses(["a", "b", "c"], [n % 3 for n in range(len(LETTERS))])
-        return train.train(glyphs, config, short, out, superclasses, **options)
+        return train.train(glyphs, config, how=short, out=out, superclasses=superclasses, **options)
 
     def test_killed_and_resumed_it_sees_the_same_images(self, glyphs, short, tmp_path, monkeypatch):
         whole = self.routed(glyphs, short, tmp_path / "whole.pt")
@@ -531,7 +533,7 @@ class TestPoints:
         how = train.recipe(2)
         train.train(glyphs, config_from_name("vit_2x16", **shape), how, dense, snapshots=1)
         config = config_from_name("mvmoe_2x16", experts=3, moe_layers=1, router_input="mean", **shape)
-        train.train(glyphs, config, how, routed, superclasses, snapshots=1)
+        train.train(glyphs, config, how=how, out=routed, superclasses=superclasses, snapshots=1)
         shown = points.images(glyphs, 60)
         found = list(points.compared(dense, [routed], shown))
         assert [(p.dense, p.routed, p.shown, p.samples) for p in found] == [
