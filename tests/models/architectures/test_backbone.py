@@ -72,6 +72,7 @@ def test_routed_is_trunk_router_and_the_tail_of_each_images_expert(
     name: str, arguments: str, size: int, cut: str, own: str
 ) -> None:
     config = config_of(name, arguments=arguments, image_size=size, cut=cut, own=own)
+    torch.manual_seed(0)  # lively keeps the spread of the weights that timm draws
     model = lively(build(config))  # building compares experts that are copies with timm's own model
     assert isinstance(model, RoutedBackbone)
     images = inputs(6, size)
@@ -83,7 +84,8 @@ def test_routed_is_trunk_router_and_the_tail_of_each_images_expert(
             alone = model.tail_module(expert)(features[image : image + 1], routed.gates[image])
             torch.testing.assert_close(alone[0], routed.logits[image], rtol=1e-3, atol=1e-4)
         other = model.tail_module(1)(features[:1], routed.gates[0])
-        assert float((other[0] - routed.logits[0]).abs().max()) > 0.01  # a wrong expert would be seen
+        allowed = 1e-4 + 1e-3 * routed.logits[0].abs()
+        assert float(((other[0] - routed.logits[0]).abs() / allowed).max()) > 10  # a wrong expert would be seen
         graph = model.graph_module()(images)
         torch.testing.assert_close(graph, model(images), rtol=1e-3, atol=1e-4)
 
