@@ -78,7 +78,7 @@ def _about(bundle: Bundle) -> list[str]:
     p = m.preprocessing
     return [
         f"{bundle.path}: {m.target}, {m.precision}, {m.layout} layout, {len(m.files)} files, {total / 1e6:.2f} MB",
-        f"model: {m.model.get('architecture', 'foreign')} ({shape})",
+        f"model: {m.model.get('architecture', 'foreign')}{f' ({shape})' if shape else ''}",
         f"from: {m.source.checkpoint or 'a model in memory'} (sha256 {m.source.sha256[:12]}…)",
         f"digest: {bundle.digest}",
         f"input: largest centred square × {p.crop:g}, {p.interpolation} to {p.size} × {p.size}, "

@@ -276,9 +276,11 @@ def test_inspect_shows_a_bundle_whose_report_is_another(
     bundle_copy: Path, report: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The manifest does not fix the report's form: another release's report may lack what this release prints."""
-    tiny.edit_manifest(bundle_copy, lambda manifest: manifest.update(verification=report))
+    mine = {"architecture": "mine"}  # of somebody else, who says no more of it
+    tiny.edit_manifest(bundle_copy, lambda manifest: manifest.update(verification=report, model=mine))
     assert inspect.main([str(bundle_copy)]) == 0
-    assert "expert_03" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "expert_03" in text and "model: mine\n" in text
 
 
 # mvmoe-bench
