@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mvmoe_deploy.exporters.attention import PERMUTES, call, nodes_of, order_of, shape_of, split_projections
-from mvmoe_deploy.exporters.graph import MADE, NAME, Pass, aten, is_constant, original_name
+from mvmoe_deploy.exporters.graph import NAME, Pass, aten, is_constant, original_name
 
 
 def write_attention_operators(graph: fx.Graph) -> None:
@@ -108,39 +108,6 @@ def write_gates(graph: fx.Graph) -> None:
             difference.replace_all_uses_with(others[0])
 
 
-BLOCK = 16
-"""onnxruntime keeps features in blocks of 8 or 16 channels, if their number is a multiple of it."""
-
-
-def spread_gates(graph: fx.Graph) -> None:
-    """Gives gates ``[B, 1, 1, 1]`` the shape of the convolutions' outputs that they multiply, by a convolution of ones.
-
-    onnxruntime multiplies features as they lie, in blocks of channels, only by features of the same shape. Otherwise it
-    copies them out of the blocks and the sum back into them: 10 of the 13 copies in mobilenetv4_conv_small's tail.
-    """
-    spread: dict[tuple[fx.Node, torch.Size], fx.Node] = {}
-    for product in nodes_of(graph, aten.mul.Tensor):
-        values = [each for each in product.args if isinstance(each, fx.Node)]
-        gates = [each for each in values if not is_constant(each) and tuple(shape_of(each)[1:]) == (1, 1, 1)]
-        layer = next((each for each in values if each.target is aten.conv2d.default and each not in gates), None)
-        if product.kwargs or len(gates) != 1 or layer is None or shape_of(layer)[1] % BLOCK:
-            continue
-        (gate,), (batch, channels, *sides) = gates, shape_of(layer)
-        key = (gate, shape_of(layer)[1:])
-        if key not in spread:
-            with graph.inserting_before(product):
-                plane, column = (_ones(graph, shape) for shape in ((1, 1, *sides), (channels, 1, 1, 1)))
-                one = call(graph, aten.mul.Tensor, (gate, plane), gate, (batch, 1, *sides))
-                spread[key] = call(graph, aten.conv2d.default, (one, column), layer, shape_of(layer))
-        product.args = (layer, spread[key])
-
-
-def _ones(graph: fx.Graph, shape: tuple[int, ...]) -> fx.Node:
-    node = graph.call_function(torch.ones, (shape,))
-    node.meta |= {MADE: True, NAME: f"ones_{'_'.join(map(str, shape))}"}
-    return node
-
-
 def linear_to_matmul(graph: fx.Graph) -> None:
     """Writes linear layers as products with weights stored as the MatMul operator reads them, ``[in, out]``.
 
@@ -162,4 +129,4 @@ def linear_to_matmul(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-PASSES: list[Pass] = [split_projections, write_attention_operators, write_gates, spread_gates, linear_to_matmul]
+PASSES: list[Pass] = [split_projections, write_attention_operators, write_gates, linear_to_matmul]

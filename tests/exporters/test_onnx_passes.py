@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -32,14 +30,6 @@ def operators(module: nn.Module, *inputs: Tensor) -> Counter[str]:
         found = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in fed.items()})[0])
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     return Counter(node.op_type for node in model.graph)
-
-
-def copies(model: bytes, path: Path) -> int:
-    """How many copies of features between its own order of channels and ONNX's onnxruntime adds to a graph."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(path), 3
-    onnxruntime.InferenceSession(model, options)
-    return sum(node.op_type in ("ReorderInput", "ReorderOutput") for node in onnx.load(path).graph.node)
 
 
 class Attention(nn.Module):
@@ -91,27 +81,6 @@ class Gated(nn.Module):
 def test_a_gate_multiplies_what_a_block_adds_without_a_subtraction() -> None:
     found = operators(Gated(8), torch.randn(2, 8, 4, 4), torch.rand(2))
     assert (found["Sub"], found["Add"], found["Mul"], found["Conv"]) == (0, 1, 1, 1)
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.first, self.second = nn.Conv2d(3, 16, 1), Gated(16), Gated(16)
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(self.stem(x), gate), gate)
-        return y
-
-
-def test_gates_have_the_shape_of_what_they_multiply_where_channels_are_kept_in_blocks(tmp_path: Path) -> None:
-    """Then onnxruntime copies no features from its order to that of ONNX and back, but for the output."""
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 3, 5, 4), torch.rand(2)
-    found = operators(Blocks(), *inputs)
-    assert (found["Conv"], found["Mul"], found["Sub"]) == (4, 3, 0)  # both gates share one spread
-    piece = PieceModule("head", Blocks().eval(), {"x0": inputs[0], "x1": inputs[1]}, ["y"])
-    model = ir.to_proto(convert.trace(piece, convert.flat([piece])[0])).SerializeToString()
-    assert copies(model, tmp_path / "optimised.onnx") <= 1
 
 
 class Pooled(nn.Module):
