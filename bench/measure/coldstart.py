@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from mvmoe_deploy.bench.candidates.configuration import Configuration
 from mvmoe_deploy.bench.measure.bootstrap import median_estimate
+from mvmoe_deploy.bench.measure.fresh import fresh_environment
 from mvmoe_deploy.bench.results import ColdStart
 from mvmoe_deploy.errors import BackendError
 
@@ -74,7 +74,7 @@ def _start(c: Configuration, image: Path, threads: int) -> list[float]:
     scale = [",".join(map(str, values)) for values in (c.preprocessing.mean, c.preprocessing.std)]
     arguments = [c.opened_as, c.backend, c.path, str(image), str(threads)]
     command = [sys.executable, "-P", str(SCRIPT), *arguments, *(scale if c.opened_as in ("graph", "pieces") else [])]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = fresh_environment()
     before = time.monotonic()  # all processes of a machine share this clock
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

@@ -16,6 +16,15 @@ from mvmoe_deploy.errors import BackendError
 T = TypeVar("T")
 
 
+def fresh_environment() -> dict[str, str]:
+    """Variables for a fresh process, in which Python keeps its compiled files, as an installer does.
+
+    Compiling at import takes time, and leaves megabytes of freed memory, in which a model would then find room that is
+    not counted as its own.
+    """
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def in_fresh_process(module: str, request: Any, result: type[T], what: str) -> T:
     """Runs ``python -m mvmoe_deploy.bench.MODULE`` with a request on standard input.
 
@@ -33,11 +42,8 @@ def in_fresh_process(module: str, request: Any, result: type[T], what: str) -> T
     gc.collect()
     # -P: the working directory may be the checkout, whose folder mvmoe_deploy lacks the packages beside it
     command = [sys.executable, "-P", "-m", f"mvmoe_deploy.bench.{module}"]
-    # Python's compiled files are kept, as an installer does: compiling at import leaves megabytes of freed memory, in
-    # which a model would then find room that is not counted as its own.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
-        command, input=msgspec.json.encode(request), capture_output=True, check=False, env=environment
+        command, input=msgspec.json.encode(request), capture_output=True, check=False, env=fresh_environment()
     )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
